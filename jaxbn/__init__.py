@@ -1,0 +1,20 @@
+"""Batch normalisation for JAX and Flax: pure functions over explicit statistics, and two thin layers."""
+
+from jaxbn.functional import batch_norm, batch_normalize, normalize
+from jaxbn.stats import BatchStats, CountedStats, Moments, combine, init_stats, moments, update_stats
+from jaxbn.variants import batch_renormalize, ghost_normalize
+
+__all__ = [
+    "BatchStats",
+    "CountedStats",
+    "Moments",
+    "batch_norm",
+    "batch_normalize",
+    "batch_renormalize",
+    "combine",
+    "ghost_normalize",
+    "init_stats",
+    "moments",
+    "normalize",
+    "update_stats",
+]

@@ -1,0 +1,256 @@
+"""Batch normalisation as pure functions: in evaluation, in training, and both with the running statistics.
+
+y = scale * (x - mean) / sqrt(var + epsilon) + bias.  ``axis`` names the feature axes of ``x``; mean, var, scale and
+bias have their shape, [C] for inputs [..., C].  All arithmetic is in at least float32; y has the dtype to which x,
+scale and bias promote, as in Flax.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn import _checks
+from jaxbn._checks import Axes, AxisNames
+from jaxbn.stats import Measured, Moments, Stats, fill, measure, update_stats, widen
+
+
+class Method(Protocol):
+    """What training does with a batch: the signature that :func:`batch_normalize` and its variants share."""
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        *,
+        axis: Axes = -1,
+        epsilon: float = 1e-5,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        mask: ArrayLike | None = None,
+        stats: Stats | None = None,
+    ) -> tuple[jax.Array, Moments]:
+        """Returns the normalised batch, and the moments for the running statistics."""
+        ...
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+) -> jax.Array:
+    """Normalises with given statistics, as evaluation does.
+
+    y = scale * (x - mean) / sqrt(var + epsilon) + bias.
+
+    >>> jaxbn.normalize(jnp.array([[1.], [3.]]), mean=jnp.array([2.]), var=jnp.array([1.]), epsilon=1e-9)
+    Array([[-1.],
+           [ 1.]], dtype=float32)
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      mean: shape [C].
+      var: shape [C], not negative.
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      axis: feature axis or axes of ``x``.
+      epsilon: added to the variance; positive.
+
+    Returns:
+      y, shape [..., C].
+
+    Raises:
+      ValueError: for an argument that does not fit ``x``; the message says what would.
+
+    References:
+      Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2.
+    """
+    x = jnp.asarray(x)
+    axes = check_arguments(x, axis, epsilon, mean=mean, var=var, scale=scale, bias=bias)
+    mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
+    return _affine(x, None, mean, None, lax.rsqrt(var + epsilon), scale, bias, axes)
+
+
+def batch_normalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    stats: Stats | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalises a batch with its own moments, as training does.
+
+    y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the mean and biased variance of the batch.
+
+    >>> y, moments = jaxbn.batch_normalize(jnp.array([[1.], [3.]]), epsilon=1e-9)
+    >>> y
+    Array([[-1.],
+           [ 1.]], dtype=float32)
+
+    Masked positions are normalised with the moments of the others; there, a value that is not finite counts as 0.
+    A feature that is masked everywhere becomes its bias.
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      axis: feature axis or axes of ``x``.
+      epsilon: added to the variance; positive.
+      axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap.
+      axis_index_groups: groups of device indices to normalise separately, as in :func:`jax.lax.psum`.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      stats: running statistics before this batch; not used here, but by methods that compare with them.
+
+    Returns:
+      y, shape [..., C], and the moments of the batch.
+
+    Raises:
+      ValueError: for an argument that does not fit ``x``; the message says what would.
+
+    References:
+      Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
+    """
+    del stats
+    x = jnp.asarray(x)
+    axes = check_arguments(x, axis, epsilon, scale=scale, bias=bias)
+    if mask is not None:
+        mask = _checks.mask(mask, x)
+    batch = measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask)
+    return apply_measured(x, mask, batch, scale, bias, axes, epsilon), batch.moments()
+
+
+def batch_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    use_running_average: bool,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: float = 1e-5,
+    axis: Axes = -1,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    unbiased: bool = False,
+    method: Method = batch_normalize,
+) -> tuple[jax.Array, Stats]:
+    """Normalises with the batch and updates the running statistics, or normalises with those.
+
+    Training: y, moments = method(x, ...);  stats = update_stats(stats, moments).
+    Evaluation: y = normalize(x, *stats);  stats stay.
+
+    >>> x = jnp.array([[1.], [3.]])
+    >>> y, stats = jaxbn.batch_norm(x, jaxbn.init_stats(1), use_running_average=False, momentum=0.9)
+    >>> stats
+    BatchStats(mean=Array([0.2], dtype=float32), var=Array([1.], dtype=float32))
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      stats: running statistics, shape [C].
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      use_running_average: True to evaluate, False to train.
+      momentum: weight of the old statistics, in [0, 1]; see :func:`jaxbn.update_stats`.
+      epsilon: added to the variance; positive.
+      axis: feature axis or axes of ``x``.
+      axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap.
+      axis_index_groups: groups of device indices to normalise separately, as in :func:`jax.lax.psum`.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
+      method: what training does with a batch; :func:`batch_normalize` or a variant with its signature.
+
+    Returns:
+      y, shape [..., C], and the running statistics, of the kind, shape and dtype given.
+
+    Raises:
+      ValueError: for an argument that does not fit ``x``; the message says what would.
+
+    References:
+      Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+    x = jnp.asarray(x)
+    axes = check_arguments(x, axis, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
+    _checks.momentum(momentum)
+    if use_running_average:
+        x = fill(x, None if mask is None else _checks.mask(mask, x))
+        return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
+    y, moments = method(
+        x,
+        scale,
+        bias,
+        axis=axes,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        mask=mask,
+        stats=stats,
+    )
+    return y, update_stats(stats, moments, momentum=momentum, unbiased=unbiased)
+
+
+def measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask) -> Measured:
+    """Measures a batch that is about to be normalised: a variance far below epsilon need not be exact."""
+    values = math.prod(x.shape[i] for i in range(x.ndim) if i not in axes)
+    if values == 1 and axis_name is None:
+        warnings.warn(
+            f"an input of shape {x.shape} has one value per feature, so that training normalises it to 0; "
+            "use a batch of at least two examples, or use_running_average=True.",
+            stacklevel=3,
+        )
+    return measure(
+        x, axis=axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, negligible=epsilon
+    )
+
+
+def apply_measured(x, mask, batch: Measured, scale, bias, axes, epsilon) -> jax.Array:
+    """Normalises x, shape [..., C], with moments that were measured on it."""
+    rsqrt = jnp.where(batch.count > 0, lax.rsqrt(batch.var + epsilon), 0)
+    return _affine(x, mask, lax.stop_gradient(batch.mean), batch.residue, rsqrt, scale, bias, axes)
+
+
+def check_arguments(x, axis, epsilon, **per_feature) -> tuple[int, ...]:
+    """Refuses what does not fit ``x``, and returns its feature axes, sorted and not negative."""
+    _checks.inexact(x)
+    _checks.epsilon(epsilon)
+    axes = _checks.feature_axes(x.shape, axis)
+    for name, value in per_feature.items():
+        _checks.per_feature(name, value, x, axes)
+    return axes
+
+
+def _affine(x, mask, mean, residue, rsqrt, scale, bias, axes) -> jax.Array:
+    """Returns y = (x - mean) a + (bias - residue a), with a = scale * rsqrt: exact where x and its mean are large."""
+    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    reduced = tuple(i for i in range(x.ndim) if i not in axes)
+    a = rsqrt if scale is None else rsqrt * widen(jnp.asarray(scale))
+    shift = None if bias is None else widen(jnp.asarray(bias))
+    if residue is not None:
+        shift = -residue * a if shift is None else shift - residue * a
+    return _scale_and_shift(x, mask, mean, a, shift, reduced, dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - mean as well
+def _scale_and_shift(x, mask, mean, a, shift, reduced, dtype):
+    expand = functools.partial(jnp.expand_dims, axis=reduced)
+    y = (widen(fill(x, mask)) - expand(mean)) * expand(a)
+    if shift is not None:
+        y = y + expand(shift)
+    return y.astype(dtype)

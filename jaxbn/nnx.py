@@ -1,0 +1,193 @@
+"""Batch norm as an nnx module: ``from jaxbn.nnx import BatchNorm`` in place of ``flax.nnx.BatchNorm``.
+
+An adapter without arithmetic: parameters and statistics out of the module, into :func:`jaxbn.batch_norm`, and back.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax import lax
+
+from jaxbn.functional import Method, batch_norm, batch_normalize
+from jaxbn.stats import BatchStats, CountedStats
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation with running statistics in ``BatchStat`` variables.
+
+    y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the moments of the batch in training and the running
+    statistics in evaluation.  Arguments and variables are those of ``flax.nnx.BatchNorm``, with the same defaults, so
+    a model changes over by its import, and its checkpoints load.
+
+    >>> layer = jaxbn.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+    >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
+    >>> layer.mean[...]
+    Array([0.2, 2. ], dtype=float32)
+    >>> layer.eval()
+    >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
+
+    Differs from flax.nnx.BatchNorm in:
+      1. Variance and gradient are exact at any mean, and training needs no more memory than without a norm.
+      2. A batch that is empty, masked everywhere or not finite leaves the running statistics as they were.
+      3. Devices with different numbers of masked positions are weighted by their counts.
+      4. A position that is masked may hold NaN.
+      5. ``dtype`` is that of the result alone: inputs, parameters and statistics are not rounded to it first.  Without
+         it, the result has the dtype to which input and parameters promote, as in linen.
+      6. The statistics keep their dtype and carry no gradient.
+      7. Integer inputs, and arguments that cannot work, are refused with a message.
+
+    Args:
+      num_features: number of features C.
+      use_running_average: True to evaluate, False to train; ``train()``, ``eval()`` and ``nnx.view`` set it.
+      axis: feature axis of the input.
+      momentum: weight of the old running statistics, in [0, 1]; None averages all batches alike, and keeps their
+        number in the variable ``steps``.
+      epsilon: added to the variance; positive.
+      dtype: dtype of the result; by default what input and parameters promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether to add a learned bias (beta).
+      use_scale: whether to multiply by a learned scale (gamma).
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap;
+        under jit a sharded batch needs none.
+      axis_index_groups: groups of device indices to normalise separately, as in ``jax.lax.psum``.
+      use_fast_variance: accepted and without effect: there is one variance, fast and exact.
+      promote_dtype: if not Flax's default, called on ``(x, mean, var, scale, bias)`` with ``dtype`` before anything
+        else.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable, such as its sharding.
+      scale_metadata: metadata of the scale variable.
+      method: what training does with a batch: ``jaxbn.batch_normalize``, or a variant such as
+        ``functools.partial(jaxbn.ghost_normalize, group_size=16)``.
+      unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
+      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``.
+      frozen: evaluate always, also after ``train()``; for fine-tuning.
+
+    References:
+      Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008  as Flax has it; stateless
+        scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
+        axis_name: str | Sequence[str] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        method: Method = batch_normalize,
+        unbiased: bool = False,
+        debias: bool = False,
+        frozen: bool = False,
+    ):
+        features = (num_features,)
+        self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
+        if momentum is None or debias:
+            self.steps = nnx.BatchStat(jnp.zeros(features, jnp.int32))
+        self.scale = self.bias = nnx.data(None)
+        if use_scale:
+            self.scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.method = method
+        self.unbiased = unbiased
+        self.debias = debias
+        self.frozen = frozen
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalises ``x``; in training, updates the running statistics.
+
+        Args:
+          x: inputs, shape [..., C]; floating-point or complex.
+          use_running_average: True to evaluate, False to train; goes before what the constructor or ``eval()`` said.
+          mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+
+        Returns:
+          y, shape [..., C].
+
+        Raises:
+          ValueError: if ``use_running_average`` is given nowhere, or an argument does not fit ``x``.
+        """
+        use_running_average = self.frozen or first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg=(
+                "use_running_average is given nowhere; it is True to evaluate and False to train; "
+                "pass it to the constructor or the call, or use train(), eval() or nnx.view."
+            ),
+        )
+        mean, var = self.mean[...], self.var[...]
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        x = jnp.asarray(x)
+        if self.promote_dtype is not dtypes.promote_dtype:
+            x, mean, var, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+        y, stats = batch_norm(
+            x,
+            CountedStats(mean, var, self.steps[...]) if hasattr(self, "steps") else BatchStats(mean, var),
+            scale,
+            bias,
+            use_running_average=use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis=self.axis,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            mask=mask,
+            unbiased=self.unbiased,
+            method=self.method,
+        )
+        if not use_running_average:
+            for name, value in stats._asdict().items():
+                getattr(self, name)[...] = lax.stop_gradient(value)
+        return y if self.dtype is None else y.astype(self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode; ``nnx.view`` calls it.
+
+        Args:
+          use_running_average: True to evaluate, False to train; None leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average

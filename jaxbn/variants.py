@@ -1,0 +1,165 @@
+"""Variants of batch norm: other things that training can do with a batch.
+
+Each has the signature of :func:`jaxbn.batch_normalize`, and enters a layer or :func:`jaxbn.batch_norm` by ``method``.
+Options of its own are bound first: ``method=functools.partial(ghost_normalize, group_size=16)``.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn import _checks
+from jaxbn._checks import Axes, AxisNames
+from jaxbn.functional import apply_measured, batch_normalize, check_arguments, measure_batch
+from jaxbn.stats import Moments, Stats, pool, widen
+
+
+def ghost_normalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    group_size: int,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    stats: Stats | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalises groups of ``group_size`` consecutive examples separately (ghost batch norm).
+
+    A large batch keeps the noise of a small one.  The groups' moments are combined for the running statistics only,
+    over the devices too; no group reaches from one device to another.
+
+    >>> x = jnp.array([[1.], [3.], [10.], [30.]])
+    >>> y, moments = jaxbn.ghost_normalize(x, group_size=2, epsilon=1e-9)
+    >>> y.ravel(), moments.mean
+    (Array([-1.,  1., -1.,  1.], dtype=float32), Array([11.], dtype=float32))
+
+    Args:
+      x: inputs, shape [N, ..., C]; floating-point or complex.
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      group_size: examples per group; divides N.
+      axis: feature axis or axes of ``x``; not the first.
+      epsilon: added to the variance; positive.
+      axis_name: name or names of the device axes over which the moments are combined.
+      axis_index_groups: groups of device indices to combine separately.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      stats: running statistics before this batch; not used.
+
+    Returns:
+      y, shape [N, ..., C], and the moments of the whole batch.
+
+    Raises:
+      ValueError: if ``group_size`` does not divide N, or an argument does not fit ``x``.
+
+    References:
+      Hoffer, Hubara and Soudry 2017, arXiv:1705.08741.
+    """
+    del stats
+    x = jnp.asarray(x)
+    axes = check_arguments(x, axis, epsilon, scale=scale, bias=bias)
+    if axes[0] == 0:
+        raise ValueError(
+            f"axis={axis} makes the first axis of an input of shape {x.shape} a feature axis, but ghost batch norm "
+            "divides that axis into groups; move the examples to the first axis."
+        )
+    if group_size < 1 or x.shape[0] % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
+            "choose a divisor, or pad the batch and pass a mask."
+        )
+    _checks.axis_names(axis_name, axis_index_groups)
+
+    groups = x.shape[0] // group_size
+
+    def split(v):  # [N, ...] to [groups, group_size, ...]; the group becomes one more feature axis
+        return v.reshape((1, *v.shape) if v.shape[0] == 1 else (groups, group_size, *v.shape[1:]))
+
+    if mask is not None:
+        mask = split(_checks.mask(mask, x))
+
+    def repeat(parameter):
+        return None if parameter is None else jnp.broadcast_to(parameter, (groups, *jnp.shape(parameter)))
+
+    y, moments = batch_normalize(
+        split(x), repeat(scale), repeat(bias), axis=(0, *(i + 1 for i in axes)), epsilon=epsilon, mask=mask
+    )
+    return y.reshape(x.shape), pool(moments, axis_name=axis_name, axis_index_groups=axis_index_groups)
+
+
+def batch_renormalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    r_max: ArrayLike = 3.0,
+    d_max: ArrayLike = 5.0,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    stats: Stats | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalises a batch so that training sees what evaluation will: with the running statistics, up to limits.
+
+    y = scale * (r (x - mean)/sigma + d) + bias,  r = sigma / running sigma in [1/r_max, r_max],
+    d = (mean - running mean) / running sigma in [-d_max, d_max],  sigma = sqrt(var + epsilon);
+    r and d are constants to differentiation.  r_max=1 and d_max=0 is batch norm, with which the paper starts.
+
+    >>> stats = jaxbn.BatchStats(mean=jnp.array([0.]), var=jnp.array([4.]))
+    >>> y, _ = jaxbn.batch_renormalize(jnp.array([[1.], [3.]]), stats=stats, epsilon=1e-9)
+    >>> y.ravel()  # x / 2, as in evaluation
+    Array([0.5, 1.5], dtype=float32)
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      r_max: largest factor by which the batch's sigma may differ from the running one; at least 1.
+      d_max: largest difference of the means, in running sigmas; at least 0.
+      axis: feature axis or axes of ``x``.
+      epsilon: added to the variance; positive.
+      axis_name: name or names of the device axes over which the batch is spread.
+      axis_index_groups: groups of device indices to normalise separately.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      stats: running statistics before this batch, shape [C].
+
+    Returns:
+      y, shape [..., C], and the moments of the batch.
+
+    Raises:
+      ValueError: without ``stats``, or for an argument that does not fit ``x``.
+
+    References:
+      Ioffe 2017, arXiv:1702.03275.
+    """
+    if stats is None:
+        raise ValueError(
+            "stats=None, but batch renormalisation compares the batch with the running statistics; "
+            "pass stats, or use it as the method of batch_norm or of a layer, which do."
+        )
+    x = jnp.asarray(x)
+    axes = check_arguments(x, axis, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
+    if mask is not None:
+        mask = _checks.mask(mask, x)
+    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    batch = measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask)
+    moments = batch.moments()
+    sigma, running_sigma = jnp.sqrt(batch.var + epsilon), jnp.sqrt(stats.var + epsilon)
+    r = lax.stop_gradient(jnp.clip(sigma / running_sigma, 1 / jnp.asarray(r_max), r_max))
+    d = lax.stop_gradient(_limit((moments.mean - stats.mean) / running_sigma, d_max))
+    scale = jnp.ones_like(r) if scale is None else widen(jnp.asarray(scale))
+    shift = scale * d if bias is None else scale * d + widen(jnp.asarray(bias))
+    return apply_measured(x, mask, batch, scale * r, shift, axes, epsilon).astype(dtype), moments
+
+
+def _limit(d, d_max):
+    """Returns ``d`` with its magnitude at most ``d_max``; the mean, and so d, may be complex."""
+    return d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), 1e-30))
