@@ -1,0 +1,1 @@
+"""Experiments that show what batch norm does: `python -m experiments --help`."""

@@ -1,0 +1,152 @@
+"""The command line: `python -m experiments --help`.
+
+Convention: a command imports what it needs when it runs, so that help comes at once.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from experiments.config import Config
+
+HERE = Path(__file__).parent
+RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md"
+
+DataDir = Annotated[
+    Path | None,
+    arg(metavar="DIR", help="Folder that holds cifar-10-batches-py. If left out: CIFAR10_DIR, then the user's cache."),
+]
+ResultsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the result files.")]
+Study = Positional[Annotated[str, arg(metavar="STUDY", help="Name of a study, as `list` shows it, or `all`.")]]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="demo")
+def demo_command(
+    *,
+    data_dir: DataDir = None,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figure.")] = Path("runs/demo"),
+) -> None:
+    """Train a small net with and without batch norm: offline, in under two minutes on two cores."""
+    from experiments import demo
+
+    demo.run(data_dir=data_dir, out=out)
+
+
+@app.command(name="list")
+def list_command(*, results_dir: ResultsDir = RESULTS) -> None:
+    """Show the studies: question, command, time, and how far each one is."""
+    from experiments import report, study
+
+    for module in study.select("all"):
+        print(f"{study.short_name(module)}: {report.text(module, results_dir, 'Question')}")
+        for section in ("Command", "Time"):
+            print(f"    {section.lower():8} {report.text(module, results_dir, section)}")
+        print(f"    results  {report.state(module, results_dir)}")
+
+
+@app.command(name="run")
+def run_command(
+    study: Study,
+    *,
+    preset: Literal["small", "full"] = "small",
+    seeds: int = 3,
+    data_dir: DataDir = None,
+    results_dir: ResultsDir = RESULTS,
+) -> None:
+    """Train whatever a study has no result of yet. Stopped at any moment, the same command continues.
+
+    Args:
+        study: Which study.
+        preset: Size of the runs: `small` for 2 CPU cores, `full` for a GPU.
+        seeds: Number of runs of each arm.
+        data_dir: Where CIFAR-10 is.
+        results_dir: Where the results go.
+    """
+    from experiments import study as studies
+
+    for module in studies.select(study):
+        studies.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
+
+
+@app.command(name="train")
+def train_command(
+    config: OmitArgPrefixes[Config],
+    *,
+    data_dir: DataDir = None,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder of the result.")] = Path("runs/train"),
+) -> None:
+    """Train a single net of your choice. Stopped at any moment, the same command continues."""
+    from experiments import results, study
+    from experiments.display import Display
+
+    path = out / "result.jsonl"
+    with Display(1) as display:
+        if results.finished(path, config):
+            display.skip(str(path))
+        else:
+            study.train_to_file(config, path, data_dir=data_dir, on_progress=display.run(f"{config.net} {config.norm}"))
+            display.line(f"Result: {path}")
+
+
+@app.command(name="plot")
+def plot_command(
+    study: Study = "all",
+    *,
+    results_dir: ResultsDir = RESULTS,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figures.")] = FIGURES,
+) -> None:
+    """Draw the figures of the studies that have their results."""
+    from experiments import report
+    from experiments import study as studies
+
+    for module in studies.select(study):
+        written = report.figures(module, results_dir, out)
+        for path in written:
+            print(path)
+        if not written:
+            print(f"{studies.short_name(module)}: nothing to draw; {report.state(module, results_dir)}")
+
+
+@app.command(name="table")
+def table_command(
+    *,
+    results_dir: ResultsDir = RESULTS,
+    out: Annotated[Path, arg(metavar="FILE", help="The file to write.")] = README,
+) -> None:
+    """Write experiments/README.md: what was asked, measured and found."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from experiments import report
+
+    text = report.readme(results_dir)
+    out.write_text(text, encoding="utf-8")
+    Console().print(Markdown(text))
+    print(f"Written to {out}")
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        app.cli(prog="python -m experiments", description="Experiments that show what batch norm does.")
+    except KeyboardInterrupt:
+        print("Interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        # What our own checks raise, and what the file system refuses, is for the user to read; the rest is a bug.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and HERE not in raised_in.parents:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Checkpoints of one training run: a killed run continues from the newest one.
+
+Conventions: a checkpoint holds the arrays of the training state and, as JSON, the run's Config and its progress (the
+rows so far, the seconds so far). Orbax writes it beside the training and gives it its name only once it is complete, so
+a run killed while it writes continues from the checkpoint before.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.config import Config
+from experiments.results import differences
+
+KEPT = 2  # the newest, and the one before
+
+
+class Checkpoints:
+    """The checkpoints of the run `config` in `folder`. With `folder=None`: none are kept, and none found.
+
+    Use it in a `with` statement; leaving it waits until the last checkpoint is on disk.
+    """
+
+    def __init__(self, folder: Path | None, config: Config):
+        self._folder = folder
+        self._config = config
+        self._manager = None
+        if folder is not None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore(self, state: Any) -> tuple[Any, dict] | None:
+        """Returns the newest state and its progress, or None where there is no checkpoint yet.
+
+        Args:
+          state: a state of the same structure, whose shapes, dtypes and devices the restored one gets.
+
+        Raises:
+          ValueError: the checkpoints belong to a run with another Config.
+        """
+        if self._manager is None or (step := self._manager.latest_step()) is None:
+            return None
+        saved = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+        if changed := differences(saved["config"], self._config):
+            raise ValueError(
+                f"The checkpoints in {self._folder} are of another run: {changed}. Only a run with the same settings "
+                "continues from them; delete that folder to start anew, or choose another place for this run."
+            )
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return restored.state, saved["progress"]
+
+    def save(self, step: int, state: Any, progress: dict) -> None:
+        """Copies the state to the host and writes it in the background; `progress` must be plain JSON."""
+        if self._manager is None:
+            return
+        saved = {"config": dataclasses.asdict(self._config), "progress": progress}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(saved))
+        self._manager.save(step, args=arguments)

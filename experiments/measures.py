@@ -1,0 +1,66 @@
+"""What is measured in the rows of runs, and its spread over seeds.
+
+Conventions: a run is the dict {"header": ..., "rows": [...]} that `results.read` returns; accuracies come out in %,
+times in milliseconds for a step and in seconds for a run.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Spread(NamedTuple):
+    """A measure over seeds: the mean, the standard deviation (with n - 1; NaN for a single seed), and their number."""
+
+    mean: float
+    std: float
+    n: int
+
+    def text(self, decimals: int = 1) -> str:
+        """Returns "mean ± std", or "mean (1 seed)" where there is no spread."""
+        mean = f"{self.mean:.{decimals}f}"
+        return f"{mean} (1 seed)" if self.n == 1 else f"{mean} ± {self.std:.{decimals}f}"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Returns the mean and the standard deviation of a measure over seeds."""
+    values = np.asarray(list(values), float)
+    return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan, len(values))
+
+
+def column(runs: list[dict], name: str) -> np.ndarray:
+    """Returns one field of the rows of several runs, shape [runs, rows].
+
+    A run that diverged ended early. It stays where it was, since its weights are not finite any more.
+    """
+    longest = max(len(run["rows"]) for run in runs)
+    padded = [run["rows"] + run["rows"][-1:] * (longest - len(run["rows"])) for run in runs]
+    return np.array([[row[name] for row in rows] for rows in padded])
+
+
+def final_accuracy(run: dict) -> float:
+    """Returns the test accuracy at the end, in %."""
+    return 100 * run["rows"][-1]["test_accuracy"]
+
+
+def best_accuracy(run: dict) -> float:
+    """Returns the highest test accuracy of all rows, in %."""
+    return 100 * max(row["test_accuracy"] for row in run["rows"])
+
+
+def training_seconds(run: dict, last: int | None = None) -> float:
+    """Returns the seconds of training, without compiling and evaluating, up to the row of index `last` or the end."""
+    return sum(row["seconds"] for row in run["rows"][: None if last is None else last + 1])
+
+
+def step_milliseconds(run: dict) -> float:
+    """Returns the time of a training step, in ms: the median over the rows, which a short disturbance leaves alone."""
+    steps = np.diff([0, *(row["step"] for row in run["rows"])])
+    return float(np.median([1000 * row["seconds"] / n for row, n in zip(run["rows"], steps, strict=True)]))
+
+
+def first_above(run: dict, accuracy: float) -> int | None:
+    """Returns the index of the first row whose test accuracy is at least `accuracy` (in %), or None."""
+    return next((i for i, row in enumerate(run["rows"]) if 100 * row["test_accuracy"] >= accuracy), None)

@@ -1,0 +1,237 @@
+"""The three nets of the studies in flax.linen, each with batch norm, group norm or no norm.
+
+Convention: images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
+`module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.config import Config, Norm
+from jaxbn.linen import BatchNorm
+
+MAX_GROUPS = 8
+
+
+def build(config: Config, num_classes: int) -> nn.Module:
+    """Returns the net that `config` names (its `net`, `width` and `norm`), not yet initialized.
+
+    Args:
+      config: the training run.
+      num_classes: number of logits.
+
+    Returns:
+      A module; `module.apply(variables, x, train)` gives logits of shape [n, num_classes].
+    """
+    nets = {"cnn7": CNN7, "resnet20": ResNet20, "inception": Inception}
+    return nets[config.net](num_classes=num_classes, width=config.width, norm=config.norm)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and what normalizes its output; the ReLU is the caller's.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: side of the square kernel.
+      norm: batch, group or none.
+      strides: steps between the positions of the kernel.
+      use_bias: whether the convolution has a bias. None: where no norm follows, which would remove it again.
+      use_scale: whether the norm learns a scale as well as a bias.
+      momentum: weight of the old value in batch norm's running statistics.
+      epsilon: what both norms add to the variance.
+      kernel_init: initializer of the kernel.
+    """
+
+    features: int
+    kernel_size: int
+    norm: Norm
+    strides: int = 1
+    use_bias: bool | None = None
+    use_scale: bool = True
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the normalized convolution of x, shape [n, height, width, features]."""
+        x = nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            self.strides,
+            use_bias=self.norm == "none" if self.use_bias is None else self.use_bias,
+            kernel_init=self.kernel_init,
+        )(x)
+        if self.norm == "batch":
+            return BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                use_scale=self.use_scale,
+            )(x)
+        if self.norm == "group":
+            return nn.GroupNorm(num_groups(self.features), epsilon=self.epsilon, use_scale=self.use_scale)(x)
+        return x
+
+
+class CNN7(nn.Module):
+    """Six 3x3 convolutions, a global average and a dense layer: seven layers with weights."""
+
+    num_classes: int
+    width: float
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits of the images x."""
+        for features, strides in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 1)):
+            x = nn.relu(ConvNorm(scaled(features, self.width), 3, self.norm, strides)(x, train))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class ResNet20(nn.Module):
+    """The 20-layer residual net for CIFAR-10: three stages of three blocks.
+
+    References:
+      He, Zhang, Ren, Sun 2015, "Deep residual learning for image recognition", section 4.2; its weights start as in
+      He, Zhang, Ren, Sun 2015, "Delving deep into rectifiers".
+    """
+
+    num_classes: int
+    width: float
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits of the images x."""
+        conv = functools.partial(ConvNorm, norm=self.norm, kernel_init=nn.initializers.he_normal())
+        x = nn.relu(conv(scaled(16, self.width), 3)(x, train))
+        for stage, features in enumerate((16, 32, 64)):
+            features = scaled(features, self.width)
+            for block in range(3):
+                strides = 2 if stage > 0 and block == 0 else 1
+                y = nn.relu(conv(features, 3, strides=strides)(x, train))
+                y = conv(features, 3)(y, train)
+                x = nn.relu(y + shortcut(x, features, strides))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
+    """Returns x brought to the shape of a block's output without parameters (option A of He et al. 2015).
+
+    Every `strides`-th position is kept, and the channels that x lacks are zeros.
+    """
+    return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+
+# Channels of the nine modules: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection (Szegedy et al. 2015, table 1).
+INCEPTION_CHANNELS = (
+    (64, 96, 128, 16, 32, 32),
+    (128, 128, 192, 32, 96, 64),
+    (192, 96, 208, 16, 48, 64),
+    (160, 112, 224, 24, 64, 64),
+    (128, 128, 256, 24, 64, 64),
+    (112, 144, 288, 32, 64, 64),
+    (256, 160, 320, 32, 128, 128),
+    (256, 160, 320, 32, 128, 128),
+    (384, 192, 384, 48, 128, 128),
+)
+
+
+class Inception(nn.Module):
+    """Nine Inception modules straight on the image, without a stem: the net of the published CIFAR-10 comparison.
+
+    Its convolutions never have a bias, its norms have no scale, and the rest follows Keras's defaults (momentum 0.99,
+    epsilon 1e-3, Glorot-uniform kernels), as published.
+
+    References:
+      Szegedy et al. 2015, "Going deeper with convolutions".
+    """
+
+    num_classes: int
+    width: float
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits of the images x."""
+        for number, channels in enumerate(INCEPTION_CHANNELS, start=1):
+            x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.norm)(x, train)
+            if number in (2, 7):
+                x = max_pool(x, strides=2)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x.mean((1, 2)))
+
+
+class InceptionModule(nn.Module):
+    """Four branches side by side, joined along the channels.
+
+    Attributes:
+      channels: of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
+      norm: batch, group or none.
+    """
+
+    channels: tuple[int, int, int, int, int, int]
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the four branches' outputs, shape [n, height, width, sum of their channels]."""
+
+        def conv(features, kernel_size, x):
+            layer = ConvNorm(
+                features,
+                kernel_size,
+                self.norm,
+                use_bias=False,
+                use_scale=False,
+                momentum=0.99,
+                epsilon=1e-3,
+                kernel_init=nn.initializers.glorot_uniform(),
+            )
+            return nn.relu(layer(x, train))
+
+        one, three_reduce, three, five_reduce, five, projection = self.channels
+        branches = (
+            conv(one, 1, x),
+            conv(three, 3, conv(three_reduce, 1, x)),
+            conv(five, 5, conv(five_reduce, 1, x)),
+            conv(projection, 1, max_pool(x, strides=1)),
+        )
+        return jnp.concatenate(branches, axis=-1)
+
+
+def max_pool(x: jax.Array, *, strides: int) -> jax.Array:
+    """Returns the largest values in 3x3 windows, at every `strides`-th position, as flax.linen.max_pool with SAME.
+
+    It takes the maximum of three shifted copies along each axis, because the derivative of XLA's own window operation
+    makes a step of the Inception net half as slow again on a CPU.
+    """
+    for axis in (1, 2):
+        size = -(-x.shape[axis] // strides)
+        span = (size - 1) * strides + 1  # from the first position to the last
+        missing = max(span + 2 - x.shape[axis], 0)
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (missing // 2, missing - missing // 2)
+        padded = jnp.pad(x, widths, constant_values=-jnp.inf)
+        first, second, third = (jax.lax.slice_in_dim(padded, i, i + span, strides, axis) for i in range(3))
+        x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
+def scaled(features: int, width: float) -> int:
+    """Returns `features` times `width`, rounded, at least 1; whatever the norm, so that arms compare like with like."""
+    return max(1, round(features * width))
+
+
+def num_groups(features: int) -> int:
+    """Returns the number of groups for group norm: the largest divisor of `features` that is at most 8.
+
+    Wu and He (2018) use 32 groups or 16 channels a group on nets of 64 to 2048 channels. These nets start at 16
+    channels, where 32 groups are impossible and 8 leave two channels to share a mean. A divisor exists for every number
+    of channels, so that group norm never changes the widths.
+    """
+    return max(g for g in range(1, MAX_GROUPS + 1) if features % g == 0)

@@ -1,0 +1,107 @@
+"""The report: experiments/README.md, the figures and the list of studies, made from the result files alone."""
+
+from pathlib import Path
+from types import ModuleType
+
+from experiments import plots, results, study
+from experiments.config import PRESETS
+
+HEAD = """# Experiments
+
+Written by `python -m experiments table` from the files in `results/`; to change it, change a study or its results.
+Every number is mean ± standard deviation over seeds; accuracies are on the test set; times depend on the hardware.
+
+`python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
+interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
+within two minutes.
+"""
+
+
+def readme(folder: Path) -> str:
+    """Returns the text of experiments/README.md for the results in `folder`."""
+    return "\n".join([HEAD, *(_chapter(study.load(name), folder) for name in study.names())])
+
+
+def figures(module: ModuleType, folder: Path, out: Path) -> list[Path]:
+    """Draws the figure of every preset of a study that has all its results; returns the files written."""
+    return [
+        plots.save(module.plot(found), out / _figure_name(module, preset), digest=results.digest(found))
+        for preset in PRESETS
+        if (found := study.collect(module, preset, folder))
+    ]
+
+
+def state(module: ModuleType, folder: Path) -> str:
+    """Returns how far a study is, in words."""
+    return "; ".join(f"{preset}: {_state(module, preset, folder)}" for preset in PRESETS)
+
+
+def text(module: ModuleType, folder: Path, section: str) -> str:
+    """Returns a section of a study's docstring that holds no finding, with the measured time filled in."""
+    return study.sections(module)[section].replace("{time}", _times(module, folder))
+
+
+def _chapter(module, folder):
+    """The part of the README about one study."""
+    name = study.short_name(module)
+    parts = [f"## {name}", f"**{text(module, folder, 'Question')}**", f"`{text(module, folder, 'Command')}`"]
+    parts += [f"Time: {text(module, folder, 'Time')}.", f"Refuted if {text(module, folder, 'Refuted if')}"]
+    for preset in PRESETS:
+        parts.append(f"### {name}, {preset}")
+        found = study.collect(module, preset, folder)
+        if found is None:
+            parts.append(f"{module.SETUP[preset]} {_state(module, preset, folder).capitalize()}.")
+            continue
+        finding = study.sections(module)["Finding"].format(**module.summary(found))
+        parts += [module.SETUP[preset], _markdown(module.table(found, preset)), finding]
+        parts += [f"![{name}, {preset}](figures/{_figure_name(module, preset)})", _origin(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _state(module, preset, folder):
+    found = results.read_study(folder, study.short_name(module), preset)
+    if not found:
+        return "not run yet"
+    done = study.collect(module, preset, folder) is not None
+    n = sum(map(len, found.values()))
+    return f"{n} run{'s' * (n > 1)}" + ("" if done else ", unfinished")
+
+
+def _times(module, folder):
+    """The time a study has taken, by preset."""
+    times = []
+    for preset in PRESETS:
+        runs = [run for group in (study.collect(module, preset, folder) or {}).values() for run in group]
+        if runs:
+            minutes = sum(run["header"]["seconds"] for run in runs) / 60
+            times.append(f"{preset} {minutes:.1f} min for {len(runs)} runs")
+        else:
+            times.append(f"{preset} not run yet")
+    return ", ".join(times)
+
+
+def _origin(found):
+    """Where results come from: hardware, versions and commits, each once."""
+    headers = [run["header"] for group in found.values() for run in group]
+    machines = {_hardware(header["hardware"]) for header in headers}
+    versions = {", ".join(f"{k} {v}" for k, v in header["versions"].items()) for header in headers}
+    commits = {header["commit"] or "unknown" for header in headers}
+    return (
+        f"Measured on {'; '.join(sorted(machines))}, with {'; '.join(sorted(versions))}, "
+        f"at commit {', '.join(c[:12] + ('-modified' if c.endswith('-modified') else '') for c in sorted(commits))}."
+    )
+
+
+def _hardware(hardware):
+    cpu = f"{hardware['cpu_count']} cores of {hardware['cpu']}"
+    return cpu if hardware["platform"] == "cpu" else f"{hardware['devices']} x {hardware['device']}, {cpu}"
+
+
+def _figure_name(module, preset):
+    return f"{study.short_name(module)}-{preset}.png"
+
+
+def _markdown(lines):
+    """A table in Markdown: one dict per line, whose keys are the columns."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

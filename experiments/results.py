@@ -1,0 +1,171 @@
+"""The results of runs as files: one JSONL per run, a header line and then one line per row.
+
+Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...]}; the header says what was
+run, with which versions, on what hardware, from which commit. A number that is not finite is null in the file and NaN
+when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.config import Config
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
+
+
+def run_path(folder: Path, study: str, preset: str, label: str, seed: int) -> Path:
+    """Returns where the result of one run of a study is kept.
+
+    Raises:
+      ValueError: the label cannot be part of a file's name.
+    """
+    if not LABEL.fullmatch(label):
+        raise ValueError(
+            f"label={label!r}; letters, digits and . _ + = , - are accepted, since it names a file; rename it."
+        )
+    return folder / study / preset / f"{label}-seed{seed}.jsonl"
+
+
+def write(path: Path, header: dict, rows: list[dict]) -> None:
+    """Writes a finished run in one go: the file is there completely or not at all."""
+    lines = [json.dumps(_finite(line), allow_nan=False) for line in (header, *rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> dict:
+    """Returns the run in a file: {"header": dict, "rows": list of dicts}.
+
+    Raises:
+      ValueError: the file is not a result file.
+    """
+    try:
+        header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not (rows and isinstance(header["config"], dict) and all(isinstance(row, dict) for row in rows)):
+            raise ValueError("no config or no rows")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a result file ({error}); a line with the header and one per row is expected; "
+            "delete it, and the same command makes it anew."
+        ) from None
+    nan = float("nan")
+    return {"header": header, "rows": [{k: nan if v is None else v for k, v in row.items()} for row in rows]}
+
+
+def finished(path: Path, config: Config) -> bool:
+    """Says whether the run `config` has already been written to `path`.
+
+    Raises:
+      ValueError: the file is the result of another config.
+    """
+    if not path.exists():
+        return False
+    if changed := differences(read(path)["header"]["config"], config):
+        raise ValueError(
+            f"{path} is the result of another run: {changed}. It is not overwritten; delete it to run anew, "
+            "or write to another folder."
+        )
+    return True
+
+
+def differences(stored: dict, config: Config) -> str:
+    """Says which settings of a stored config differ from `config`, in words; empty where none does.
+
+    A setting that was not there yet when the config was stored had its default value.
+    """
+    wanted = dataclasses.asdict(config)
+    stored = {field.name: field.default for field in dataclasses.fields(Config)} | stored
+    return ", ".join(
+        f"{key} was {stored.get(key)!r} and is now {wanted.get(key)!r}"
+        for key in {**wanted, **stored}
+        if stored.get(key) != wanted.get(key)
+    )
+
+
+def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:
+    """Returns all finished runs of a study: label -> runs by seed. The labels are in alphabetical order."""
+    runs = {}
+    for path in sorted((folder / study / preset).glob("*-seed*.jsonl")):
+        runs.setdefault(path.stem.rpartition("-seed")[0], []).append(read(path))
+    return {label: sorted(group, key=lambda run: run["header"]["config"]["seed"]) for label, group in runs.items()}
+
+
+def header(config: Config, *, parameters: int, seconds: float) -> dict:
+    """Returns the first line of a result file: what was run, and with what.
+
+    Args:
+      config: the run.
+      parameters: number of trained parameters.
+      seconds: that the run took in all, compilation and evaluation included.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "config": dataclasses.asdict(config),
+        "parameters": parameters,
+        "seconds": seconds,
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": hardware(),
+        "commit": commit(),
+    }
+
+
+def hardware() -> dict:
+    """Returns what the run's seconds depend on: the accelerator, and the processor's model and number of cores."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def commit() -> str | None:
+    """Returns the commit of the sources, with "-modified" where they differ from it; None outside a repository."""
+    root = Path(__file__).parents[1]
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--", "*.py", "pyproject.toml"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-modified" if changed else head
+
+
+def digest(runs: dict[str, list[dict]]) -> str:
+    """Returns a short name for the contents of results, written into the figures that are drawn from them."""
+    text = json.dumps({label: [_finite(run) for run in group] for label, group in runs.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finite(value):
+    """The value with None for every number that is not finite, since JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cpu_model():
+    """The processor's model, as Linux and macOS tell it."""
+    if sys.platform == "linux":
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1] if found else platform.machine()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""One file per question; `experiments.study` says what such a file holds."""

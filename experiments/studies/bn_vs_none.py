@@ -1,0 +1,113 @@
+"""Does batch norm train the Inception net faster and better?
+
+Command: python -m experiments run bn_vs_none --preset small
+
+Time: sized for a quarter of an hour on 2 CPU cores (small) and a few hours on one GPU (full); measured: {time}
+
+Finding: With batch norm the net ends at {batch} % test accuracy, without at {none} %, a difference of {gain} points.
+{passes}. A step takes {batch_ms} ms with batch norm and {none_ms} ms without, {cost} times as long. {verdict}.
+
+Refuted if: the difference in final test accuracy is no larger than its standard deviation over seeds, or the net with
+batch norm needs as much time as the one without to reach the best accuracy of the latter.
+"""
+
+from matplotlib.figure import Figure
+
+from experiments import plots
+from experiments.config import PRESETS, Config
+from experiments.measures import (
+    best_accuracy,
+    column,
+    final_accuracy,
+    first_above,
+    spread,
+    step_milliseconds,
+    training_seconds,
+)
+
+ARMS = ("batch", "none")
+PUBLISHED = {"batch": "~87", "none": "~66"}  # best validation accuracy in %, read off a bar chart
+SETUP = {
+    "small": "A narrow Inception net (an eighth of the channels) on images halved to 16x16, not the published net.",
+    "full": "The published net and protocol.",
+}
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns the two arms; what `small` makes smaller is said in `SETUP`."""
+    config = PRESETS[preset]
+    if preset == "small":
+        config = config.replace(net="inception", width=0.125, batch_size=50, lr_decay_epochs=6)
+    return {norm: config.replace(norm=norm) for norm in ARMS}
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
+    pairs = list(zip(*(results[norm] for norm in ARMS), strict=False))
+    gain = spread(final_accuracy(batch) - final_accuracy(none) for batch, none in pairs)
+    targets = [best_accuracy(none) for _, none in pairs]
+    reached = [first_above(batch, target) for (batch, _), target in zip(pairs, targets, strict=True)]
+    if None in reached:
+        faster, passes = False, "Not with every seed does it reach the best accuracy of the net without"
+    else:
+        epochs = spread(batch["rows"][row]["epoch"] for (batch, _), row in zip(pairs, reached, strict=True))
+        time = spread(
+            100 * training_seconds(batch, row) / training_seconds(none, first_above(none, target))
+            for (batch, none), row, target in zip(pairs, reached, targets, strict=True)
+        )
+        faster = time.mean < 100
+        passes = (
+            f"It reaches the best accuracy of the net without after {epochs.text()} of "
+            f"{pairs[0][0]['header']['config']['epochs']} epochs, in {time.text()} % of the time"
+        )
+    return {
+        "batch": spread(map(final_accuracy, results["batch"])).text(),
+        "none": spread(map(final_accuracy, results["none"])).text(),
+        "gain": gain.text(),
+        "passes": passes,
+        "verdict": "The claim holds here" if faster and gain.mean > gain.std else "This does not show the claim",
+        "batch_ms": spread(map(step_milliseconds, results["batch"])).text(),
+        "none_ms": spread(map(step_milliseconds, results["none"])).text(),
+        "cost": spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in pairs).text(2),
+    }
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per arm; the published figures beside ours where the protocol is the published one."""
+    lines = []
+    for norm in ARMS:
+        group = results[norm]
+        line = {
+            "norm": plots.NAMES[norm],
+            "final test accuracy, %": spread(map(final_accuracy, group)).text(),
+            "best test accuracy, %": spread(map(best_accuracy, group)).text(),
+        }
+        if preset == "full":
+            line["published best, %"] = PUBLISHED[norm]
+        line |= {
+            "time per step, ms": spread(map(step_milliseconds, group)).text(),
+            "training, s": spread(map(training_seconds, group)).text(),
+            "seeds": str(len(group)),
+        }
+        lines.append(line)
+    return lines
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns accuracy against epoch, accuracy against time, and the time of a step."""
+    by_epoch, by_time, bars = [], [], []
+    for norm in ARMS:
+        name, color = plots.NAMES[norm], plots.COLORS[norm]
+        accuracy = 100 * column(results[norm], "test_accuracy")
+        epochs = column(results[norm], "epoch").max(axis=0)
+        seconds = column(results[norm], "seconds").cumsum(axis=1).mean(axis=0)
+        by_epoch.append(plots.Line(name, epochs, accuracy, color))
+        by_time.append(plots.Line(name, seconds, accuracy, color))
+        bars.append(plots.Bar(name, [step_milliseconds(run) for run in results[norm]], color))
+    return plots.draw(
+        [
+            plots.Lines("epoch", "test accuracy (%)", by_epoch),
+            plots.Lines("training time (s)", "test accuracy (%)", by_time),
+            plots.Bars("time per training step (ms)", bars),
+        ]
+    )

@@ -1,0 +1,140 @@
+"""What a study is, and how its runs become result files.
+
+A study is a module in `experiments.studies`, named after its question, with
+
+- a docstring: the question in its first line, then paragraphs that begin with the words of `SECTIONS`; their fields in
+  braces are filled in from results, so that no finding is typed by hand;
+- `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
+- `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
+- `summary(results) -> dict[field, text]`: the fields of the finding;
+- `table(results, preset) -> list[dict[column, text]]`;
+- `plot(results) -> Figure`.
+
+`results` is always label -> runs over seeds, as `results.read_study` returns them.
+"""
+
+import difflib
+import functools
+import importlib
+import pkgutil
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import jax
+
+from experiments import data, results, studies, train
+from experiments.config import PRESETS, Config
+from experiments.display import Display
+
+SECTIONS = ("Command", "Time", "Finding", "Refuted if")
+
+
+def names() -> list[str]:
+    """Returns the names of all studies."""
+    return sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
+
+
+def load(name: str) -> ModuleType:
+    """Returns the module of a study.
+
+    Raises:
+      ValueError: there is no such study.
+    """
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "choose one of those."
+        raise ValueError(f"study={name!r}; the studies are {', '.join(names())}; {hint}")
+    return importlib.import_module(f"experiments.studies.{name}")
+
+
+def select(name: str) -> list[ModuleType]:
+    """Returns the studies that a name on the command line stands for; "all" stands for all of them."""
+    return [load(each) for each in (names() if name == "all" else [name])]
+
+
+def short_name(module: ModuleType) -> str:
+    """Returns the name by which a study is called."""
+    return module.__name__.rpartition(".")[2]
+
+
+def sections(module: ModuleType) -> dict[str, str]:
+    """Returns the docstring in parts: "Question" and one entry for each of `SECTIONS`, each on one line.
+
+    Raises:
+      ValueError: a section is missing.
+    """
+    text = " ".join((module.__doc__ or "").split())
+    parts = re.split(rf"(?:^| )({'|'.join(SECTIONS)}): ", text)
+    found = {"Question": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    if missing := [section for section in SECTIONS if section not in found]:
+        raise ValueError(
+            f"The docstring of the study {short_name(module)} has no {', '.join(missing)}; it must hold the question "
+            f"and paragraphs that begin with {', '.join(s + ':' for s in SECTIONS)}; write them."
+        )
+    return found
+
+
+def collect(module: ModuleType, preset: str, folder: Path) -> dict[str, list[dict]] | None:
+    """Returns the results of a study in the order of its runs; None where not every run has a result yet.
+
+    Raises:
+      ValueError: a file in the folder is the result of another config.
+    """
+    name, configs = short_name(module), module.runs(preset)
+    found = results.read_study(folder, name, preset)
+    for label, config in configs.items():
+        for seed in (run["header"]["config"]["seed"] for run in found.get(label, [])):
+            results.finished(results.run_path(folder, name, preset, label, seed), config.replace(seed=seed))
+    return {label: found[label] for label in configs} if configs.keys() <= found.keys() else None
+
+
+def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, folder: Path) -> None:
+    """Trains whatever a study has no result of yet: every label with the seeds 0 .. seeds - 1.
+
+    The seeds go round in the outer loop, so that a study stopped half-way compares like with like.
+
+    Raises:
+      ValueError: unknown preset, no seeds, or a result of another config is in the way.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}; the presets are {', '.join(PRESETS)}; choose one of those.")
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}; at least 1 is accepted; 3 give a spread.")
+    plan = [
+        (results.run_path(folder, short_name(module), preset, label, seed), config.replace(seed=seed))
+        for seed in range(seeds)
+        for label, config in module.runs(preset).items()
+    ]
+    for path, config in plan:
+        results.finished(path, config)  # refuses a stale file before the first second of training
+    with Display(len(plan)) as display:
+        for path, config in plan:
+            name = f"{short_name(module)} {path.stem}"
+            if results.finished(path, config):
+                display.skip(name)
+                shutil.rmtree(_checkpoints(path), ignore_errors=True)
+            else:
+                train_to_file(config, path, data_dir=data_dir, on_progress=display.run(name))
+
+
+def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progress: Callable | None = None) -> None:
+    """Trains one run and writes its result. Killed at any moment, the same call continues from the last checkpoint."""
+    dataset = _load(config.data, config.image_size, config.train_images, data_dir)
+    trained = train.fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress)
+    parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
+    results.write(path, results.header(config, parameters=parameters, seconds=trained.seconds), trained.rows)
+    shutil.rmtree(_checkpoints(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name, image_size, train_images, data_dir):
+    """The data set, kept for the next run, which mostly has the same."""
+    return data.load(name, image_size=image_size, train_images=train_images, data_dir=data_dir)
+
+
+def _checkpoints(path):
+    """Where the checkpoints of the run that will be written to `path` are kept until then."""
+    return path.with_suffix(".unfinished")

@@ -1,0 +1,197 @@
+"""The training loop: every run of every study goes through `fit`.
+
+Conventions: the loop is Python, and between two rows it never waits for the device. All randomness comes from
+`Config.seed`, the epoch and the step, so that a continued run needs nothing but the state. Accuracies are fractions,
+losses are mean cross-entropies in nats, times are seconds.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config
+from experiments.data import Dataset
+from experiments.programs import compile_programs, evaluate
+
+CHECKPOINT_STEPS = 500  # besides the checkpoint at every row
+PROGRESS_SECONDS = 0.1  # shortest time between two calls of on_progress
+
+
+class Progress(NamedTuple):
+    """What `on_progress` is told.
+
+    Attributes:
+      step: the newest step that has finished.
+      steps: of the whole run.
+      loss: of that step's batch; at a row, the row's training loss.
+      row: the row that has just ended, or None in between.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    row: dict | None
+
+
+class Trained(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      rows: one dict per evaluation, `Config.evaluations` of them per epoch.
+      variables: the trained net's `params` and `batch_stats`, for `module.apply`.
+      seconds: that the run took in all, compilation and evaluation included, interruptions left out.
+    """
+
+    rows: list[dict]
+    variables: dict
+    seconds: float
+
+
+def fit(
+    config: Config,
+    dataset: Dataset,
+    *,
+    checkpoint_dir: Path | None = None,
+    checkpoint_steps: int = CHECKPOINT_STEPS,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Trains the net of `config` on `dataset`, from the newest checkpoint where there is one.
+
+    The images that fill no whole batch are left out of their epoch; the next epoch has another order. A run whose
+    training loss stops being finite ends there, with `diverged` true in its last row.
+
+    Each row holds: `step` and `epoch` reached (a fraction between whole epochs); `learning_rate`; `train_loss` and
+    `train_accuracy` as met while training since the last row; `test_loss` and `test_accuracy` of the whole test set in
+    evaluation mode; `seconds` of training and `compile_seconds` since the last row; `diverged`.
+
+    Args:
+      config: the run.
+      dataset: its images and labels.
+      checkpoint_dir: where checkpoints are kept, at every row and every `checkpoint_steps` steps. None: nowhere.
+      checkpoint_steps: steps between checkpoints.
+      on_progress: called at every row, and in between at most ten times a second.
+
+    Returns:
+      The rows and the trained variables, the same bits however often the run was interrupted; and the seconds.
+
+    Raises:
+      ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints are another run's.
+    """
+    began = time.perf_counter()
+    steps_per_epoch = _steps_per_epoch(config, dataset)
+    row_ends, stops = _schedule(config, steps_per_epoch, checkpoint_steps)
+    reporter = _Reporter(on_progress, row_ends[-1])
+    train_set = jax.device_put((dataset.train_images, dataset.train_labels))
+    test_set = jax.device_put((dataset.test_images, dataset.test_labels))
+    init_key, order_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
+
+    with Checkpoints(checkpoint_dir, config) as checkpoints:
+        clock = time.perf_counter()
+        programs = compile_programs(
+            config, len(dataset.class_names), dataset.train_images.shape, dataset.test_images.shape
+        )
+        compiling = time.perf_counter() - clock
+        state, rows, training, earlier = programs.init(init_key), [], 0.0, 0.0
+        if restored := checkpoints.restore(state):
+            state, progress = restored
+            rows, training, earlier = progress["rows"], progress["training"], progress["total"]
+            compiling += progress["compiling"]
+        step = int(state.step)
+
+        for stop in stops:
+            if stop <= step or (rows and rows[-1]["diverged"]):
+                continue
+            epoch = step // steps_per_epoch
+            clock = time.perf_counter()
+            order = programs.order(order_key, np.int32(epoch))
+            rate = jax.device_put(np.float32(learning_rate(config, epoch)))
+            while step < stop:
+                state, loss = programs.train(state, train_set, order, augment_key, rate)
+                step += 1
+                reporter.step(step, loss)
+            jax.block_until_ready(state)
+            training += time.perf_counter() - clock
+            if stop in row_ends:
+                steps = step - (rows[-1]["step"] if rows else 0)
+                row = {
+                    "step": step,
+                    "epoch": step / steps_per_epoch,
+                    "learning_rate": learning_rate(config, epoch),
+                    "train_loss": float(state.loss) / steps,
+                    "train_accuracy": int(state.correct) / (steps * config.batch_size),
+                    **dict(zip(("test_loss", "test_accuracy"), evaluate(programs, state, test_set), strict=True)),
+                    "seconds": training,
+                    "compile_seconds": compiling,
+                    "diverged": not math.isfinite(float(state.loss)),
+                }
+                rows.append(row)
+                reporter.row(row)
+                state = state._replace(loss=jnp.zeros_like(state.loss), correct=jnp.zeros_like(state.correct))
+                training = compiling = 0.0
+            total = earlier + time.perf_counter() - began
+            checkpoints.save(step, state, {"rows": rows, "training": training, "compiling": compiling, "total": total})
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return Trained(rows, variables, earlier + time.perf_counter() - began)
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """The published schedule: the initial rate times 0.1^floor((1 + epoch) / decay), epochs counted from 0."""
+    return config.learning_rate * 0.1 ** ((1 + epoch) // config.lr_decay_epochs)
+
+
+def _steps_per_epoch(config, dataset):
+    """The number of whole batches in the training set."""
+    n = len(dataset.train_images)
+    if n < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is larger than the {n} training images of {dataset.name}; "
+            "a step needs a whole batch; lower it."
+        )
+    steps = n // config.batch_size
+    if config.evaluations > steps:
+        raise ValueError(
+            f"evaluations={config.evaluations} per epoch, but an epoch has only {steps} steps; "
+            f"choose evaluations up to {steps}, or lower batch_size."
+        )
+    return steps
+
+
+def _schedule(config, steps_per_epoch, checkpoint_steps):
+    """The steps after which a row ends, and all the steps at which the loop stops, to evaluate or to save."""
+    per_epoch = [k * steps_per_epoch // config.evaluations for k in range(1, config.evaluations + 1)]
+    row_ends = [epoch * steps_per_epoch + end for epoch in range(config.epochs) for end in per_epoch]
+    return row_ends, sorted({*row_ends, *range(checkpoint_steps, row_ends[-1], checkpoint_steps)})
+
+
+class _Reporter:
+    """Tells `on_progress` about steps that have already finished, so that the loop never waits for the device."""
+
+    def __init__(self, on_progress, steps):
+        self._on_progress = on_progress
+        self._steps = steps
+        self._running = deque()
+        self._last = 0.0
+
+    def step(self, step, loss):
+        if self._on_progress is None:
+            return
+        self._running.append((step, loss))
+        finished = None
+        while self._running and self._running[0][1].is_ready():
+            finished = self._running.popleft()
+        if finished and time.perf_counter() - self._last >= PROGRESS_SECONDS:
+            self._last = time.perf_counter()
+            self._on_progress(Progress(finished[0], self._steps, float(finished[1]), None))
+
+    def row(self, row):
+        if self._on_progress is not None:
+            self._running.clear()
+            self._on_progress(Progress(row["step"], self._steps, row["train_loss"], row))

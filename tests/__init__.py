@@ -1,0 +1,1 @@
+"""The tests of jaxbn and of its experiments."""

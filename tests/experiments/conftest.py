@@ -1,0 +1,62 @@
+"""What the tests of training share: a data set that needs no file, and a net that compiles in seconds."""
+
+import numpy as np
+import pytest
+
+from experiments.config import Config
+from experiments.data import Dataset
+
+
+@pytest.fixture(scope="session")
+def blobs() -> Dataset:
+    """Images of 8x8 pixels: noise, with one bright row that gives the class away; 620 are for testing."""
+
+    def images_of(n):
+        labels = generator.integers(0, 4, n, dtype=np.int32)
+        images = generator.integers(0, 100, (n, 8, 8, 1), dtype=np.uint8)
+        images[np.arange(n), 2 * labels] += 120
+        return images, labels
+
+    generator = np.random.default_rng(0)
+    train, test = images_of(70), images_of(620)
+    return Dataset("blobs", "made up for tests", *train, *test, ("0", "1", "2", "3"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """A run of 2 epochs of 4 steps on `blobs`; 6 of its 70 images fill no batch."""
+    return Config(data="digits", image_size=8, net="cnn7", width=0.25, batch_size=16, epochs=2, learning_rate=0.05)
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    """Returns a function that makes up a run as `results.read` returns it."""
+
+    def make(config: Config, accuracies=(0.2, 0.4), diverged=False, commit="c0ffee") -> dict:
+        rows = [
+            {
+                "step": 10 * epoch,
+                "epoch": float(epoch),
+                "learning_rate": config.learning_rate,
+                "train_loss": 1.0,
+                "train_accuracy": accuracy,
+                "test_loss": 1.0,
+                "test_accuracy": accuracy,
+                "seconds": 2.0,
+                "compile_seconds": 0.0,
+                "diverged": diverged and epoch == len(accuracies),
+            }
+            for epoch, accuracy in enumerate(accuracies, start=1)
+        ]
+        hardware = {"platform": "cpu", "device": "cpu", "devices": 1, "cpu": "Z80", "cpu_count": 2}
+        header = {
+            "config": vars(config).copy(),
+            "parameters": 7,
+            "seconds": 60.0,
+            "versions": {"python": "3.11", "jax": "0.10"},
+            "hardware": hardware,
+            "commit": commit,
+        }
+        return {"header": header, "rows": rows}
+
+    return make

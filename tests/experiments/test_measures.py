@@ -1,0 +1,50 @@
+"""Measures of runs, against hand-made rows."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments import measures
+from experiments.config import Config
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run(Config(), accuracies=(0.2, 0.6, 0.5))
+
+
+def test_spread_is_mean_and_sample_standard_deviation():
+    assert measures.spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+
+
+def test_single_seed_has_no_spread():
+    single = measures.spread([2.0])
+    assert math.isnan(single.std) and single.text() == "2.0 (1 seed)"
+
+
+def test_spread_is_quoted_as_mean_and_deviation():
+    assert measures.spread([1.0, 2.0, 3.0]).text(2) == "2.00 ± 1.00"
+
+
+def test_diverged_run_stays_where_it_was(make_run):
+    short = make_run(Config(), accuracies=(0.1,), diverged=True)
+    column = measures.column([short, make_run(Config(), accuracies=(0.3, 0.4, 0.5))], "test_accuracy")
+    np.testing.assert_array_equal(column, [[0.1, 0.1, 0.1], [0.3, 0.4, 0.5]])
+
+
+def test_final_and_best_accuracy_are_percentages(run):
+    assert (measures.final_accuracy(run), measures.best_accuracy(run)) == (50.0, 60.0)
+
+
+def test_time_of_a_step_withstands_one_slow_row(run):
+    run["rows"][1]["seconds"] = 1000.0
+    assert measures.step_milliseconds(run) == 200.0
+
+
+def test_training_seconds_add_up(run):
+    assert measures.training_seconds(run) == 6.0 and measures.training_seconds(run, 1) == 4.0
+
+
+def test_first_row_above_an_accuracy(run):
+    assert [measures.first_above(run, accuracy) for accuracy in (10, 20, 55, 61)] == [0, 0, 1, None]

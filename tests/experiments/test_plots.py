@@ -1,0 +1,51 @@
+"""Figures: the same results give the same file, and a reader finds names, units and spread in them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import plots
+
+X = np.array([1.0, 2.0, 3.0])
+LINES = plots.Lines(
+    "epoch",
+    "test accuracy (%)",
+    [
+        plots.Line("batch norm", X, np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 3.1]]), plots.COLORS["batch"]),
+        plots.Line("no norm", X, np.array([[1.0, 2.0, 2.9]]), plots.COLORS["none"], "--"),
+    ],
+)
+BARS = plots.Bars("time (ms)", [plots.Bar("batch norm", [1.0, 2.0], "#0072B2"), plots.Bar("no norm", [1.0], "#D55E00")])
+
+
+def test_same_results_give_the_same_bytes(tmp_path):
+    first, second = (plots.save(plots.draw([LINES, BARS]), tmp_path / f"{i}.png", digest="d") for i in range(2))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_file_says_which_results_it_shows_and_no_date(tmp_path):
+    path = plots.save(plots.draw([BARS]), tmp_path / "new" / "a.png", digest="abc")
+    assert Image.open(path).text == {"Description": "results abc"}
+
+
+@pytest.mark.parametrize("panel", [LINES, BARS])
+def test_axes_name_quantity_and_unit(panel):
+    assert plots.draw([panel]).axes[0].get_ylabel() == panel.ylabel
+
+
+def test_band_shows_the_spread_where_there_are_seeds():
+    assert len(plots.draw([LINES]).axes[0].collections) == 1
+
+
+def test_every_line_bears_its_name():
+    assert [text.get_text() for text in plots.draw([LINES]).axes[0].texts] == ["no norm", "batch norm"]
+
+
+@pytest.mark.parametrize("heights", [[0.1, 0.1, 0.1], [0.0, 0.5, 1.0], [0.98, 0.99, 1.0], [0.5]])
+def test_names_keep_their_distance_and_stay_below_the_top(heights):
+    moved = plots.spread_out(heights)
+    assert all(np.diff(moved) >= plots.LABEL_GAP - 1e-12) and max(moved) <= 1
+
+
+def test_names_that_are_apart_stay_at_their_lines():
+    assert plots.spread_out([0.1, 0.5, 0.9]) == [0.1, 0.5, 0.9]

@@ -1,0 +1,113 @@
+"""Result files: what is written is what is read, completely or not at all, and never over another run's."""
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from experiments import results
+from experiments.config import Config
+
+CONFIG = Config(data="digits", image_size=8, learning_rate=0.1)
+
+
+def test_reading_gives_what_was_written(tmp_path, make_run):
+    run = make_run(CONFIG)
+    results.write(tmp_path / "a" / "b.jsonl", run["header"], run["rows"])
+    assert results.read(tmp_path / "a" / "b.jsonl") == run
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path, make_run):
+    run = make_run(CONFIG)
+    run["rows"][0] |= {"train_loss": math.nan, "test_loss": math.inf}
+    results.write(tmp_path / "r.jsonl", run["header"], run["rows"])
+    assert json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])["train_loss"] is None
+    assert math.isnan(results.read(tmp_path / "r.jsonl")["rows"][0]["test_loss"])
+
+
+def test_interrupted_write_leaves_the_old_file_as_it_was(tmp_path, make_run, monkeypatch):
+    path, run = tmp_path / "r.jsonl", make_run(CONFIG)
+    results.write(path, run["header"], run["rows"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        results.write(path, run["header"], run["rows"][:1])
+    assert results.read(path) == run
+
+
+def test_unfinished_write_is_no_result(tmp_path, make_run, monkeypatch):
+    run = make_run(CONFIG)
+    monkeypatch.setattr(os, "replace", lambda *_: None)
+    results.write(results.run_path(tmp_path, "study", "small", "a", 0), run["header"], run["rows"])
+    assert results.read_study(tmp_path, "study", "small") == {}
+
+
+def test_run_without_a_file_is_not_finished(tmp_path):
+    assert not results.finished(tmp_path / "r.jsonl", CONFIG)
+
+
+def test_run_with_its_file_is_finished(tmp_path, make_run):
+    run = make_run(CONFIG)
+    results.write(tmp_path / "r.jsonl", run["header"], run["rows"])
+    assert results.finished(tmp_path / "r.jsonl", CONFIG)
+
+
+def test_file_of_another_config_is_refused_and_says_what_differs(tmp_path, make_run):
+    run = make_run(CONFIG)
+    results.write(tmp_path / "r.jsonl", run["header"], run["rows"])
+    with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.1 and is now 0\.2\..*delete it"):
+        results.finished(tmp_path / "r.jsonl", CONFIG.replace(learning_rate=0.2))
+
+
+def test_setting_added_after_the_run_had_its_default_value(make_run):
+    stored = make_run(CONFIG)["header"]["config"]
+    del stored["evaluations"]
+    assert results.differences(stored, CONFIG) == ""
+    assert results.differences(stored, CONFIG.replace(evaluations=2)) == "evaluations was 1 and is now 2"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"config": {}}', '{"config": {}}\n{"step": 1', '{"config": {}}\n[1]', "[]\n{}", "\n\n"]
+)
+def test_file_that_is_no_result_is_refused(tmp_path, content):
+    (tmp_path / "r.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"r\.jsonl is not a result file .*delete it"):
+        results.read(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("label", ["", "../up", "a b", "a/b", ".hidden"])
+def test_label_that_cannot_name_a_file_is_refused(label):
+    with pytest.raises(ValueError, match="label=.*rename it"):
+        results.run_path(Path(), "study", "small", label, 0)
+
+
+def test_runs_of_a_study_come_by_label_in_the_order_of_seeds(tmp_path, make_run):
+    for label, seed in (("a", 10), ("a", 2), ("b-1", 0)):
+        run = make_run(CONFIG.replace(seed=seed))
+        results.write(results.run_path(tmp_path, "study", "small", label, seed), run["header"], run["rows"])
+    found = results.read_study(tmp_path, "study", "small")
+    seeds = {label: [run["header"]["config"]["seed"] for run in runs] for label, runs in found.items()}
+    assert seeds == {"a": [2, 10], "b-1": [0]}
+
+
+def test_header_names_versions_hardware_and_commit():
+    header = results.header(CONFIG, parameters=5, seconds=1.5)
+    assert set(header["versions"]) == {"python", "jax", "jaxlib", "flax", "optax"}
+    assert set(header["hardware"]) == {"platform", "device", "devices", "cpu", "cpu_count"}
+    assert (header["parameters"], header["seconds"]) == (5, 1.5) and "commit" in header
+
+
+def test_header_names_neither_the_host_nor_a_path():
+    text = json.dumps(results.header(CONFIG, parameters=5, seconds=1.5))
+    assert platform.node() not in text and str(Path.home()) not in text and str(Path.cwd()) not in text
+
+
+def test_digest_tells_other_results(make_run):
+    first, same, other = (results.digest({"a": [make_run(CONFIG, accuracies=a)]}) for a in ((0.1,), (0.1,), (0.2,)))
+    assert first == same != other

@@ -1,0 +1,144 @@
+"""Studies: every one is complete and says what it must; running one trains what is missing and nothing else."""
+
+import types
+
+import pytest
+
+from experiments import data, report, results, study
+from experiments.config import PRESETS, Config
+
+STUDIES = [study.load(name) for name in study.names()]
+every_study = pytest.mark.parametrize("module", STUDIES, ids=study.short_name)
+
+
+@pytest.fixture
+def toy(tiny):
+    """A study of two arms on `blobs`."""
+    module = types.ModuleType("experiments.studies.toy", "What? Command: c. Time: {time} Finding: {f}. Refuted if: r.")
+    module.runs = lambda preset: {label: tiny.replace(norm=label) for label in ("batch", "none")}
+    return module
+
+
+@pytest.fixture
+def trained(monkeypatch, make_run):
+    """Replaces training by made-up results; the list of configs trained."""
+    configs = []
+
+    def train_to_file(config, path, **_):
+        configs.append(config)
+        run = make_run(config)
+        results.write(path, run["header"], run["rows"])
+
+    monkeypatch.setattr(study, "train_to_file", train_to_file)
+    return configs
+
+
+def run_toy(toy, folder, seeds=2, preset="small"):
+    study.run(toy, preset=preset, seeds=seeds, data_dir=None, folder=folder)
+
+
+@every_study
+def test_docstring_holds_question_command_time_finding_and_refutation(module):
+    parts = study.sections(module)
+    assert parts["Question"].endswith("?")
+    assert f"python -m experiments run {study.short_name(module)}" in parts["Command"]
+
+
+@every_study
+@pytest.mark.parametrize("preset", PRESETS)
+def test_runs_are_configs_whose_labels_name_files(module, preset, tmp_path):
+    runs = module.runs(preset)
+    assert runs and all(isinstance(config, Config) and config.seed == 0 for config in runs.values())
+    for label in runs:
+        results.run_path(tmp_path, study.short_name(module), preset, label, 0)
+
+
+@every_study
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run):
+    for label, config in module.runs(preset).items():
+        for seed in range(seeds):
+            run = make_run(config.replace(seed=seed), accuracies=(0.1 + 0.01 * seed, 0.5))
+            path = results.run_path(tmp_path, study.short_name(module), preset, label, seed)
+            results.write(path, run["header"], run["rows"])
+    assert "{" not in report.readme(tmp_path)
+    assert len(report.figures(module, tmp_path, tmp_path)) == 1
+
+
+@every_study
+@pytest.mark.parametrize("preset", PRESETS)
+def test_diverged_runs_are_reported_too(module, preset, make_run):
+    found = {
+        label: [make_run(config, accuracies=(0.1,), diverged=True)] for label, config in module.runs(preset).items()
+    }
+    assert module.table(found, preset) and module.summary(found) and module.plot(found)
+
+
+def test_unknown_study_is_refused_with_the_names_of_all():
+    with pytest.raises(ValueError, match="study='bn_vs_nome'; the studies are .*bn_vs_none.*did you mean 'bn_vs_none'"):
+        study.load("bn_vs_nome")
+
+
+def test_docstring_without_a_section_is_refused():
+    module = types.ModuleType("toy", "What? Command: c. Finding: f. Refuted if: r.")
+    with pytest.raises(ValueError, match="study toy has no Time"):
+        study.sections(module)
+
+
+def test_all_stands_for_every_study():
+    assert study.select("all") == STUDIES
+
+
+def test_every_arm_is_trained_with_every_seed_arms_side_by_side(toy, trained, tmp_path):
+    run_toy(toy, tmp_path)
+    assert [(c.norm, c.seed) for c in trained] == [("batch", 0), ("none", 0), ("batch", 1), ("none", 1)]
+
+
+def test_finished_runs_are_not_repeated(toy, trained, tmp_path):
+    run_toy(toy, tmp_path, seeds=1)
+    run_toy(toy, tmp_path, seeds=2)
+    assert [config.seed for config in trained] == [0, 0, 1, 1]
+
+
+def test_stale_result_is_refused_before_any_training(toy, trained, tmp_path, make_run, tiny):
+    stale = make_run(tiny.replace(norm="none", seed=1, epochs=99))
+    results.write(results.run_path(tmp_path, "toy", "small", "none", 1), stale["header"], stale["rows"])
+    with pytest.raises(ValueError, match="epochs was 99 and is now 2"):
+        run_toy(toy, tmp_path)
+    assert trained == []
+
+
+def test_unknown_preset_is_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match="preset='huge'; the presets are small, full"):
+        run_toy(toy, tmp_path, preset="huge")
+
+
+def test_no_seeds_are_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match="seeds=0; at least 1"):
+        run_toy(toy, tmp_path, seeds=0)
+
+
+def test_results_count_only_when_every_arm_has_one(toy, trained, tmp_path):
+    run_toy(toy, tmp_path, seeds=1)
+    results.run_path(tmp_path, "toy", "small", "none", 0).unlink()
+    assert study.collect(toy, "small", tmp_path) is None
+
+
+def test_results_come_in_the_order_of_the_arms(toy, trained, tmp_path):
+    run_toy(toy, tmp_path)
+    assert list(study.collect(toy, "small", tmp_path)) == ["batch", "none"]
+
+
+def test_results_of_another_config_are_not_reported(toy, trained, tmp_path, tiny):
+    run_toy(toy, tmp_path)
+    toy.runs = lambda preset: {"batch": tiny.replace(epochs=3), "none": tiny.replace(norm="none")}
+    with pytest.raises(ValueError, match="epochs was 2 and is now 3"):
+        study.collect(toy, "small", tmp_path)
+
+
+def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_, **__: blobs)
+    study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+    assert results.read(tmp_path / "r.jsonl")["header"]["parameters"] > 1000

@@ -1,0 +1,159 @@
+"""The training loop: its rows, its schedule, and that an interruption leaves no trace."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from experiments import models, programs, train
+from experiments.train import fit
+
+
+class Stop(Exception):
+    """Ends a run as an interruption would."""
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def stop_at(step):
+    def on_progress(progress):
+        if progress.step >= step:
+            raise Stop
+
+    return on_progress
+
+
+def test_learning_rate_follows_the_published_schedule(tiny):
+    config = tiny.replace(learning_rate=0.01, lr_decay_epochs=10, epochs=30)
+    rates = [train.learning_rate(config, epoch) for epoch in range(30)]
+    np.testing.assert_allclose(rates, [0.01] * 9 + [1e-3] * 10 + [1e-4] * 10 + [1e-5], rtol=1e-12)
+
+
+def test_update_scaled_by_the_rate_is_that_of_sgd_at_the_rate():
+    rates = (0.1, 0.1, 0.01, 0.01)
+    gradients = jax.random.normal(jax.random.key(0), (len(rates), 5))
+    ours, theirs = programs.optimizer(), optax.sgd(lambda step: np.take(rates, step), 0.9)
+    x = y = np.ones(5, np.float32)
+    our_state, their_state = ours.init(x), theirs.init(y)
+    for rate, gradient in zip(rates, gradients, strict=True):
+        update, our_state = ours.update(gradient, our_state)
+        x = x + rate * update
+        update, their_state = theirs.update(gradient, their_state)
+        y = y + update
+    np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_there_is_a_row_at_every_evaluation(tiny, blobs):
+    rows = fit(tiny.replace(evaluations=2), blobs).rows
+    assert [(row["step"], row["epoch"]) for row in rows] == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0)]
+
+
+def test_training_learns(tiny, blobs):
+    rows = fit(tiny.replace(epochs=6), blobs).rows
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
+
+
+def test_every_test_image_counts_once(tiny, blobs):
+    trained = fit(tiny, blobs)
+    logits = models.build(tiny, 4).apply(trained.variables, blobs.test_images / np.float32(255), train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, blobs.test_labels)
+    correct = np.sum(logits.argmax(-1) == blobs.test_labels)
+    measured = trained.rows[-1]["test_loss"], trained.rows[-1]["test_accuracy"]
+    np.testing.assert_allclose(measured, (losses.mean(), correct / len(blobs.test_labels)), rtol=1e-5)
+
+
+def test_training_metrics_are_means_over_the_steps_since_the_last_row(tiny, blobs):
+    coarse, fine = (fit(tiny.replace(evaluations=n), blobs).rows for n in (1, 4))
+    for name in ("train_loss", "train_accuracy"):
+        means = np.reshape([row[name] for row in fine], (2, 4)).mean(axis=1)
+        np.testing.assert_allclose([row[name] for row in coarse], means, rtol=1e-6)
+
+
+def test_evaluating_more_often_does_not_change_the_training(tiny, blobs):
+    assert_same_bits(fit(tiny, blobs).variables, fit(tiny.replace(evaluations=4), blobs).variables)
+
+
+def test_same_seed_gives_same_bits(tiny, blobs):
+    assert_same_bits(fit(tiny, blobs).variables, fit(tiny, blobs).variables)
+
+
+def test_other_seed_gives_another_run(tiny, blobs):
+    assert fit(tiny, blobs).rows[-1]["train_loss"] != fit(tiny.replace(seed=1), blobs).rows[-1]["train_loss"]
+
+
+def test_runs_with_other_rates_and_seeds_share_their_programs(tiny):
+    shapes = (4, (70, 8, 8, 1), (620, 8, 8, 1))
+    first = programs.compile_programs(tiny, *shapes)
+    assert programs.compile_programs(tiny.replace(seed=3, learning_rate=1.0, epochs=9), *shapes) is first
+
+
+@pytest.mark.parametrize(
+    ("stops", "checkpoint_steps"),
+    [pytest.param((4,), 500, id="at a row"), pytest.param((2, 6), 1, id="twice"), pytest.param((7,), 3, id="later")],
+)
+def test_interruption_leaves_no_trace_in_rows_and_variables(tmp_path, tiny, blobs, stops, checkpoint_steps):
+    config = tiny.replace(evaluations=2)
+    straight = fit(config, blobs)
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_steps": checkpoint_steps}
+    for stop in stops:
+        with pytest.raises(Stop):
+            fit(config, blobs, on_progress=stop_at(stop), **keep)
+    resumed = fit(config, blobs, **keep)
+    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
+    assert_same_bits(resumed.variables, straight.variables)
+
+
+def test_continued_run_does_not_repeat_finished_steps(tmp_path, tiny, blobs):
+    with pytest.raises(Stop):
+        fit(tiny, blobs, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(8))
+    steps = []
+    fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=lambda progress: steps.append(progress.step))
+    assert min(steps) > 6
+
+
+def test_half_written_checkpoint_is_passed_over(tmp_path, tiny, blobs):
+    straight = fit(tiny, blobs)
+    with pytest.raises(Stop):
+        fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=stop_at(8))
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+    resumed = fit(tiny, blobs, checkpoint_dir=tmp_path)
+    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
+
+
+def test_checkpoint_of_another_config_is_refused(tmp_path, tiny, blobs):
+    fit(tiny, blobs, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.05 and is now 0\.5.*delete that folder"):
+        fit(tiny.replace(learning_rate=0.5), blobs, checkpoint_dir=tmp_path)
+
+
+def test_divergence_ends_the_run_with_a_row_that_says_so(tiny, blobs):
+    rows = fit(tiny.replace(learning_rate=1e38, epochs=4), blobs).rows
+    assert [row["diverged"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert rows[-1]["epoch"] < 4
+
+
+def test_diverged_run_is_not_continued(tmp_path, tiny, blobs):
+    config = tiny.replace(learning_rate=1e38, epochs=4)
+    first, again = (fit(config, blobs, checkpoint_dir=tmp_path).rows for _ in range(2))
+    assert len(again) == len(first)
+
+
+def test_only_the_first_row_holds_compilation(tiny, blobs):
+    first, second = fit(tiny, blobs).rows
+    assert first["compile_seconds"] > 0 and second["compile_seconds"] == 0
+
+
+def test_batch_larger_than_the_data_set_is_refused(tiny, blobs):
+    with pytest.raises(ValueError, match="batch_size=71 is larger than the 70 training images of blobs.*lower it"):
+        fit(tiny.replace(batch_size=71), blobs)
+
+
+def test_more_evaluations_than_steps_are_refused(tiny, blobs):
+    with pytest.raises(ValueError, match="evaluations=5 per epoch, but an epoch has only 4 steps"):
+        fit(tiny.replace(evaluations=5), blobs)
