@@ -180,7 +180,7 @@ class BatchNorm(nnx.Module):
         )
         if not use_running_average:
             for name, value in stats._asdict().items():
-                getattr(self, name)[...] = lax.stop_gradient(value)
+                getattr(self, name).set_value(lax.stop_gradient(value))
         return y if self.dtype is None else y.astype(self.dtype)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
