@@ -1,0 +1,271 @@
+"""A mistake is refused with what was given, what is accepted and what to do; nothing is checked at run time."""
+
+import functools
+import re
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+
+X = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32)
+THREE, FOUR = np.ones(3, np.float32), np.ones(4, np.float32)
+STATS = jaxbn.init_stats(3)
+
+train = functools.partial(jaxbn.batch_norm, X, STATS, use_running_average=False)
+evaluate = functools.partial(jaxbn.batch_norm, X, STATS, use_running_average=True)
+ghost = functools.partial(jaxbn.ghost_normalize, X)
+renorm = functools.partial(jaxbn.batch_renormalize, X, stats=STATS)
+normalize = functools.partial(jaxbn.normalize, X, THREE, THREE)
+
+# Each takes x, axis and the parameters.
+FUNCTIONS = {
+    "normalize": lambda x, **options: jaxbn.normalize(x, THREE, THREE, **options),
+    "batch_normalize": jaxbn.batch_normalize,
+    "train": lambda x, **options: jaxbn.batch_norm(x, STATS, use_running_average=False, **options),
+    "evaluate": lambda x, **options: jaxbn.batch_norm(x, STATS, use_running_average=True, **options),
+    "ghost_normalize": lambda x, **options: jaxbn.ghost_normalize(x, group_size=2, **options),
+    "batch_renormalize": lambda x, **options: jaxbn.batch_renormalize(x, stats=STATS, **options),
+}
+MEASURING = {"moments": jaxbn.moments}
+
+
+def refused(message):
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
+@pytest.mark.parametrize("axis", [3, -4, (1, 3)])
+@pytest.mark.parametrize("function", FUNCTIONS | MEASURING)
+def test_an_axis_out_of_range_is_refused(function, axis):
+    message = f"axis={axis} is out of range for an input of shape (8, 5, 3); an axis lies between -3 and 2; name an"
+    with refused(message):
+        (FUNCTIONS | MEASURING)[function](X, axis=axis)
+
+
+@pytest.mark.parametrize("axis", [(2, -1), (1, 1)])
+@pytest.mark.parametrize("function", FUNCTIONS | MEASURING)
+def test_an_axis_named_twice_is_refused(function, axis):
+    message = f"axis={axis} names an axis twice of an input of shape (8, 5, 3); give each feature axis once."
+    with refused(message):
+        (FUNCTIONS | MEASURING)[function](X, axis=axis)
+
+
+def test_no_axis_at_all_is_refused():
+    with refused("axis=() names no axis of an input of shape (8, 5, 3); give each feature axis once."):
+        jaxbn.moments(X, axis=())
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_parameter_for_another_number_of_features_is_refused(function, name):
+    message = (
+        f"{name} has shape (4,), but an input of shape (8, 5, 3) has features of shape (3,) on axis (2,); "
+        f"pass {name} of that shape, or set axis to where the features are."
+    )
+    with refused(message):
+        FUNCTIONS[function](X, **{name: FOUR})
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_statistics_for_another_number_of_features_are_refused(name):
+    message = f"{name} has shape (4,), but an input of shape (8, 5, 3) has features of shape (3,) on axis (2,)"
+    given = {"mean": THREE, "var": THREE, name: FOUR}
+    with refused(message):
+        jaxbn.normalize(X, **given)
+    for average in (True, False):
+        with refused(message):
+            jaxbn.batch_norm(X, jaxbn.BatchStats(**given), use_running_average=average)
+    with refused(message):
+        jaxbn.batch_renormalize(X, stats=jaxbn.BatchStats(**given))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+@pytest.mark.parametrize("function", FUNCTIONS | MEASURING)
+def test_integers_and_booleans_are_refused(function, dtype):
+    message = (
+        f"x has dtype {np.dtype(dtype)}; batch norm takes floating-point or complex inputs; "
+        "convert it first, for example with x.astype(jnp.float32)."
+    )
+    with refused(message):
+        (FUNCTIONS | MEASURING)[function](X.astype(dtype))
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, 2, float("nan")])
+@pytest.mark.parametrize(
+    "function",
+    [train, evaluate, functools.partial(jaxbn.update_stats, STATS, jaxbn.Moments(THREE, THREE, THREE))],
+    ids=["train", "evaluate", "update_stats"],
+)
+def test_a_momentum_outside_0_and_1_is_refused(function, momentum):
+    message = (
+        f"momentum={momentum} is outside [0, 1]; it is the weight of the old value, 0.99 by default; "
+        "PyTorch's momentum is 1 minus ours."
+    )
+    with refused(message):
+        function(momentum=momentum)
+
+
+def test_a_plain_average_of_statistics_without_a_count_is_refused():
+    message = (
+        "momentum=None averages all batches alike, which needs their number, but BatchStats has no count; "
+        "start from init_stats(features, counted=True), or give a momentum in [0, 1]."
+    )
+    with refused(message):
+        train(momentum=None)
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.0, -1e-5, float("nan")])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_epsilon_that_is_not_positive_is_refused(function, epsilon):
+    message = f"epsilon={epsilon} is not positive; it is added to the variance; use for example 1e-5."
+    with refused(message):
+        FUNCTIONS[function](X, epsilon=epsilon)
+
+
+MASKING = {name: f for name, f in (FUNCTIONS | MEASURING).items() if name != "normalize"}
+
+
+@pytest.mark.parametrize("shape", [(8,), (7, 1, 1), (1, 8, 5, 3)])
+@pytest.mark.parametrize("function", MASKING)
+def test_a_mask_that_does_not_broadcast_to_the_input_is_refused(function, shape):
+    message = (
+        f"mask of shape {shape} does not broadcast to an input of shape (8, 5, 3); "
+        "for one entry per example, pass a mask of shape (8, 1, 1)."
+    )
+    with refused(message):
+        MASKING[function](X, mask=np.ones(shape, bool))
+
+
+@pytest.mark.parametrize("function", MASKING)
+def test_a_mask_of_weights_is_refused(function):
+    message = (
+        "mask has dtype float32; a mask says which positions count, as booleans or as integers 0 and 1; "
+        "pass for example mask > 0."
+    )
+    with refused(message):
+        MASKING[function](X, mask=np.ones((8, 1, 1), np.float32))
+
+
+COLLECTIVE = {name: f for name, f in MASKING.items() if name != "evaluate"}
+
+
+@pytest.mark.parametrize("names", ["devices", ("hosts", "devices")])
+@pytest.mark.parametrize("function", COLLECTIVE)
+def test_an_axis_name_that_is_not_bound_is_refused(function, names):
+    message = (
+        f"axis_name={names!r} is not bound here; it names an axis of jax.shard_map, jax.pmap or jax.vmap; "
+        "call inside one of them, or leave axis_name out: under jax.jit a sharded batch needs none."
+    )
+    with refused(message):
+        COLLECTIVE[function](X, axis_name=names)
+
+
+@pytest.mark.parametrize("function", COLLECTIVE)
+def test_groups_without_an_axis_name_are_refused(function):
+    message = "axis_index_groups=[[0, 1]] without axis_name; groups divide a named axis of devices; pass its name."
+    with refused(message):
+        COLLECTIVE[function](X, axis_index_groups=[[0, 1]])
+
+
+@pytest.mark.parametrize("groups", [[[0, 1], [1, 2]], [[0, 1]], [[0, 1], [2, 4]], [[0, 1], [2, 3], [3]]])
+@pytest.mark.parametrize("function", COLLECTIVE)
+def test_groups_that_do_not_partition_the_axis_are_refused(function, groups):
+    message = (
+        f"axis_index_groups={groups} does not partition axis_name='d' of size 4; "
+        "name each index from 0 to 3 in exactly one group."
+    )
+    with refused(message):
+        jax.vmap(lambda x: COLLECTIVE[function](x, axis_name="d", axis_index_groups=groups), axis_name="d")(
+            X.reshape(4, 2, 5, 3)
+        )
+
+
+@pytest.mark.parametrize("group_size", [3, 16, 0, -2])
+def test_a_group_size_that_does_not_divide_the_batch_is_refused(group_size):
+    message = (
+        f"group_size={group_size} does not divide the batch of 8; choose a divisor, or pad the batch and pass a mask."
+    )
+    with refused(message):
+        ghost(group_size=group_size)
+
+
+def test_ghost_groups_of_features_on_the_first_axis_are_refused():
+    message = (
+        "axis=0 makes the first axis of an input of shape (8, 5, 3) a feature axis, but ghost batch norm divides that "
+        "axis into groups; move the examples to the first axis."
+    )
+    with refused(message):
+        ghost(group_size=2, axis=0)
+
+
+def test_renorm_without_running_statistics_is_refused():
+    message = (
+        "stats=None, but batch renormalisation compares the batch with the running statistics; "
+        "pass stats, or use it as the method of batch_norm or of a layer, which do."
+    )
+    with refused(message):
+        jaxbn.batch_renormalize(X)
+
+
+# One value per feature
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
+@pytest.mark.parametrize("function", ["batch_normalize", "train", "batch_renormalize"])
+def test_training_on_one_value_per_feature_warns(function, shape):
+    message = (
+        f"an input of shape {shape} has one value per feature, so that training normalises it to 0; "
+        "use a batch of at least two examples, or use_running_average=True."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        FUNCTIONS[function](np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("function", ["normalize", "evaluate"])
+def test_evaluating_one_value_per_feature_does_not_warn(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FUNCTIONS[function](np.ones((1, 3), np.float32))
+
+
+def test_one_value_per_feature_on_each_of_many_devices_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.eval_shape(jax.vmap(lambda x: jaxbn.batch_normalize(x, axis_name="d"), axis_name="d"), X[:, :1])
+
+
+def test_one_value_per_feature_becomes_the_bias():
+    with pytest.warns(UserWarning):
+        y, _ = jaxbn.batch_normalize(np.full((1, 3), 7, np.float32), bias=2 * THREE)
+    np.testing.assert_array_equal(y, np.full((1, 3), 2))
+
+
+# Checks cost nothing in a compiled step
+
+
+def test_a_momentum_and_an_epsilon_known_only_at_run_time_pass():
+    @jax.jit
+    def step(momentum, epsilon):
+        return jaxbn.batch_norm(X, STATS, use_running_average=False, momentum=momentum, epsilon=epsilon)
+
+    chex.assert_trees_all_close(step(0.9, 1e-3), train(momentum=0.9, epsilon=1e-3), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_known_only_at_run_time_passes():
+    mask = np.arange(8)[:, None, None] < 5
+    chex.assert_trees_all_close(jax.jit(lambda mask: train(mask=mask))(mask), train(mask=mask), rtol=1e-6, atol=1e-6)
+
+
+def test_a_momentum_that_is_an_array_passes():
+    chex.assert_trees_all_equal(train(momentum=jnp.float32(0.5))[1], train(momentum=0.5)[1])
+
+
+def test_nothing_leaves_the_device_in_a_compiled_step():
+    program = str(
+        jax.make_jaxpr(lambda x, mask: jaxbn.batch_norm(x, STATS, use_running_average=False, mask=mask))(X, X > 0)
+    )
+    assert "callback" not in program
