@@ -1,0 +1,110 @@
+"""Every public name is documented, and every example runs."""
+
+import dataclasses
+import doctest
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+
+README = Path(__file__).parent.parent / "README.md"
+MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
+FUNCTIONS = [name for name in jaxbn.__all__ if inspect.isfunction(getattr(jaxbn, name))]
+TUPLES = [name for name in jaxbn.__all__ if isinstance(getattr(jaxbn, name), type)]
+LAYERS = {"linen": jaxbn.linen.BatchNorm, "nnx": jaxbn.nnx.BatchNorm}
+GLOBS = {"jax": jax, "jnp": jnp, "jaxbn": jaxbn, "nn": nn, "nnx": nnx, "functools": functools}
+
+
+def section(documented, title):
+    """Returns the lines of a section of a docstring, up to the next."""
+    text = inspect.getdoc(documented)
+    found = re.search(rf"^{title}:\n((?:  .*\n?|\n)*)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def entries(documented, title):
+    return re.findall(r"^  (\w+): ", section(documented, title), re.MULTILINE)
+
+
+def parameters(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_a_module_give_what_they_show(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    report = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs=dict(GLOBS)):
+        runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_has_an_example(name):
+    assert ">>> " in getattr(jaxbn, name).__doc__
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_documents_its_arguments_in_their_order(name):
+    function = getattr(jaxbn, name)
+    assert entries(function, "Args") == parameters(function)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_documents_what_it_returns(name):
+    assert section(getattr(jaxbn, name), "Returns")
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if {"axis", "momentum"} & {*parameters(getattr(jaxbn, n))}])
+def test_a_function_that_checks_its_arguments_documents_what_it_raises(name):
+    assert "ValueError: " in section(getattr(jaxbn, name), "Raises")
+
+
+@pytest.mark.parametrize("name", TUPLES)
+def test_a_tuple_documents_its_fields_in_their_order(name):
+    cls = getattr(jaxbn, name)
+    assert entries(cls, "Attributes") == list(cls._fields)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_layer_has_an_example_and_says_how_it_differs_from_flaxs(layer):
+    assert ">>> " in layer.__doc__
+    assert re.search(r"Differs from flax\.\w+\.BatchNorm in:\n +1\. ", layer.__doc__)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_layer_documents_its_call(layer):
+    assert entries(layer.__call__, "Args") == parameters(layer.__call__)
+    assert section(layer.__call__, "Returns") and "ValueError: " in section(layer.__call__, "Raises")
+
+
+def test_the_linen_layer_documents_its_fields_in_their_order():
+    fields = [field.name for field in dataclasses.fields(jaxbn.linen.BatchNorm)]
+    assert entries(jaxbn.linen.BatchNorm, "Attributes") == [name for name in fields if name not in ("parent", "name")]
+
+
+def test_the_nnx_layer_documents_its_arguments_in_their_order():
+    assert entries(jaxbn.nnx.BatchNorm, "Args") == parameters(jaxbn.nnx.BatchNorm.__init__)
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
+def test_examples_of_the_readme_run():
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    scope = {"__name__": "readme"}
+    for block in blocks:  # in one scope: a later block may use what an earlier one made
+        exec(compile(block, "README.md", "exec"), scope)

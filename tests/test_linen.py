@@ -1,0 +1,400 @@
+"""The linen layer in place of ``flax.linen.BatchNorm``: same arguments, variables and behaviour."""
+
+import dataclasses
+import functools
+import pickle
+
+import chex
+import cloudpickle
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import serialization
+from jax.sharding import PartitionSpec
+
+import jaxbn
+from jaxbn.linen import BatchNorm
+
+RNG = np.random.default_rng(0)
+X = (2 * RNG.normal(size=(8, 4, 3)) + [0.0, 1.0, -3.0]).astype(np.float32)
+MASK = RNG.random((8, 4, 1)) < 0.6
+KEY = jax.random.key(0)
+AFFINE = [(True, True), (True, False), (False, True), (False, False)]
+# Flax takes the variance from raw sums: with mean^2 <= 3 var it loses two bits, and each side rounds some tens of
+# times, at values of at most 10.
+CLOSE = {"rtol": 0, "atol": 64 * 10 * np.finfo(np.float32).eps}
+BF16_EPS = float(jnp.finfo(jnp.bfloat16).eps)
+
+ours = functools.partial(BatchNorm, momentum=0.9)
+flaxs = functools.partial(nn.BatchNorm, momentum=0.9)
+
+
+def variables_of(layer, x=X):
+    """Returns variables whose parameters and statistics are not the initial ones."""
+    shapes = jax.eval_shape(functools.partial(layer.init, use_running_average=True), KEY, x)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype), shapes)
+
+
+def train(layer, variables, x=X, **options):
+    step = functools.partial(layer.apply, use_running_average=False, mutable=["batch_stats"])
+    return jax.jit(step)(variables, x, **options)
+
+
+def evaluate(layer, variables, x=X, **options):
+    return jax.jit(functools.partial(layer.apply, use_running_average=True))(variables, x, **options)
+
+
+class Net(nn.Module):
+    """Dense, batch norm, Dense."""
+
+    norm: type = BatchNorm
+
+    @nn.compact
+    def __call__(self, x, use_running_average=True):
+        x = nn.Dense(3)(x)
+        x = self.norm(momentum=0.9)(x, use_running_average)
+        return nn.Dense(3)(x)
+
+
+# Constructor
+
+
+def test_fields_are_flaxs_then_ours():
+    own = ["method", "unbiased", "debias", "frozen"]
+    names = [field.name for field in dataclasses.fields(BatchNorm)]
+    expected = [field.name for field in dataclasses.fields(nn.BatchNorm)]
+    assert [name for name in names if name not in ("parent", "name")] == [
+        *(name for name in expected if name not in ("parent", "name")),
+        *own,
+    ]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(nn.BatchNorm)])
+def test_default_is_flaxs(name):
+    defaults, expected = (
+        {field.name: field.default for field in dataclasses.fields(cls)} for cls in (BatchNorm, nn.BatchNorm)
+    )
+    assert defaults[name] == expected[name]
+
+
+def test_use_running_average_given_twice_is_refused():
+    layer = BatchNorm(use_running_average=True)
+    with pytest.raises(ValueError, match="use_running_average"):
+        layer.init(KEY, X, use_running_average=True)
+
+
+def test_use_running_average_given_nowhere_is_refused():
+    with pytest.raises(ValueError, match="use_running_average"):
+        BatchNorm().init(KEY, X)
+
+
+# Variables
+
+
+@pytest.mark.parametrize(("use_scale", "use_bias"), AFFINE)
+def test_variables_are_flaxs(use_scale, use_bias):
+    options = {"use_scale": use_scale, "use_bias": use_bias, "use_running_average": True}
+    found, expected = (layer(**options).init(KEY, X) for layer in (BatchNorm, nn.BatchNorm))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("force_float32_reductions", [True, False])
+def test_initialized_variables_are_flaxs_for_custom_initializers_and_dtypes(force_float32_reductions):
+    options = {
+        "scale_init": nn.initializers.normal(1.0),
+        "bias_init": nn.initializers.uniform(1.0),
+        "param_dtype": jnp.bfloat16,
+        "use_running_average": False,
+        "force_float32_reductions": force_float32_reductions,
+    }
+    found, expected = (layer(**options).init(KEY, X) for layer in (BatchNorm, nn.BatchNorm))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_init_does_not_update_the_statistics():
+    stats = BatchNorm(use_running_average=False).init(KEY, X)["batch_stats"]
+    chex.assert_trees_all_equal(stats, {"mean": jnp.zeros(3), "var": jnp.ones(3)})
+
+
+def test_init_needs_no_axis_name():
+    layer = BatchNorm(use_running_average=False, axis_name="devices", axis_index_groups=[[0, 1]])
+    chex.assert_trees_all_equal(layer.init(KEY, X), BatchNorm(use_running_average=False).init(KEY, X))
+
+
+@pytest.mark.parametrize("option", [{"momentum": None}, {"debias": True}])
+def test_averages_that_count_batches_add_steps(option):
+    stats = BatchNorm(use_running_average=False, **option).init(KEY, X)["batch_stats"]
+    assert set(stats) == {"mean", "var", "steps"}
+
+
+# Values
+
+
+def test_training_is_close_to_flaxs():
+    variables = variables_of(ours())
+    chex.assert_trees_all_close(train(ours(), variables), train(flaxs(), variables), **CLOSE)
+
+
+def test_training_with_a_mask_is_close_to_flaxs():
+    variables = variables_of(ours())
+    chex.assert_trees_all_close(train(ours(), variables, mask=MASK), train(flaxs(), variables, mask=MASK), **CLOSE)
+
+
+def test_evaluation_is_close_to_flaxs():
+    variables = variables_of(ours())
+    chex.assert_trees_all_close(evaluate(ours(), variables), evaluate(flaxs(), variables), **CLOSE)
+
+
+@pytest.mark.parametrize("axis", [1, (-1, 0), (0, 1, 2)])
+@pytest.mark.filterwarnings("ignore:an input of shape:UserWarning")
+def test_any_feature_axes_are_close_to_flaxs(axis):
+    variables = variables_of(ours(axis=axis))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, variables_of(flaxs(axis=axis)))
+    chex.assert_trees_all_close(train(ours(axis=axis), variables), train(flaxs(axis=axis), variables), **CLOSE)
+
+
+def test_complex_inputs_are_close_to_flaxs():
+    x = jnp.asarray(X + 1j * X[::-1])
+    variables = nn.BatchNorm(use_running_average=True).init(KEY, x)
+    found, expected = train(ours(), variables, x), train(flaxs(), variables, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float16])
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+def test_the_result_has_flaxs_dtype(dtype, x_dtype, param_dtype):
+    x = jnp.asarray(X, x_dtype)
+
+    def result(cls):
+        layer = cls(dtype=dtype, param_dtype=param_dtype, use_running_average=True)
+        return jax.eval_shape(lambda: layer.init_with_output(KEY, x)[0])
+
+    assert result(BatchNorm).dtype == result(nn.BatchNorm).dtype
+
+
+def test_statistics_stored_in_param_dtype_are_flaxs_to_its_precision():
+    options = {"force_float32_reductions": False, "param_dtype": jnp.bfloat16}
+    variables, x = variables_of(ours(**options)), jnp.asarray(X, jnp.bfloat16)
+    _, found = train(ours(**options), variables, x)
+    _, expected = train(flaxs(**options), variables, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    # Flax sums squares of up to 20 in bfloat16, of which a tenth is added: some roundings of half a unit of that.
+    difference = jax.tree.map(lambda a, b: jnp.abs(jnp.float32(a) - jnp.float32(b)), found, expected)
+    chex.assert_trees_all_close(difference, jax.tree.map(jnp.zeros_like, difference), atol=8 * 2 * BF16_EPS, rtol=0)
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+def test_statistics_keep_the_dtype_they_are_stored_in(x_dtype):
+    layer = ours(force_float32_reductions=False, param_dtype=jnp.bfloat16)
+    _, updates = train(layer, variables_of(layer), jnp.asarray(X, x_dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_cumulative_average_is_the_mean_of_the_batches():
+    layer = BatchNorm(momentum=None)
+    variables = layer.init(KEY, X, use_running_average=False)
+    batches = [X, 2 * X + 1, X[::-1] - 4]
+    for x in batches:
+        variables |= train(layer, variables, x)[1]
+    expected = np.mean([x.mean((0, 1), dtype=np.float64) for x in batches], axis=0)
+    np.testing.assert_allclose(variables["batch_stats"]["mean"], expected, **CLOSE)
+
+
+def test_debiased_average_forgets_its_start():
+    layer = BatchNorm(momentum=0.9, debias=True)
+    _, updates = train(layer, layer.init(KEY, X, use_running_average=False))
+    np.testing.assert_allclose(updates["batch_stats"]["var"], X.var((0, 1), dtype=np.float64), **CLOSE)
+
+
+def test_unbiased_multiplies_the_variance_by_m_over_m_minus_1():
+    layer = BatchNorm(momentum=0.0, unbiased=True)
+    _, updates = train(layer, layer.init(KEY, X, use_running_average=False))
+    expected = X.var((0, 1), dtype=np.float64, ddof=1)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], expected, **CLOSE)
+
+
+# Collections
+
+
+def test_training_with_immutable_statistics_raises_flaxs_error():
+    layer = ours()
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        layer.apply(variables_of(layer), X, use_running_average=False)
+
+
+def test_a_missing_collection_raises_flaxs_error():
+    layer = ours()
+    params = {"params": variables_of(layer)["params"]}
+    with pytest.raises(flax.errors.ScopeCollectionNotFound):
+        layer.apply(params, X, use_running_average=True)
+
+
+def test_a_frozen_layer_evaluates_in_training():
+    variables = variables_of(ours())
+    step = functools.partial(ours(frozen=True).apply, use_running_average=False)
+    y = jax.jit(step)(variables, X)  # with immutable statistics
+    chex.assert_trees_all_equal(y, evaluate(ours(), variables))
+
+
+def test_a_frozen_layer_need_not_be_told_to_evaluate():
+    variables = variables_of(ours())
+    chex.assert_trees_all_equal(jax.jit(ours(frozen=True).apply)(variables, X), evaluate(ours(), variables))
+
+
+def test_a_frozen_layer_leaves_the_statistics():
+    variables = variables_of(ours())
+    _, updates = train(ours(frozen=True), variables)
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+
+
+def test_a_layer_called_twice_updates_twice():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = BatchNorm(use_running_average=False, momentum=0.5, name="norm")
+            norm(x)
+            return norm(x + 2)
+
+    variables = Twice().init(KEY, X)
+    _, updates = Twice().apply(variables, X, mutable=["batch_stats"])
+    mean = X.mean((0, 1), dtype=np.float64)
+    expected = 0.25 * mean + 0.5 * (mean + 2)
+    np.testing.assert_allclose(updates["batch_stats"]["norm"]["mean"], expected, **CLOSE)
+
+
+# Checkpoints and copies
+
+
+def test_a_checkpoint_in_bytes_from_flaxs_layer_loads():
+    written = variables_of(Net(nn.BatchNorm))
+    target = Net().init(KEY, X)
+    loaded = serialization.from_bytes(target, serialization.to_bytes(written))
+    chex.assert_trees_all_equal(loaded, written)
+
+
+def test_a_state_dict_from_flaxs_layer_loads():
+    written = variables_of(Net(nn.BatchNorm))
+    target = Net().init(KEY, X)
+    loaded = serialization.from_state_dict(target, serialization.to_state_dict(written))
+    chex.assert_trees_all_equal(loaded, written)
+
+
+def test_a_loaded_checkpoint_evaluates_as_in_flax():
+    written = variables_of(Net(nn.BatchNorm))
+    loaded = serialization.from_bytes(Net().init(KEY, X), serialization.to_bytes(written))
+    chex.assert_trees_all_close(evaluate(Net(), loaded), evaluate(Net(nn.BatchNorm), written), **CLOSE)
+
+
+@pytest.mark.parametrize("pickler", [pickle, cloudpickle])
+def test_pickling_keeps_the_module(pickler):
+    layer = ours(method=functools.partial(jaxbn.ghost_normalize, group_size=4), frozen=True)
+    copy = pickler.loads(pickler.dumps(layer))
+    assert repr(copy) == repr(layer)
+    chex.assert_trees_all_equal(evaluate(copy, variables_of(layer)), evaluate(layer, variables_of(layer)))
+
+
+# Flax's transformations
+
+
+class Block(nn.Module):
+    """A residual batch norm, of the form that nn.scan takes."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + BatchNorm(use_running_average=False, momentum=0.9)(x), None
+
+
+def at(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def test_scan_over_layers_gives_the_layers_in_turn():
+    stack = nn.scan(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2)()
+    variables = jax.jit(stack.init)(KEY, X)
+    (y, _), updates = jax.jit(functools.partial(stack.apply, mutable=["batch_stats"]))(variables, X)
+    alone, expected = jax.jit(functools.partial(Block().apply, mutable=["batch_stats"])), X
+    for i in range(2):
+        (expected, _), updated = alone(at(variables, i), expected)
+        chex.assert_trees_all_close(at(updates, i), updated, **CLOSE)
+    chex.assert_trees_all_close(y, expected, **CLOSE)
+
+
+def test_vmap_over_models_gives_each_model():
+    batches = jnp.stack([X, 2 * X - 1])
+    models = nn.vmap(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})()
+    variables = jax.jit(models.init)(KEY, batches)
+    found = jax.jit(functools.partial(models.apply, mutable=["batch_stats"]))(variables, batches)
+    alone = jax.jit(functools.partial(Block().apply, mutable=["batch_stats"]))
+    for i in range(2):
+        chex.assert_trees_all_close(at(found, i), alone(at(variables, i), batches[i]), **CLOSE)
+
+
+def test_vmap_with_an_axis_name_normalises_the_whole_batch():
+    # One model, its batch spread over a named axis: parameters and statistics are shared.
+    layer = nn.vmap(
+        BatchNorm,
+        variable_axes={"params": None, "batch_stats": None},
+        split_rngs={"params": False},
+        axis_name="parts",
+    )(use_running_average=False, axis_name="parts")
+    variables = BatchNorm().init(KEY, X, use_running_average=True)
+    y, _ = jax.jit(functools.partial(layer.apply, mutable=["batch_stats"]))(variables, X.reshape(4, 2, 4, 3))
+    expected, _ = train(BatchNorm(), variables)
+    chex.assert_trees_all_close(y.reshape(X.shape), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_remat_and_jit_change_neither_gradients_nor_statistics(lift):
+    variables = Block().init(KEY, X)
+
+    def loss(block):
+        def of(params, x):
+            (y, _), updates = block.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+            return (y**2 * X[::-1]).mean(), updates
+
+        return jax.jit(jax.grad(of, (0, 1), has_aux=True))(variables["params"], X)
+
+    chex.assert_trees_all_close(loss(lift(Block)()), loss(Block()), **CLOSE)
+
+
+def test_gradients_are_close_to_flaxs():
+    variables = variables_of(ours())
+
+    def gradients(layer):
+        def loss(params, x):
+            y, _ = train(layer, variables | {"params": params}, x)
+            return jnp.vdot(y, X[::-1])
+
+        return jax.jit(jax.grad(loss, (0, 1)))(variables["params"], X)
+
+    # The gradient of the scale sums 32 products of up to 10 * 10.
+    chex.assert_trees_all_close(gradients(ours()), gradients(flaxs()), rtol=0, atol=32 * CLOSE["atol"])
+
+
+# Inspection and sharding
+
+
+def test_tabulate_shows_both_collections():
+    table = Net().tabulate(KEY, X, console_kwargs={"width": 200, "force_terminal": False})
+    assert "BatchNorm_0" in table and "batch_stats" in table and "scale: float32[3]" in table
+
+
+def test_partitioning_metadata_of_parameters_is_kept():
+    layer = BatchNorm(
+        use_running_average=False,
+        scale_init=nn.with_partitioning(nn.initializers.ones, ("model",)),
+        bias_init=nn.with_partitioning(nn.initializers.zeros, ("model",)),
+    )
+    variables = layer.init(KEY, X)
+    specs = nn.get_partition_spec(variables)["params"]
+    assert specs == {"scale": PartitionSpec("model"), "bias": PartitionSpec("model")}
+    y, _ = layer.apply(variables, X, mutable=["batch_stats"])
+    assert y.shape == X.shape
