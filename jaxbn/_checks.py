@@ -5,12 +5,13 @@ Each message says what was given, what is accepted, and what to do.
 """
 
 import math
-import numbers
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -18,12 +19,30 @@ Axes = int | Sequence[int]
 AxisNames = str | Sequence[str]
 
 
+def inputs(x: ArrayLike, axis: Axes) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """Returns ``x`` as an array, its feature axes and its other axes, sorted and not negative."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(
+            f"x has dtype {x.dtype}; batch norm takes floating-point or complex inputs; "
+            "convert it first, for example with x.astype(jnp.float32)."
+        )
+    axes = feature_axes(x.shape, axis)
+    return x, axes, tuple(i for i in range(x.ndim) if i not in axes)
+
+
 def feature_axes(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     """Returns the feature axes as sorted, non-negative integers."""
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     rank = len(shape)
+    if rank == 0:
+        raise ValueError("x is a scalar; batch norm takes inputs with an axis of features, such as [N, C]; reshape it.")
+    given = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    try:
+        given = tuple(operator.index(one) for one in given)
+    except TypeError:
+        raise ValueError(f"axis={axis} is not an integer or a sequence of integers; use for example axis=-1.") from None
     for one in given:
-        if not -rank <= operator.index(one) < rank:
+        if not -rank <= one < rank:
             raise ValueError(
                 f"axis={axis} is out of range for an input of shape {shape}; "
                 f"an axis lies between {-rank} and {rank - 1}; name an axis that holds features."
@@ -37,59 +56,84 @@ def feature_axes(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     return tuple(found)
 
 
-def inexact(x: jax.Array) -> None:
-    """Refuses integers and booleans, which have no place for a normalised value."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+def parameters(x: jax.Array, axes: tuple[int, ...], epsilon: ArrayLike, **per_feature: ArrayLike | None) -> None:
+    """Refuses an epsilon that is not positive, and parameters or statistics that do not fit the features of ``x``."""
+    if _known(epsilon, lambda value: not (value > 0).all()):
+        raise ValueError(f"epsilon={epsilon} is not positive; it is added to the variance; use for example 1e-5.")
+    expected = tuple(x.shape[axis] for axis in axes)
+    for name, value in per_feature.items():
+        if value is not None and jnp.shape(value) != expected:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}, but an input of shape {x.shape} has features of shape "
+                f"{expected} on axis {axes}; pass {name} of that shape (does it come from another layer?), "
+                "or set axis to where the features are."
+            )
+
+
+def same_features(given: str, shape: tuple[int, ...], accepted: str, expected: tuple[int, ...]) -> None:
+    """Refuses to combine statistics of different features."""
+    if shape != expected:
         raise ValueError(
-            f"x has dtype {x.dtype}; batch norm takes floating-point or complex inputs; "
-            "convert it first, for example with x.astype(jnp.float32)."
+            f"{given} have features of shape {shape}, but {accepted} of shape {expected}; "
+            "combine statistics of the same layer."
         )
 
 
-def per_feature(name: str, value: ArrayLike | None, x: jax.Array, axes: tuple[int, ...]) -> None:
-    """Refuses a parameter or statistic that does not hold one value per feature of ``x``."""
-    expected = tuple(x.shape[axis] for axis in axes)
-    if value is not None and jnp.shape(value) != expected:
+def num_features(num: int, x: jax.Array, axis: int) -> None:
+    """Refuses an input with another number of features than a layer was made for."""
+    (found,) = (x.shape[i] for i in feature_axes(x.shape, axis))
+    if found != num:
         raise ValueError(
-            f"{name} has shape {jnp.shape(value)}, but an input of shape {x.shape} has features of shape {expected} "
-            f"on axis {axes}; pass {name} of that shape, or set axis to where the features are."
+            f"num_features={num}, but an input of shape {x.shape} has {found} features on axis {axis}; "
+            f"construct the layer with num_features={found}, or set axis to where the features are."
         )
 
 
 def momentum(value: ArrayLike | None) -> None:
     """Refuses a momentum outside [0, 1]; values known only at run time pass."""
-    if isinstance(value, numbers.Real) and not 0 <= value <= 1:
+    if value is not None and _known(value, lambda value: not ((0 <= value) & (value <= 1)).all()):
         raise ValueError(
             f"momentum={value} is outside [0, 1]; it is the weight of the old value, 0.99 by default; "
             "PyTorch's momentum is 1 minus ours."
         )
 
 
-def epsilon(value: ArrayLike) -> None:
-    """Refuses an epsilon that lets a feature of no variance divide by zero."""
-    if isinstance(value, numbers.Real) and not value > 0:
-        raise ValueError(f"epsilon={value} is not positive; it is added to the variance; use for example 1e-5.")
+def at_least(name: str, value: ArrayLike, least: float) -> None:
+    """Refuses a value below ``least``; values known only at run time pass."""
+    if _known(value, lambda value: not (value >= least).all()):
+        raise ValueError(f"{name}={value} is below {least}, its smallest value; use for example {name}={least + 2}.")
 
 
-def mask(value: ArrayLike, x: jax.Array) -> jax.Array:
+def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: AxisNames | None) -> None:
+    """Warns of a batch with one value per feature, which is its own mean."""
+    if axis_name is None and math.prod(shape[i] for i in reduced) == 1:
+        warnings.warn(
+            f"an input of shape {shape} has one value per feature, so that training normalises it to 0; "
+            "use a batch of at least two examples, or use_running_average=True.",
+            stacklevel=3,
+        )
+
+
+def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns the mask as booleans with as many axes as ``x``; refuses weights and shapes that do not broadcast."""
-    dtype = jnp.result_type(value)
-    if not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+    if value is None:
+        return None
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not (value.dtype == np.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
         raise ValueError(
-            f"mask has dtype {dtype}; a mask says which positions count, as booleans or as integers 0 and 1; "
+            f"mask has dtype {value.dtype}; a mask says which positions count, as booleans or as integers 0 and 1; "
             "pass for example mask > 0."
         )
-    shape = jnp.shape(value)
     try:
-        fits = jnp.broadcast_shapes(shape, x.shape) == x.shape
+        fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"mask of shape {shape} does not broadcast to an input of shape {x.shape}; "
+            f"mask of shape {value.shape} does not broadcast to an input of shape {x.shape}; "
             f"for one entry per example, pass a mask of shape {(x.shape[0],) + (1,) * (x.ndim - 1)}."
         )
-    return jnp.asarray(value, bool).reshape((1,) * (x.ndim - len(shape)) + shape)
+    return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
 def axis_names(names: AxisNames | None, groups: Sequence[Sequence[int]] | None) -> None:
@@ -112,3 +156,11 @@ def axis_names(names: AxisNames | None, groups: Sequence[Sequence[int]] | None) 
             f"axis_index_groups={groups} does not partition axis_name={names!r} of size {size}; "
             f"name each index from 0 to {size - 1} in exactly one group."
         )
+
+
+def _known(value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> bool:
+    """Returns whether ``value`` is known before the program runs, and wrong."""
+    try:
+        return bool(wrong(np.asarray(value)))
+    except jax.errors.TracerArrayConversionError:
+        return False

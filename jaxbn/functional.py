@@ -6,8 +6,6 @@ scale and bias promote, as in Flax.
 """
 
 import functools
-import math
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,7 +16,8 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn.stats import Measured, Moments, Stats, fill, measure, update_stats, widen
+from jaxbn._measure import Devices, Measured, fill, measure, widen
+from jaxbn.stats import BatchStats, CountedStats, Moments, Stats, round_mean, update_stats
 
 
 class Method(Protocol):
@@ -35,7 +34,7 @@ class Method(Protocol):
         axis_name: AxisNames | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         mask: ArrayLike | None = None,
-        stats: Stats | None = None,
+        stats: BatchStats | CountedStats | None = None,
     ) -> tuple[jax.Array, Moments]:
         """Returns the normalised batch, and the moments for the running statistics."""
         ...
@@ -77,10 +76,10 @@ def normalize(
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2.
     """
-    x = jnp.asarray(x)
-    axes = check_arguments(x, axis, epsilon, mean=mean, var=var, scale=scale, bias=bias)
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, mean=mean, var=var, scale=scale, bias=bias)
     mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
-    return _affine(x, None, mean, None, lax.rsqrt(var + epsilon), scale, bias, axes)
+    return _affine(x, None, mean, None, lax.rsqrt(var + epsilon), scale, bias, reduced)
 
 
 def batch_normalize(
@@ -93,7 +92,7 @@ def batch_normalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: Stats | None = None,
+    stats: BatchStats | CountedStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises a batch with its own moments, as training does.
 
@@ -128,12 +127,14 @@ def batch_normalize(
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
     del stats
-    x = jnp.asarray(x)
-    axes = check_arguments(x, axis, epsilon, scale=scale, bias=bias)
-    if mask is not None:
-        mask = _checks.mask(mask, x)
-    batch = measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask)
-    return apply_measured(x, mask, batch, scale, bias, axes, epsilon), batch.moments()
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, scale=scale, bias=bias)
+    mask = _checks.mask(mask, x)
+    _checks.axis_names(axis_name, axis_index_groups)
+    _checks.several_values(x.shape, reduced, axis_name)
+    # A variance far below epsilon need not be exact: features that are constant do not cost a second reading of x.
+    batch = measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=epsilon)
+    return apply_measured(x, mask, batch, scale, bias, reduced, epsilon), round_mean(batch)
 
 
 def batch_norm(
@@ -155,7 +156,7 @@ def batch_norm(
     """Normalises with the batch and updates the running statistics, or normalises with those.
 
     Training: y, moments = method(x, ...);  stats = update_stats(stats, moments).
-    Evaluation: y = normalize(x, *stats);  stats stay.
+    Evaluation: y = normalize(x, stats.mean, stats.var);  stats stay.
 
     >>> x = jnp.array([[1.], [3.]])
     >>> y, stats = jaxbn.batch_norm(x, jaxbn.init_stats(1), use_running_average=False, momentum=0.9)
@@ -178,7 +179,8 @@ def batch_norm(
       method: what training does with a batch; :func:`batch_normalize` or a variant with its signature.
 
     Returns:
-      y, shape [..., C], and the running statistics, of the kind, shape and dtype given.
+      y, shape [..., C], and the running statistics, of the kind, shape and dtype given; a real mean becomes complex
+      with complex inputs.
 
     Raises:
       ValueError: for an argument that does not fit ``x``; the message says what would.
@@ -186,11 +188,11 @@ def batch_norm(
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    x = jnp.asarray(x)
-    axes = check_arguments(x, axis, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
+    x, axes, _ = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     _checks.momentum(momentum)
     if use_running_average:
-        x = fill(x, None if mask is None else _checks.mask(mask, x))
+        x = fill(x, _checks.mask(mask, x))
         return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
     y, moments = method(
         x,
@@ -206,40 +208,15 @@ def batch_norm(
     return y, update_stats(stats, moments, momentum=momentum, unbiased=unbiased)
 
 
-def measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask) -> Measured:
-    """Measures a batch that is about to be normalised: a variance far below epsilon need not be exact."""
-    values = math.prod(x.shape[i] for i in range(x.ndim) if i not in axes)
-    if values == 1 and axis_name is None:
-        warnings.warn(
-            f"an input of shape {x.shape} has one value per feature, so that training normalises it to 0; "
-            "use a batch of at least two examples, or use_running_average=True.",
-            stacklevel=3,
-        )
-    return measure(
-        x, axis=axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, negligible=epsilon
-    )
-
-
-def apply_measured(x, mask, batch: Measured, scale, bias, axes, epsilon) -> jax.Array:
-    """Normalises x, shape [..., C], with moments that were measured on it."""
+def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> jax.Array:
+    """Normalises x, shape [..., C], with moments that were measured on it; its arguments have been checked."""
     rsqrt = jnp.where(batch.count > 0, lax.rsqrt(batch.var + epsilon), 0)
-    return _affine(x, mask, lax.stop_gradient(batch.mean), batch.residue, rsqrt, scale, bias, axes)
+    return _affine(x, mask, lax.stop_gradient(batch.mean), batch.residue, rsqrt, scale, bias, reduced)
 
 
-def check_arguments(x, axis, epsilon, **per_feature) -> tuple[int, ...]:
-    """Refuses what does not fit ``x``, and returns its feature axes, sorted and not negative."""
-    _checks.inexact(x)
-    _checks.epsilon(epsilon)
-    axes = _checks.feature_axes(x.shape, axis)
-    for name, value in per_feature.items():
-        _checks.per_feature(name, value, x, axes)
-    return axes
-
-
-def _affine(x, mask, mean, residue, rsqrt, scale, bias, axes) -> jax.Array:
+def _affine(x, mask, mean, residue, rsqrt, scale, bias, reduced) -> jax.Array:
     """Returns y = (x - mean) a + (bias - residue a), with a = scale * rsqrt: exact where x and its mean are large."""
     dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-    reduced = tuple(i for i in range(x.ndim) if i not in axes)
     a = rsqrt if scale is None else rsqrt * widen(jnp.asarray(scale))
     shift = None if bias is None else widen(jnp.asarray(bias))
     if residue is not None:

@@ -3,6 +3,7 @@
 An adapter without arithmetic: parameters and statistics out of the scope, into :func:`jaxbn.batch_norm`, and back.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,10 @@ class BatchNorm(nn.Module):
       3. Devices with different numbers of masked positions are weighted by their counts.
       4. A position that is masked may hold NaN.
       5. The statistics keep their dtype, so that a scan over steps works in float64 too.
-      6. Integer inputs, and arguments that cannot work, are refused with a message.
+      6. Refused with a message: integer inputs, masks of floats, ``epsilon=0``, and ``axis_index_groups`` without
+         ``axis_name``.  Training on one value per feature warns.
+      7. In evaluation too, a masked position that is not finite counts as 0.
+      8. For complex inputs the running mean is complex from the start.
 
     Attributes:
       use_running_average: True to evaluate, False to train; may be given to the call instead.
@@ -61,7 +65,8 @@ class BatchNorm(nn.Module):
       method: what training does with a batch: ``jaxbn.batch_normalize``, or a variant such as
         ``functools.partial(jaxbn.ghost_normalize, group_size=16)``.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``.
+      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
+        which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
       frozen: evaluate always, whatever ``use_running_average`` says; for fine-tuning.
 
     References:
@@ -127,6 +132,8 @@ class BatchNorm(nn.Module):
             stats_type = CountedStats
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
+        if self.is_initializing() and not use_running_average:
+            return self._initial_output(x, scale, bias, mask)
         y, stats = batch_norm(
             x,
             stats_type(**{name: variable.value for name, variable in variables.items()}),
@@ -136,13 +143,22 @@ class BatchNorm(nn.Module):
             momentum=self.momentum,
             epsilon=self.epsilon,
             axis=self.axis,
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
             mask=mask,
             unbiased=self.unbiased,
             method=self.method,
         )
-        if not (use_running_average or self.is_initializing()):
+        if not use_running_average:
             for name, variable in variables.items():
                 variable.value = getattr(stats, name)
+        return self._cast(y)
+
+    def _initial_output(self, x, scale, bias, mask):
+        """Normalises what ``init`` is given, often a single example: no devices, no variant, no warning."""
+        with warnings.catch_warnings(action="ignore"):
+            y, _ = batch_normalize(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
+        return self._cast(y)
+
+    def _cast(self, y):
         return y if self.dtype is None else y.astype(self.dtype)

@@ -15,6 +15,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
+from jaxbn import _checks
 from jaxbn.functional import Method, batch_norm, batch_normalize
 from jaxbn.stats import BatchStats, CountedStats
 
@@ -41,7 +42,9 @@ class BatchNorm(nnx.Module):
       5. ``dtype`` is that of the result alone: inputs, parameters and statistics are not rounded to it first.  Without
          it, the result has the dtype to which input and parameters promote, as in linen.
       6. The statistics keep their dtype and carry no gradient.
-      7. Integer inputs, and arguments that cannot work, are refused with a message.
+      7. Refused with a message: integer inputs, masks of numbers other than integers, ``epsilon=0``, and
+         ``axis_index_groups`` without ``axis_name``.  Training on one value per feature warns.
+      8. In evaluation too, a masked position that is not finite counts as 0.
 
     Args:
       num_features: number of features C.
@@ -66,9 +69,11 @@ class BatchNorm(nnx.Module):
       bias_metadata: metadata of the bias variable, such as its sharding.
       scale_metadata: metadata of the scale variable.
       method: what training does with a batch: ``jaxbn.batch_normalize``, or a variant such as
-        ``functools.partial(jaxbn.ghost_normalize, group_size=16)``.
+        ``functools.partial(jaxbn.ghost_normalize, group_size=16)``; bind it once, since ``nnx.jit`` compares it by
+        identity.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``.
+      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
+        which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
       frozen: evaluate always, also after ``train()``; for fine-tuning.
 
     References:
@@ -161,6 +166,7 @@ class BatchNorm(nnx.Module):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         x = jnp.asarray(x)
+        _checks.num_features(self.num_features, x, self.axis)
         if self.promote_dtype is not dtypes.promote_dtype:
             x, mean, var, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         y, stats = batch_norm(
@@ -183,11 +189,14 @@ class BatchNorm(nnx.Module):
                 getattr(self, name).set_value(lax.stop_gradient(value))
         return y if self.dtype is None else y.astype(self.dtype)
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
+    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
         """Sets the mode; ``nnx.view`` calls it.
 
         Args:
           use_running_average: True to evaluate, False to train; None leaves it.
+          frozen: True to evaluate always; None leaves it.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if frozen is not None:
+            self.frozen = frozen

@@ -5,24 +5,16 @@ feature axes, [C] for inputs [..., C].  Variances are biased: divided by the cou
 float32, or float64 where ``x`` is; of a complex ``x`` the mean is complex and the variance real.
 """
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-
-# A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance.  Above this
-# ratio the sums are taken again, centred on the mean, which costs a second reading of x.  Just under 4 the loss is
-# five roundings (an output error of 4e-6), and training ResNet-20 on CIFAR-10 passes it in 0 to 4 of its 19 layers a
-# step; 16 would never be passed there, but lets the error grow to 2e-5; at 2 half of the layers pay.
-CANCELLATION = 4.0
+from jaxbn._measure import Devices, Measured, abs2, measure
 
 
 class Moments(NamedTuple):
@@ -70,26 +62,6 @@ class CountedStats(NamedTuple):
 Stats = TypeVar("Stats", bound=BatchStats | CountedStats)
 
 
-class Measured(NamedTuple):
-    """Moments whose mean is kept as two floats, so that x - mean - residue is exact to the precision of x.
-
-    Attributes:
-      mean: leading part of the mean, shape [C]; constant to differentiation.
-      residue: rest of the mean, shape [C]; carries the derivative of both.
-      var: biased variance, shape [C].
-      count: number of values behind each feature, shape [C].
-    """
-
-    mean: jax.Array
-    residue: jax.Array
-    var: jax.Array
-    count: jax.Array
-
-    def moments(self) -> Moments:
-        """Returns the moments with the mean as one float."""
-        return Moments(self.mean + self.residue, self.var, self.count)
-
-
 def moments(
     x: ArrayLike,
     *,
@@ -123,10 +95,15 @@ def moments(
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
-    x = jnp.asarray(x)
-    return measure(
-        x, axis=axis, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, negligible=0.0
-    ).moments()
+    x, _, reduced = _checks.inputs(x, axis)
+    mask = _checks.mask(mask, x)
+    _checks.axis_names(axis_name, axis_index_groups)
+    return round_mean(measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=0.0))
+
+
+def round_mean(measured: Measured) -> Moments:
+    """Returns what was measured as moments, with the mean in one float."""
+    return Moments(measured.mean + measured.residue, measured.var, measured.count)
 
 
 def combine(a: Moments, b: Moments) -> Moments:
@@ -145,14 +122,18 @@ def combine(a: Moments, b: Moments) -> Moments:
     Returns:
       Moments of shape [C].
 
+    Raises:
+      ValueError: for moments of different features.
+
     References:
       Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
     """
+    _checks.same_features("the moments b", jnp.shape(b.mean), "the moments a", jnp.shape(a.mean))
     count = a.count + b.count
     weight_a, weight_b = a.count / jnp.maximum(count, 1), b.count / jnp.maximum(count, 1)
     delta = b.mean - a.mean
     mean = jnp.where(a.count > 0, a.mean + weight_b * delta, b.mean)
-    var = weight_a * a.var + weight_b * b.var + weight_a * weight_b * _abs2(delta)
+    var = weight_a * a.var + weight_b * b.var + weight_a * weight_b * abs2(delta)
     return Moments(mean, var, count)
 
 
@@ -166,15 +147,17 @@ def pool(
 
     The same as :func:`combine` over them in any order, without a chain of B additions.
     """
-    total = _total(axis_name, axis_index_groups)
+    total = Devices.of(axis_name, axis_index_groups).total
     count, weighted = total(batches.count.sum(0), (batches.count * batches.mean).sum(0))
     mean = weighted / jnp.maximum(count, 1)
-    (spread,) = total((batches.count * (batches.var + _abs2(batches.mean - mean[None]))).sum(0))
+    (spread,) = total((batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0))
     return Moments(mean, spread / jnp.maximum(count, 1), count)
 
 
-def init_stats(features: int | Sequence[int], *, counted: bool = False) -> BatchStats | CountedStats:
-    """Returns the running statistics before the first batch: mean 0, variance 1, float32.
+def init_stats(
+    features: int | Sequence[int], *, counted: bool = False, dtype: DTypeLike = jnp.float32
+) -> BatchStats | CountedStats:
+    """Returns the running statistics before the first batch: mean 0, variance 1.
 
     >>> jaxbn.init_stats(2)
     BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32))
@@ -182,11 +165,12 @@ def init_stats(features: int | Sequence[int], *, counted: bool = False) -> Batch
     Args:
       features: number of features C, or the shape of the feature axes.
       counted: also count the batches, for averages without bias towards 0 and 1; see :func:`update_stats`.
+      dtype: of the mean, complex64 for complex inputs; the variance has its real counterpart.
 
     Returns:
       BatchStats, or CountedStats, of shape [C].
     """
-    mean, var = jnp.zeros(features, jnp.float32), jnp.ones(features, jnp.float32)
+    mean, var = jnp.zeros(features, dtype), jnp.ones(features, jnp.finfo(dtype).dtype)
     return CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
 
 
@@ -208,15 +192,16 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
       unbiased: multiply the variance by m/(m - 1), as the paper and PyTorch do.
 
     Returns:
-      Statistics of the kind, shape and dtype given.
+      Statistics of the kind, shape and dtype given; a real mean becomes complex with complex moments.
 
     Raises:
-      ValueError: for a momentum outside [0, 1], or None without a count.
+      ValueError: for moments of other features, a momentum outside [0, 1], or None without a count.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
     """
     _checks.momentum(momentum)
+    _checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
     accepted = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     var = moments.var
     if unbiased:
@@ -244,124 +229,9 @@ def _unbiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:
     """Returns the weight (1 - momentum) / (1 - momentum^t) of batch t; its limit 1/t where momentum is 1 or None."""
     if momentum is None:
         return 1 / steps
-    forgotten = -jnp.expm1(steps * jnp.log(jnp.maximum(momentum, 1e-30)))
-    return jnp.where(forgotten == 0, 1 / steps, (1 - momentum) / jnp.where(forgotten == 0, 1, forgotten))
-
-
-def measure(
-    x: jax.Array,
-    *,
-    axis: Axes,
-    mask: ArrayLike | None,
-    axis_name: AxisNames | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-    negligible: float,
-) -> Measured:
-    """Measures a batch with the mean in two floats; ``negligible`` is a variance whose rounding does not matter."""
-    _checks.inexact(x)
-    axes = _checks.feature_axes(x.shape, axis)
-    reduced = tuple(i for i in range(x.ndim) if i not in axes)
-    _checks.axis_names(axis_name, axis_index_groups)
-    total = _total(axis_name, axis_index_groups)
-    if mask is not None:
-        mask = _checks.mask(mask, x)
-    return Measured(*_measure(x, mask, _count(x, mask, reduced), reduced, total, negligible))
-
-
-def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns ``x`` with 0 where it is masked and not finite, so that it reaches neither outputs nor gradients."""
-    return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """Returns ``x`` in at least float32; inside a reduction or a fused loop the wide copy is never in memory."""
-    return x.astype(_wide(x.dtype))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _measure(x, mask, count, reduced, total, negligible):
-    """Returns mean, residue, variance and count: raw sums in one reading of x, centred sums only where those cancel."""
-    expand = functools.partial(jnp.expand_dims, axis=reduced)
-    wide = widen(x)
-    count, raw, squares = total(count, _sum(wide, reduced, mask), _sum(_abs2(wide), reduced, mask))
-    m = jnp.maximum(count, 1)
-    mean = raw / m
-    var = jnp.maximum(squares / m - _abs2(mean), 0)
-
-    def again(x):
-        centred = widen(x) - expand(mean)  # widened in here: outside, the wide copy of x would be written to memory
-        raw, squares = total(_sum(centred, reduced, mask), _sum(_abs2(centred), reduced, mask))
-        residue = raw / m
-        high = mean + residue
-        return high, residue - (high - mean), jnp.maximum(squares / m - _abs2(residue), 0)
-
-    # The mean goes through the branches, changed by one of them, so that it is written to memory: recomputed from the
-    # sum where it is used, it would be contracted to a fused multiply-add, and the residue would be that of another.
-    cancels = jnp.any(_abs2(mean) > CANCELLATION * (var + negligible))
-    mean, residue, var = lax.cond(cancels, again, lambda x: (mean, jnp.zeros_like(mean), var), x)
-    return mean, residue, var, count
-
-
-@_measure.defjvp
-def _measure_jvp(reduced, total, negligible, primals, tangents):
-    """Derivative of the moments: d mean = E[dx],  d var = 2 E[Re(conj(x - mean) dx)].
-
-    The whole derivative of the mean goes to the residue.  With the leading part constant, the cotangent of the mean
-    is a multiple of sum(dy), which the bias needs anyway, and a reading of x and dy is saved.
-    """
-    x, mask, local_count = primals
-    mean, residue, var, count = _measure(x, mask, local_count, reduced, total, negligible)
-    m = jnp.maximum(count, 1)
-
-    @jax.checkpoint  # keeps x alone for the backward pass, not x - mean as well
-    def tangent(x, mask, mean, residue, x_dot):
-        expand = functools.partial(jnp.expand_dims, axis=reduced)
-        x_dot = widen(x_dot)
-        centred = (widen(fill(x, mask)) - expand(mean)) - expand(residue)
-        mean_dot, var_dot = total(_sum(x_dot, reduced, mask), _sum((jnp.conj(centred) * x_dot).real, reduced, mask))
-        return mean_dot / m, 2 * var_dot / m
-
-    mean_dot, var_dot = tangent(x, mask, mean, residue, tangents[0])
-    return (mean, residue, var, count), (jnp.zeros_like(mean), mean_dot, var_dot, jnp.zeros_like(count))
-
-
-def _wide(dtype):
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
-def _sum(values, reduced, mask):
-    return jnp.sum(values, reduced, where=mask)
-
-
-def _abs2(x):
-    """Returns |x|^2, real also where x is complex."""
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
-def _count(x, mask, reduced):
-    """Returns the number of values behind each feature on this device."""
-    dtype = jnp.finfo(_wide(x.dtype)).dtype
-    features = tuple(x.shape[i] for i in range(x.ndim) if i not in reduced)
-    if mask is None:
-        return jnp.full(features, math.prod(x.shape[i] for i in reduced), dtype)
-    repeats = math.prod(x.shape[i] for i in reduced if mask.shape[i] == 1)
-    admitted = jnp.sum(mask, reduced, dtype=jnp.int32)  # a float32 sum of ones stops at 2^24
-    return jnp.broadcast_to(admitted.astype(dtype) * repeats, features)
-
-
-def _total(axis_name, axis_index_groups):
-    """Returns the function that adds over the devices: nothing to add without a named axis."""
-    if axis_name is None:
-        return _as_they_are
-    return functools.partial(_psum_together, axis_name=axis_name, axis_index_groups=axis_index_groups)
-
-
-def _as_they_are(*sums: jax.Array) -> tuple[jax.Array, ...]:
-    return sums
-
-
-def _psum_together(*sums: jax.Array, axis_name, axis_index_groups) -> tuple[jax.Array, ...]:
-    """Adds several arrays over the devices in one collective."""
-    parts = [part for s in sums for part in ((s.real, s.imag) if jnp.iscomplexobj(s) else (s,))]
-    added = iter(lax.psum(jnp.stack(parts), axis_name, axis_index_groups=axis_index_groups))
-    return tuple(lax.complex(next(added), next(added)) if jnp.iscomplexobj(s) else next(added) for s in sums)
+    new = jnp.asarray(1 - momentum, steps.dtype)
+    # 1 - momentum^t from the same `new`: rounded otherwise, the weight of a batch could exceed 1, and the variance be
+    # negative.
+    forgotten = -jnp.expm1(steps * jnp.log1p(-jnp.minimum(new, 1 - 1e-6)))
+    weight = jnp.where(new > 0, new / jnp.where(new > 0, forgotten, 1), 1 / steps)
+    return jnp.minimum(jnp.where(steps == 1, 1, weight), 1)

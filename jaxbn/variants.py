@@ -4,6 +4,9 @@ Each has the signature of :func:`jaxbn.batch_normalize`, and enters a layer or :
 Options of its own are bound first: ``method=functools.partial(ghost_normalize, group_size=16)``.
 """
 
+import math
+import operator
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +16,9 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn.functional import apply_measured, batch_normalize, check_arguments, measure_batch
-from jaxbn.stats import Moments, Stats, pool, widen
+from jaxbn._measure import Devices, measure, widen
+from jaxbn.functional import apply_measured
+from jaxbn.stats import BatchStats, CountedStats, Moments, pool, round_mean
 
 
 def ghost_normalize(
@@ -28,7 +32,7 @@ def ghost_normalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: Stats | None = None,
+    stats: BatchStats | CountedStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises groups of ``group_size`` consecutive examples separately (ghost batch norm).
 
@@ -57,40 +61,45 @@ def ghost_normalize(
 
     Raises:
       ValueError: if ``group_size`` does not divide N, or an argument does not fit ``x``.
+      TypeError: if ``group_size`` is not an integer.
 
     References:
       Hoffer, Hubara and Soudry 2017, arXiv:1705.08741.
     """
     del stats
-    x = jnp.asarray(x)
-    axes = check_arguments(x, axis, epsilon, scale=scale, bias=bias)
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, scale=scale, bias=bias)
+    mask = _checks.mask(mask, x)
+    _checks.axis_names(axis_name, axis_index_groups)
     if axes[0] == 0:
         raise ValueError(
             f"axis={axis} makes the first axis of an input of shape {x.shape} a feature axis, but ghost batch norm "
             "divides that axis into groups; move the examples to the first axis."
         )
-    if group_size < 1 or x.shape[0] % group_size:
+    if operator.index(group_size) < 1 or x.shape[0] % group_size:
         raise ValueError(
             f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
             "choose a divisor, or pad the batch and pass a mask."
         )
-    _checks.axis_names(axis_name, axis_index_groups)
-
     groups = x.shape[0] // group_size
+    if x.size and group_size * math.prod(x.shape[i] for i in reduced[1:]) == 1:
+        warnings.warn(
+            f"group_size=1 leaves one value per group and feature of an input of shape {x.shape}, so that training "
+            "normalises it to 0; use a group_size of at least two.",
+            stacklevel=2,
+        )
 
     def split(v):  # [N, ...] to [groups, group_size, ...]; the group becomes one more feature axis
         return v.reshape((1, *v.shape) if v.shape[0] == 1 else (groups, group_size, *v.shape[1:]))
 
-    if mask is not None:
-        mask = split(_checks.mask(mask, x))
-
     def repeat(parameter):
         return None if parameter is None else jnp.broadcast_to(parameter, (groups, *jnp.shape(parameter)))
 
-    y, moments = batch_normalize(
-        split(x), repeat(scale), repeat(bias), axis=(0, *(i + 1 for i in axes)), epsilon=epsilon, mask=mask
-    )
-    return y.reshape(x.shape), pool(moments, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    grouped, mask, reduced = split(x), None if mask is None else split(mask), tuple(i + 1 for i in reduced)
+    batch = measure(grouped, mask, reduced, Devices(), negligible=epsilon)
+    y = apply_measured(grouped, mask, batch, repeat(scale), repeat(bias), reduced, epsilon)
+    moments = pool(round_mean(batch), axis_name=axis_name, axis_index_groups=axis_index_groups)
+    return y.reshape(x.shape), moments
 
 
 def batch_renormalize(
@@ -105,7 +114,7 @@ def batch_renormalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: Stats | None = None,
+    stats: BatchStats | CountedStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises a batch so that training sees what evaluation will: with the running statistics, up to limits.
 
@@ -135,7 +144,7 @@ def batch_renormalize(
       y, shape [..., C], and the moments of the batch.
 
     Raises:
-      ValueError: without ``stats``, or for an argument that does not fit ``x``.
+      ValueError: without ``stats``, for limits that exclude batch norm, or an argument that does not fit ``x``.
 
     References:
       Ioffe 2017, arXiv:1702.03275.
@@ -145,19 +154,23 @@ def batch_renormalize(
             "stats=None, but batch renormalisation compares the batch with the running statistics; "
             "pass stats, or use it as the method of batch_norm or of a layer, which do."
         )
-    x = jnp.asarray(x)
-    axes = check_arguments(x, axis, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
-    if mask is not None:
-        mask = _checks.mask(mask, x)
-    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-    batch = measure_batch(x, axes, epsilon, axis_name, axis_index_groups, mask)
-    moments = batch.moments()
+    _checks.at_least("r_max", r_max, 1)
+    _checks.at_least("d_max", d_max, 0)
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
+    mask = _checks.mask(mask, x)
+    _checks.axis_names(axis_name, axis_index_groups)
+    _checks.several_values(x.shape, reduced, axis_name)
+    batch = measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=epsilon)
+    moments = round_mean(batch)
     sigma, running_sigma = jnp.sqrt(batch.var + epsilon), jnp.sqrt(stats.var + epsilon)
     r = lax.stop_gradient(jnp.clip(sigma / running_sigma, 1 / jnp.asarray(r_max), r_max))
     d = lax.stop_gradient(_limit((moments.mean - stats.mean) / running_sigma, d_max))
+    d = jnp.where(batch.count > 0, d, 0)  # nothing to compare where all is masked
+    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
     scale = jnp.ones_like(r) if scale is None else widen(jnp.asarray(scale))
     shift = scale * d if bias is None else scale * d + widen(jnp.asarray(bias))
-    return apply_measured(x, mask, batch, scale * r, shift, axes, epsilon).astype(dtype), moments
+    return apply_measured(x, mask, batch, scale * r, shift, reduced, epsilon).astype(dtype), moments
 
 
 def _limit(d, d_max):

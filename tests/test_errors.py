@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
 
 X = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32)
 THREE, FOUR = np.ones(3, np.float32), np.ones(4, np.float32)
@@ -64,7 +67,7 @@ def test_no_axis_at_all_is_refused():
 def test_a_parameter_for_another_number_of_features_is_refused(function, name):
     message = (
         f"{name} has shape (4,), but an input of shape (8, 5, 3) has features of shape (3,) on axis (2,); "
-        f"pass {name} of that shape, or set axis to where the features are."
+        f"pass {name} of that shape (does it come from another layer?), or set axis to where the features are."
     )
     with refused(message):
         FUNCTIONS[function](X, **{name: FOUR})
@@ -211,6 +214,46 @@ def test_renorm_without_running_statistics_is_refused():
         jaxbn.batch_renormalize(X)
 
 
+@pytest.mark.parametrize(("name", "value", "least"), [("r_max", 0.5, 1), ("d_max", -1.0, 0)])
+def test_limits_of_renorm_that_exclude_batch_norm_are_refused(name, value, least):
+    with refused(f"{name}={value} is below {least}, its smallest value; use for example {name}={least + 2}."):
+        renorm(**{name: value})
+
+
+def test_statistics_of_other_features_are_not_combined():
+    one, eight = jaxbn.moments(X[..., :1]), jaxbn.moments(np.ones((4, 8), np.float32))
+    with refused("the moments have features of shape (8,), but the running statistics of shape (1,); combine statis"):
+        jaxbn.update_stats(jaxbn.init_stats(1), eight, momentum=0.9)
+    with refused("the moments b have features of shape (8,), but the moments a of shape (1,); combine statistics of"):
+        jaxbn.combine(one, eight)
+
+
+def test_an_nnx_layer_for_another_number_of_features_names_num_features():
+    message = (
+        "num_features=4, but an input of shape (8, 5, 3) has 3 features on axis -1; "
+        "construct the layer with num_features=3, or set axis to where the features are."
+    )
+    with refused(message):
+        jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))(X)
+
+
+def test_a_scalar_is_refused():
+    with refused("x is a scalar; batch norm takes inputs with an axis of features, such as [N, C]; reshape it."):
+        jaxbn.moments(jnp.float32(1))
+
+
+def test_an_axis_that_is_no_integer_is_refused():
+    with refused("axis=1.5 is not an integer or a sequence of integers; use for example axis=-1."):
+        jaxbn.moments(X, axis=1.5)
+
+
+def test_a_momentum_and_an_epsilon_in_arrays_are_checked_too():
+    with refused("momentum=1.5 is outside [0, 1]"):
+        train(momentum=jnp.float32(1.5))
+    with refused("epsilon=-1.0 is not positive"):
+        train(epsilon=jnp.float32(-1))
+
+
 # One value per feature
 
 
@@ -230,6 +273,20 @@ def test_evaluating_one_value_per_feature_does_not_warn(function):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FUNCTIONS[function](np.ones((1, 3), np.float32))
+
+
+def test_ghost_groups_of_one_value_warn_of_the_group_size():
+    with pytest.warns(UserWarning, match="group_size=1 leaves one value per group and feature"):
+        jaxbn.ghost_normalize(X[:, 0], group_size=1)
+
+
+def test_init_on_one_example_neither_warns_nor_needs_whole_groups():
+    layer = jaxbn.linen.BatchNorm(
+        use_running_average=False, method=functools.partial(jaxbn.ghost_normalize, group_size=4)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.init(jax.random.key(0), np.ones((1, 3), np.float32))
 
 
 def test_one_value_per_feature_on_each_of_many_devices_does_not_warn():

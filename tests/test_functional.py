@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+import jaxbn.nnx
 from tests import reference
 
 ROUNDING = float(jnp.finfo(jnp.float32).eps)
@@ -424,3 +426,27 @@ def test_a_forward_pass_has_one_collective_and_a_backward_pass_one_more():
     x, scale, bias = SPLITTABLE
     assert len(collectives(lambda x: loss(x, scale, bias, "d"), x)) == 1
     assert len(collectives(jax.grad(lambda x: loss(x, scale, bias, "d")[0]), x)) == 2
+
+
+def test_a_second_eager_call_compiles_nothing():
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    layer = jaxbn.nnx.BatchNorm(5, rngs=nnx.Rngs(0))
+    layer(x)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    jax.jit(lambda x: x + 1)(x)
+    assert any("compile" in name for name in compiled)  # the listener hears what it should
+    compiled.clear()
+    layer(x)
+    assert not [name for name in compiled if "compile" in name]
+
+
+def test_steps_of_complex_inputs_scan_from_complex_statistics():
+    x = np.arange(24).reshape(2, 4, 3) * np.complex64(1 + 2j)
+
+    def step(stats, x):
+        y, stats = jaxbn.batch_norm(x, stats, use_running_average=False)
+        return stats, y
+
+    stats, _ = jax.lax.scan(step, jaxbn.init_stats(3, dtype=jnp.complex64), x)
+    assert (stats.mean.dtype, stats.var.dtype) == (jnp.complex64, jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn.stats import CANCELLATION
+from jaxbn._measure import CANCELLATION
 from tests import reference
 from tests.numerics_table import SHAPES, errors, ours, sample, table
 

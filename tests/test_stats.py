@@ -271,7 +271,7 @@ def test_counted_statistics_are_averages_with_adams_correction(momentum):
     batches = X.reshape(6, 20, 3)
     stats = accumulate(jaxbn.init_stats(3, counted=True), batches, momentum)
     means, variances, _ = zip(*(reference.moments(x) for x in batches), strict=True)
-    # One minus a momentum near 1 keeps few of float32's digits, and 1 - momentum^t likewise.
+    # A momentum known only at run time is a float32, and one minus it keeps few digits.
     rtol = 64 * ROUNDING / (1 - momentum)
     np.testing.assert_allclose(stats.mean, adam_average(np.array(means), momentum), rtol=rtol)
     np.testing.assert_allclose(stats.var, adam_average(np.array(variances), momentum), rtol=rtol)
@@ -294,6 +294,25 @@ def test_the_first_batch_alone_makes_the_counted_statistics(momentum):
     rtol = 32 * ROUNDING / (1 - (momentum or 0) if momentum != 1 else 1)
     np.testing.assert_allclose(stats.mean, mean, rtol=rtol)
     np.testing.assert_allclose(stats.var, var, rtol=rtol)
+
+
+@pytest.mark.parametrize("momentum", [0.98, 0.999, 0.999999, 0.9999999])
+def test_counted_statistics_keep_their_digits_at_a_momentum_near_1(momentum):
+    stats = jaxbn.init_stats(3, counted=True)
+    batches = X.reshape(6, 20, 3)
+    for x in batches:
+        stats = jaxbn.update_stats(stats, moments(x), momentum=momentum)
+    means, variances, _ = zip(*(reference.moments(x) for x in batches), strict=True)
+    np.testing.assert_allclose(stats.mean, adam_average(np.array(means), momentum), rtol=64 * ROUNDING)
+    np.testing.assert_allclose(stats.var, adam_average(np.array(variances), momentum), rtol=64 * ROUNDING)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.98, 0.99, 0.995, 0.999, 0.999999, None])
+def test_the_counted_variance_of_constant_data_is_not_negative(momentum):
+    stats = jaxbn.init_stats(1, counted=True)
+    for _ in range(5):
+        stats = jaxbn.update_stats(stats, moments(np.ones((8, 1), np.float32)), momentum=momentum)
+        assert stats.var[0] >= 0
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])

@@ -20,16 +20,12 @@ EXPERIMENTS = ROOT / "experiments"
 # A module imports only modules of a lower rank.
 RANKS = {
     "_checks": 0,
-    "interop": 0,
-    "stats": 1,
-    "functional": 2,
-    "calibrate": 2,
-    "variants": 3,
-    "linen": 3,
-    "nnx": 3,
-    "surgery": 4,
-    "diagnose": 5,
-    "testing": 5,
+    "_measure": 1,
+    "stats": 2,
+    "functional": 3,
+    "variants": 4,
+    "linen": 4,
+    "nnx": 4,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "stop_gradient", "zeros"}
