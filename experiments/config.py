@@ -6,7 +6,7 @@ a learning-rate decay) is a constant where it is used.
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 Data = Literal["cifar10", "digits"]
@@ -79,15 +79,24 @@ class Config:
         """Returns a copy with some fields changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
+    def differences(self, other: Self) -> str:
+        """Returns the fields that differ from those of `other`, in words; empty where none does."""
+        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return ", ".join(
+            f"`{name}` {'all' if mine is None else mine} instead of {'all' if theirs is None else theirs}"
+            for name, mine, theirs in pairs
+            if mine != theirs
+        )
+
 
 def _one_of(name, value, accepted):
-    if value not in accepted:
+    if value not in accepted or type(value) is not type(accepted[0]):
         listed = ", ".join(repr(a) for a in accepted)
         raise ValueError(f"{name}={value!r}; accepted are {listed}; choose one of those.")
 
 
 def _positive(name, value):
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r}; a finite number above 0 is accepted; choose one.")
 
 
@@ -97,7 +106,7 @@ def _at_least_one(name, value):
 
 
 PRESETS: dict[str, Config] = {
-    # Two CPU cores, seconds a run: the small net on a fifth of CIFAR-10, halved to 16x16, for a fifth of the epochs.
+    # Two CPU cores: the small net on a fifth of CIFAR-10, halved to 16x16, for a fifth of the epochs.
     "small": Config(image_size=16, train_images=10_000, net="cnn7", batch_size=100, epochs=6, lr_decay_epochs=4),
     # One GPU: the published protocol, which is what the defaults say.
     "full": Config(),

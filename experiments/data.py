@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cifar10 import CLASS_NAMES, FOLDER, cache_folder, download_cifar10, find_cifar10, read_cifar10
-
-__all__ = ["Dataset", "affine_resample", "augment", "epoch_order", "find_cifar10", "load"]
+from experiments.cifar10 import CLASS_NAMES, FOLDER, cache_folder, find_cifar10, read_cifar10
+from experiments.download import download_cifar10
 
 DIGITS_FOR_TRAINING = 1_400  # of 1,797
 MAX_SHEAR = 0.2  # degrees
@@ -24,7 +23,8 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: "cifar10" or "digits".
-      source: where the images come from, a phrase fit for printing, with a local path in it.
+      provenance: where the images come from, a phrase fit for publishing.
+      source: the same, with the local path of the files, where there are any.
       train_images: uint8 [n, size, size, channels], in a fixed random order.
       train_labels: int32 [n].
       test_images: uint8 [m, size, size, channels].
@@ -33,6 +33,7 @@ class Dataset(NamedTuple):
     """
 
     name: str
+    provenance: str
     source: str
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -97,9 +98,10 @@ def load(
 def _cifar10(folder: Path) -> Dataset:
     """Returns CIFAR-10 from the folder of its files."""
     images, labels, official = read_cifar10(folder)
-    kind = "the official files" if official else "a copy that differs from the official files"
+    kind = "the official files" if official else "a copy that is not byte-identical to the official files"
     return Dataset(
         name="cifar10",
+        provenance=f"CIFAR-10, {kind}",
         source=f"CIFAR-10, {kind}, in {folder}",
         train_images=np.concatenate(images[:-1]),
         train_labels=np.concatenate(labels[:-1]),
@@ -118,9 +120,11 @@ def _digits() -> Dataset:
     labels = digits.target.astype(np.int32)
     order = np.random.RandomState(0).permutation(len(images))  # the file holds one writer after another
     train, test = order[:DIGITS_FOR_TRAINING], order[DIGITS_FOR_TRAINING:]
+    provenance = "1,797 handwritten digits (UCI), carried by scikit-learn"
     return Dataset(
         name="digits",
-        source="1,797 handwritten digits (UCI), carried by scikit-learn",
+        provenance=provenance,
+        source=provenance,
         train_images=images[train],
         train_labels=labels[train],
         test_images=images[test],

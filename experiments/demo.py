@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import data, plots, train
+from experiments.cifar10 import find_cifar10
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.display import Display
@@ -57,7 +58,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
 
 def choose_data(data_dir: Path | None) -> tuple[Dataset, str]:
     """Returns what the demo learns, and a sentence that says why."""
-    if data.find_cifar10(data_dir):
+    if find_cifar10(data_dir):
         name, why = "cifar10", "The demo halves its images to 16x16 pixels and uses a fifth of them."
     else:
         name = "digits"

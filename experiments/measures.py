@@ -30,6 +30,19 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan, len(values))
 
 
+def pairs(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
+    """Returns the runs of two arms in pairs of the same seed.
+
+    Raises:
+      ValueError: the arms do not have the same seeds.
+    """
+    by_seed = [{run["header"]["config"]["seed"]: run for run in runs} for runs in (first, second)]
+    seeds = [sorted(runs) for runs in by_seed]
+    if seeds[0] != seeds[1]:
+        raise ValueError(f"seeds={seeds[0]} beside {seeds[1]}; pairs need the same seeds; train the missing runs.")
+    return [tuple(runs[seed] for runs in by_seed) for seed in seeds[0]]
+
+
 def column(runs: list[dict], name: str) -> np.ndarray:
     """Returns one field of the rows of several runs, shape [runs, rows].
 
@@ -38,6 +51,13 @@ def column(runs: list[dict], name: str) -> np.ndarray:
     longest = max(len(run["rows"]) for run in runs)
     padded = [run["rows"] + run["rows"][-1:] * (longest - len(run["rows"])) for run in runs]
     return np.array([[row[name] for row in rows] for rows in padded])
+
+
+def elapsed(runs: list[dict]) -> np.ndarray:
+    """Returns the seconds of training since the start at each row, shape [runs, rows]; after divergence none pass."""
+    seconds = column(runs, "seconds")
+    ended = np.arange(seconds.shape[1]) >= np.array([[len(run["rows"])] for run in runs])
+    return np.where(ended, 0, seconds).cumsum(axis=1)
 
 
 def final_accuracy(run: dict) -> float:

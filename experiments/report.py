@@ -9,7 +9,8 @@ from experiments.config import PRESETS
 HEAD = """# Experiments
 
 Written by `python -m experiments table` from the files in `results/`; to change it, change a study or its results.
-Every number is mean ± standard deviation over seeds; accuracies are on the test set; times depend on the hardware.
+Every number is mean ± standard deviation over seeds, or that of a single seed where it says so; accuracies are on the
+test set; times depend on the hardware.
 
 `python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
 interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
@@ -38,7 +39,8 @@ def state(module: ModuleType, folder: Path) -> str:
 
 def text(module: ModuleType, folder: Path, section: str) -> str:
     """Returns a section of a study's docstring that holds no finding, with the measured time filled in."""
-    return study.sections(module)[section].replace("{time}", _times(module, folder))
+    words = study.sections(module)[section]
+    return words.replace("{time}", _times(module, folder)) if "{time}" in words else words
 
 
 def _chapter(module, folder):
@@ -81,12 +83,14 @@ def _times(module, folder):
 
 
 def _origin(found):
-    """Where results come from: hardware, versions and commits, each once."""
+    """Where results come from: images, hardware, versions and commits, each once."""
     headers = [run["header"] for group in found.values() for run in group]
+    images = {header.get("images", "images of unknown origin") for header in headers}
     machines = {_hardware(header["hardware"]) for header in headers}
     versions = {", ".join(f"{k} {v}" for k, v in header["versions"].items()) for header in headers}
     commits = {header["commit"] or "unknown" for header in headers}
     return (
+        f"Images: {'; '.join(sorted(images))}. "
         f"Measured on {'; '.join(sorted(machines))}, with {'; '.join(sorted(versions))}, "
         f"at commit {', '.join(c[:12] + ('-modified' if c.endswith('-modified') else '') for c in sorted(commits))}."
     )

@@ -1,11 +1,12 @@
 """The results of runs as files: one JSONL per run, a header line and then one line per row.
 
 Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...]}; the header says what was
-run, with which versions, on what hardware, from which commit. A number that is not finite is null in the file and NaN
-when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
+run, on which images, with which versions, on what hardware, from which commit. A number that is not finite is null in
+the file and NaN when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,8 @@ from pathlib import Path
 from experiments.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
+ROOT = Path(__file__).parents[1]
+SOURCES = ("jaxbn/*.py", "experiments/*.py", "pyproject.toml")  # what a run depends on; * includes subfolders
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 
 
@@ -95,24 +98,36 @@ def differences(stored: dict, config: Config) -> str:
 
 
 def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:
-    """Returns all finished runs of a study: label -> runs by seed. The labels are in alphabetical order."""
+    """Returns all finished runs of a study: label -> runs by seed. The labels are in alphabetical order.
+
+    Raises:
+      ValueError: a file is no result file, or its name gives another seed than its header.
+    """
     runs = {}
     for path in sorted((folder / study / preset).glob("*-seed*.jsonl")):
-        runs.setdefault(path.stem.rpartition("-seed")[0], []).append(read(path))
+        label, run = path.stem.rpartition("-seed")[0], read(path)
+        if path != run_path(folder, study, preset, label, seed := run["header"]["config"].get("seed")):
+            raise ValueError(
+                f"{path} is named after another run: its header has seed={seed}; a file is named "
+                "<label>-seed<k>.jsonl after its own seed; delete it, or give it back its name."
+            )
+        runs.setdefault(label, []).append(run)
     return {label: sorted(group, key=lambda run: run["header"]["config"]["seed"]) for label, group in runs.items()}
 
 
-def header(config: Config, *, parameters: int, seconds: float) -> dict:
+def header(config: Config, *, images: str, parameters: int, seconds: float) -> dict:
     """Returns the first line of a result file: what was run, and with what.
 
     Args:
       config: the run.
+      images: where they come from, `Dataset.provenance`.
       parameters: number of trained parameters.
       seconds: that the run took in all, compilation and evaluation included.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "config": dataclasses.asdict(config),
+        "images": images,
         "parameters": parameters,
         "seconds": seconds,
         "versions": {"python": platform.python_version(), **versions},
@@ -135,13 +150,16 @@ def hardware() -> dict:
     }
 
 
-def commit() -> str | None:
-    """Returns the commit of the sources, with "-modified" where they differ from it; None outside a repository."""
-    root = Path(__file__).parents[1]
+@functools.cache
+def commit(root: Path = ROOT) -> str | None:
+    """Returns the commit of the sources, with "-modified" where they differ from it; None outside a repository.
+
+    It is looked up once: call it before the first run, since the sources may change while the runs last.
+    """
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--", "*.py", "pyproject.toml"]
+        status = [*git, "status", "--porcelain", "--", *SOURCES]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

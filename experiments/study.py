@@ -30,6 +30,7 @@ from experiments.config import PRESETS, Config
 from experiments.display import Display
 
 SECTIONS = ("Command", "Time", "Finding", "Refuted if")
+MIN_SEEDS = {"small": 3, "full": 1}  # three give a spread; a run of `full` is long, and one seed is quoted as one
 
 
 def names() -> list[str]:
@@ -78,17 +79,23 @@ def sections(module: ModuleType) -> dict[str, str]:
 
 
 def collect(module: ModuleType, preset: str, folder: Path) -> dict[str, list[dict]] | None:
-    """Returns the results of a study in the order of its runs; None where not every run has a result yet.
+    """Returns the results of a study in the order of its runs; None where it is unfinished.
+
+    It is finished when every label has the same seeds, and at least `MIN_SEEDS` of them.
 
     Raises:
-      ValueError: a file in the folder is the result of another config.
+      ValueError: a file in the folder is the result of another config, or named after another run.
     """
     name, configs = short_name(module), module.runs(preset)
     found = results.read_study(folder, name, preset)
+    seeds = {label: [run["header"]["config"]["seed"] for run in found.get(label, [])] for label in configs}
     for label, config in configs.items():
-        for seed in (run["header"]["config"]["seed"] for run in found.get(label, [])):
+        for seed in seeds[label]:
             results.finished(results.run_path(folder, name, preset, label, seed), config.replace(seed=seed))
-    return {label: found[label] for label in configs} if configs.keys() <= found.keys() else None
+    first, *others = seeds.values()
+    if len(first) < MIN_SEEDS[preset] or any(other != first for other in others):
+        return None
+    return {label: found[label] for label in configs}
 
 
 def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, folder: Path) -> None:
@@ -104,15 +111,32 @@ def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, f
     if seeds < 1:
         raise ValueError(f"seeds={seeds}; at least 1 is accepted; 3 give a spread.")
     plan = [
-        (results.run_path(folder, short_name(module), preset, label, seed), config.replace(seed=seed))
+        (
+            f"{short_name(module)} {label}-seed{seed}",
+            results.run_path(folder, short_name(module), preset, label, seed),
+            config.replace(seed=seed),
+        )
         for seed in range(seeds)
         for label, config in module.runs(preset).items()
     ]
-    for path, config in plan:
+    train_missing(plan, data_dir=data_dir)
+
+
+def train_missing(plan: list[tuple[str, Path, Config]], *, data_dir: Path | None) -> None:
+    """Trains the runs that have no result yet.
+
+    Args:
+      plan: the runs, each with the name by which it is shown, the file of its result, and its Config.
+      data_dir: where CIFAR-10 is.
+
+    Raises:
+      ValueError: a result of another config is in the way.
+    """
+    results.commit()  # of the sources as they are now; it is kept for the headers
+    for _, path, config in plan:
         results.finished(path, config)  # refuses a stale file before the first second of training
     with Display(len(plan)) as display:
-        for path, config in plan:
-            name = f"{short_name(module)} {path.stem}"
+        for name, path, config in plan:
             if results.finished(path, config):
                 display.skip(name)
                 shutil.rmtree(_checkpoints(path), ignore_errors=True)
@@ -125,7 +149,8 @@ def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progr
     dataset = _load(config.data, config.image_size, config.train_images, data_dir)
     trained = train.fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress)
     parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
-    results.write(path, results.header(config, parameters=parameters, seconds=trained.seconds), trained.rows)
+    header = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
+    results.write(path, header, trained.rows)
     shutil.rmtree(_checkpoints(path))
 
 

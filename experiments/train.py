@@ -66,7 +66,7 @@ def fit(
     """Trains the net of `config` on `dataset`, from the newest checkpoint where there is one.
 
     The images that fill no whole batch are left out of their epoch; the next epoch has another order. A run whose
-    training loss stops being finite ends there, with `diverged` true in its last row.
+    training or test loss is not finite ends at the next row, which has `diverged` true.
 
     Each row holds: `step` and `epoch` reached (a fraction between whole epochs); `learning_rate`; `train_loss` and
     `train_accuracy` as met while training since the last row; `test_loss` and `test_accuracy` of the whole test set in
@@ -80,7 +80,8 @@ def fit(
       on_progress: called at every row, and in between at most ten times a second.
 
     Returns:
-      The rows and the trained variables, the same bits however often the run was interrupted; and the seconds.
+      The rows and the trained variables, the same bits however often the run was interrupted (tested on CPU only);
+      and the seconds.
 
     Raises:
       ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints are another run's.
@@ -104,6 +105,8 @@ def fit(
             state, progress = restored
             rows, training, earlier = progress["rows"], progress["training"], progress["total"]
             compiling += progress["compiling"]
+            if rows:
+                reporter.row(rows[-1])  # of a run that was killed after its last step, the only one
         step = int(state.step)
 
         for stop in stops:
@@ -121,16 +124,18 @@ def fit(
             training += time.perf_counter() - clock
             if stop in row_ends:
                 steps = step - (rows[-1]["step"] if rows else 0)
+                test_loss, test_accuracy = evaluate(programs, state, test_set)
                 row = {
                     "step": step,
                     "epoch": step / steps_per_epoch,
                     "learning_rate": learning_rate(config, epoch),
                     "train_loss": float(state.loss) / steps,
                     "train_accuracy": int(state.correct) / (steps * config.batch_size),
-                    **dict(zip(("test_loss", "test_accuracy"), evaluate(programs, state, test_set), strict=True)),
+                    "test_loss": test_loss,
+                    "test_accuracy": test_accuracy,
                     "seconds": training,
                     "compile_seconds": compiling,
-                    "diverged": not math.isfinite(float(state.loss)),
+                    "diverged": not (math.isfinite(float(state.loss)) and math.isfinite(test_loss)),
                 }
                 rows.append(row)
                 reporter.row(row)

@@ -19,7 +19,7 @@ def blobs() -> Dataset:
 
     generator = np.random.default_rng(0)
     train, test = images_of(70), images_of(620)
-    return Dataset("blobs", "made up for tests", *train, *test, ("0", "1", "2", "3"))
+    return Dataset("blobs", "blobs", "made up for tests", *train, *test, ("0", "1", "2", "3"))
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,7 @@ def make_run():
         hardware = {"platform": "cpu", "device": "cpu", "devices": 1, "cpu": "Z80", "cpu_count": 2}
         header = {
             "config": vars(config).copy(),
+            "images": "made up",
             "parameters": 7,
             "seconds": 60.0,
             "versions": {"python": "3.11", "jax": "0.10"},

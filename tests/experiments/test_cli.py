@@ -64,13 +64,23 @@ def test_error_that_is_a_bug_keeps_its_traceback(monkeypatch):
         call(monkeypatch, "run", "all")
 
 
-def test_interrupt_says_how_to_continue(monkeypatch, capsys):
-    def interrupt(_):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run all", "Interrupted; the same command continues from the last checkpoint.\n"),
+        ("train", "Interrupted; the same command continues from the last checkpoint.\n"),
+        ("plot", "Interrupted.\n"),
+        ("table", "Interrupted.\n"),
+    ],
+)
+def test_interrupt_says_how_to_continue_where_that_is_so(monkeypatch, capsys, command, message):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "select", interrupt)
-    assert call(monkeypatch, "run", "all") == 130
-    assert "the same command continues" in capsys.readouterr().err
+    for function in ("select", "train_missing", "names"):
+        monkeypatch.setattr(study, function, interrupt)
+    assert call(monkeypatch, *command.split()) == 130
+    assert capsys.readouterr().err == message
 
 
 def test_list_shows_question_command_time_and_state(monkeypatch, capsys, tmp_path):
@@ -99,9 +109,11 @@ def test_finished_training_is_not_repeated(monkeypatch, capsys, tmp_path):
 
 
 def test_training_with_other_settings_does_not_overwrite_a_result(monkeypatch, capsys, tmp_path):
-    (tmp_path / "result.jsonl").write_text('{"config": {"data": "digits"}}\n{"step": 1}\n')
+    content = '{"config": {"data": "digits"}}\n{"step": 1}\n'
+    (tmp_path / "result.jsonl").write_text(content)
     assert call(monkeypatch, *TRAIN, "--out", tmp_path) == 2
     assert "is the result of another run" in capsys.readouterr().err
+    assert (tmp_path / "result.jsonl").read_text() == content
 
 
 @pytest.mark.slow

@@ -34,11 +34,19 @@ def test_replace_checks_values_like_a_new_config():
         Config().replace(epochs=0)
 
 
+def test_differences_name_the_fields_and_both_values():
+    assert Config().differences(Config()) == ""
+    small = Config(train_images=1000, epochs=2)
+    assert small.differences(Config()) == "`train_images` 1000 instead of all, `epochs` 2 instead of 30"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(data="mnist"), r"data='mnist'; accepted are 'cifar10', 'digits'; choose one"),
         (dict(image_size=24), r"image_size=24; accepted are 8, 16, 32; choose one"),
+        (dict(image_size=16.0), r"image_size=16.0; accepted are 8, 16, 32; choose one"),
+        (dict(width=True), r"width=True; a finite number above 0 is accepted; choose one"),
         (dict(net="vgg"), r"net='vgg'; accepted are 'cnn7', 'resnet20', 'inception'; choose one"),
         (dict(norm="layer"), r"norm='layer'; accepted are 'batch', 'none', 'group'; choose one"),
         (dict(width=0.0), r"width=0.0; a finite number above 0 is accepted; choose one"),

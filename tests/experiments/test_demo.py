@@ -4,8 +4,7 @@ import pytest
 from PIL import Image
 
 from experiments import demo
-from experiments.cifar10 import cache_folder
-from experiments.data import find_cifar10
+from experiments.cifar10 import cache_folder, find_cifar10
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def runs(arms, make_run):
 
 
 def cells(table):
-    return list(zip(*(column._cells for column in table.columns), strict=True))
+    return list(zip(*(column.cells for column in table.columns), strict=True))
 
 
 def test_without_cifar10_it_learns_digits_and_says_why(no_cifar10):

@@ -33,6 +33,17 @@ def test_diverged_run_stays_where_it_was(make_run):
     np.testing.assert_array_equal(column, [[0.1, 0.1, 0.1], [0.3, 0.4, 0.5]])
 
 
+def test_time_stands_still_after_divergence(make_run):
+    short = make_run(Config(), accuracies=(0.1,), diverged=True)
+    seconds = measures.elapsed([short, make_run(Config(), accuracies=(0.3, 0.4, 0.5))])
+    np.testing.assert_array_equal(seconds, [[2, 2, 2], [2, 4, 6]])
+
+
+def test_pairs_have_the_same_seed(make_run):
+    first, second = ([make_run(Config(seed=seed)) for seed in seeds] for seeds in ((0, 1), (1, 0)))
+    assert measures.pairs(first, second) == [(first[0], second[1]), (first[1], second[0])]
+
+
 def test_final_and_best_accuracy_are_percentages(run):
     assert (measures.final_accuracy(run), measures.best_accuracy(run)) == (50.0, 60.0)
 

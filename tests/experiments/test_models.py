@@ -95,6 +95,7 @@ def test_logits_in_training_are_finite_and_one_per_class(narrow):
 def test_training_updates_every_batch_statistic(narrow):
     _, updated = narrow.train(narrow.x)
     before, after = (jax.tree.leaves(tree.get("batch_stats", {})) for tree in (narrow.variables, updated))
+    assert bool(before) == (narrow.norm == "batch")
     assert all((old != new).any() for old, new in zip(before, after, strict=True))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,15 +97,74 @@ def test_runs_of_a_study_come_by_label_in_the_order_of_seeds(tmp_path, make_run)
     assert seeds == {"a": [2, 10], "b-1": [0]}
 
 
-def test_header_names_versions_hardware_and_commit():
-    header = results.header(CONFIG, parameters=5, seconds=1.5)
+def test_file_named_after_another_seed_is_refused(tmp_path, make_run):
+    run = make_run(CONFIG)
+    for seed in (0, 1):
+        results.write(results.run_path(tmp_path, "study", "small", "a", seed), run["header"], run["rows"])
+    with pytest.raises(ValueError, match=r"a-seed1\.jsonl is named after another run: its header has seed=0;.*delete"):
+        results.read_study(tmp_path, "study", "small")
+
+
+def test_file_whose_name_spells_its_seed_otherwise_is_refused(tmp_path, make_run):
+    run = make_run(CONFIG.replace(seed=1))
+    results.write(tmp_path / "study" / "small" / "a-seed01.jsonl", run["header"], run["rows"])
+    with pytest.raises(ValueError, match=r"a-seed01\.jsonl is named after another run"):
+        results.read_study(tmp_path, "study", "small")
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with sources and a result, all committed."""
+    for name in (
+        "jaxbn/a.py",
+        "experiments/studies/b.py",
+        "experiments/results/r.jsonl",
+        "pyproject.toml",
+        "docs/c.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    return tmp_path
+
+
+def modified(repository):
+    results.commit.cache_clear()
+    return results.commit(repository).endswith("-modified")
+
+
+@pytest.mark.parametrize("name", ["jaxbn/a.py", "experiments/studies/b.py", "experiments/new.py", "pyproject.toml"])
+def test_commit_says_that_the_sources_differ(repository, name):
+    assert not modified(repository)
+    (repository / name).write_text("2")
+    assert modified(repository)
+
+
+@pytest.mark.parametrize("name", ["experiments/results/r.jsonl", "experiments/figures/f.png", "docs/c.py", "README.md"])
+def test_what_no_run_depends_on_leaves_the_commit_as_it_is(repository, name):
+    (repository / name).parent.mkdir(exist_ok=True)
+    (repository / name).write_text("2")
+    assert not modified(repository)
+
+
+def test_commit_stays_that_of_the_first_call(repository):
+    before = results.commit(repository)
+    (repository / "jaxbn" / "a.py").write_text("2")
+    assert results.commit(repository) == before
+
+
+def test_header_names_images_versions_hardware_and_commit():
+    header = results.header(CONFIG, images="digits", parameters=5, seconds=1.5)
+    assert header["images"] == "digits"
     assert set(header["versions"]) == {"python", "jax", "jaxlib", "flax", "optax"}
     assert set(header["hardware"]) == {"platform", "device", "devices", "cpu", "cpu_count"}
     assert (header["parameters"], header["seconds"]) == (5, 1.5) and "commit" in header
 
 
 def test_header_names_neither_the_host_nor_a_path():
-    text = json.dumps(results.header(CONFIG, parameters=5, seconds=1.5))
+    text = json.dumps(results.header(CONFIG, images="digits", parameters=5, seconds=1.5))
     assert platform.node() not in text and str(Path.home()) not in text and str(Path.cwd()) not in text
 
 

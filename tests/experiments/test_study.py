@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from experiments import data, report, results, study
+from experiments import report, results, study, train
 from experiments.config import PRESETS, Config
 
 STUDIES = [study.load(name) for name in study.names()]
@@ -33,7 +33,7 @@ def trained(monkeypatch, make_run):
     return configs
 
 
-def run_toy(toy, folder, seeds=2, preset="small"):
+def run_toy(toy, folder, seeds=3, preset="small"):
     study.run(toy, preset=preset, seeds=seeds, data_dir=None, folder=folder)
 
 
@@ -54,8 +54,7 @@ def test_runs_are_configs_whose_labels_name_files(module, preset, tmp_path):
 
 
 @every_study
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "seeds"), [("small", 3), ("full", 1), ("full", 3)])
 def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run):
     for label, config in module.runs(preset).items():
         for seed in range(seeds):
@@ -91,7 +90,7 @@ def test_all_stands_for_every_study():
 
 
 def test_every_arm_is_trained_with_every_seed_arms_side_by_side(toy, trained, tmp_path):
-    run_toy(toy, tmp_path)
+    run_toy(toy, tmp_path, seeds=2)
     assert [(c.norm, c.seed) for c in trained] == [("batch", 0), ("none", 0), ("batch", 1), ("none", 1)]
 
 
@@ -119,10 +118,25 @@ def test_no_seeds_are_refused(toy, tmp_path):
         run_toy(toy, tmp_path, seeds=0)
 
 
-def test_results_count_only_when_every_arm_has_one(toy, trained, tmp_path):
-    run_toy(toy, tmp_path, seeds=1)
-    results.run_path(tmp_path, "toy", "small", "none", 0).unlink()
+@pytest.mark.parametrize("seeds", [range(4), range(1), range(1, 2), range(3, 4)], ids="missing {}".format)
+def test_results_count_only_when_every_arm_has_the_same_seeds(toy, trained, tmp_path, seeds):
+    run_toy(toy, tmp_path, seeds=4)
+    assert study.collect(toy, "small", tmp_path)
+    for seed in seeds:
+        results.run_path(tmp_path, "toy", "small", "none", seed).unlink()
     assert study.collect(toy, "small", tmp_path) is None
+
+
+@pytest.mark.parametrize(("preset", "seeds"), study.MIN_SEEDS.items())
+def test_results_count_only_from_the_smallest_number_of_seeds(toy, trained, tmp_path, preset, seeds):
+    for n in range(1, seeds + 1):
+        assert study.collect(toy, preset, tmp_path) is None
+        run_toy(toy, tmp_path, seeds=n, preset=preset)
+    assert study.collect(toy, preset, tmp_path)
+
+
+def test_every_preset_has_its_smallest_number_of_seeds():
+    assert study.MIN_SEEDS.keys() == PRESETS.keys()
 
 
 def test_results_come_in_the_order_of_the_arms(toy, trained, tmp_path):
@@ -137,8 +151,40 @@ def test_results_of_another_config_are_not_reported(toy, trained, tmp_path, tiny
         study.collect(toy, "small", tmp_path)
 
 
+def test_result_named_after_another_arm_is_not_reported(toy, trained, tmp_path):
+    run_toy(toy, tmp_path)
+    one, other = (results.run_path(tmp_path, "toy", "small", label, 1) for label in ("batch", "none"))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"batch-seed1.jsonl is the result of another run: norm was 'none'"):
+        study.collect(toy, "small", tmp_path)
+
+
+def test_commit_is_looked_up_before_the_first_run(toy, trained, tmp_path, monkeypatch):
+    trained_by_then = []
+    monkeypatch.setattr(results, "commit", lambda: trained_by_then.append(len(trained)))
+    run_toy(toy, tmp_path)
+    assert trained_by_then[0] == 0 and len(trained) == 6
+
+
+def test_result_says_which_images_were_used(tmp_path, tiny, blobs, make_run, monkeypatch):
+    monkeypatch.setattr(study, "_load", lambda *_: blobs._replace(provenance="blobs of the tests"))
+    trained = train.Trained(make_run(tiny)["rows"], {"params": {}}, 1.0)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: trained)
+    (tmp_path / "r.unfinished").mkdir()
+    study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
+    assert results.read(tmp_path / "r.jsonl")["header"]["images"] == "blobs of the tests"
+
+
+def test_checkpoints_of_a_finished_run_are_removed(tmp_path, tiny, make_run):
+    run = make_run(tiny)
+    results.write(tmp_path / "r.jsonl", run["header"], run["rows"])
+    (tmp_path / "r.unfinished").mkdir()  # as if killed between writing the result and removing them
+    study.train_missing([("r", tmp_path / "r.jsonl", tiny)], data_dir=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
 def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda *_, **__: blobs)
+    monkeypatch.setattr(study, "_load", lambda *_: blobs)
     study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
     assert results.read(tmp_path / "r.jsonl")["header"]["parameters"] > 1000

@@ -1,11 +1,14 @@
 """The training loop: its rows, its schedule, and that an interruption leaves no trace."""
 
+import functools
+import math
+
 import jax
 import numpy as np
 import optax
 import pytest
 
-from experiments import models, programs, train
+from experiments import data, models, programs, train
 from experiments.train import fit
 
 
@@ -47,6 +50,50 @@ def test_update_scaled_by_the_rate_is_that_of_sgd_at_the_rate():
         update, their_state = theirs.update(gradient, their_state)
         y = y + update
     np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny, blobs):
+    config = tiny.replace(augment=False, lr_decay_epochs=2)
+    net, n = models.build(config, 4), config.batch_size
+    init_key, order_key, _ = jax.random.split(jax.random.key(config.seed), 3)
+    quickly = functools.partial(jax.jit, compiler_options=programs.INIT_OPTIONS)
+    variables = quickly(functools.partial(net.init, train=False))(init_key, blobs.train_images[:1] / np.float32(255))
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    sgd = optax.sgd(optax.piecewise_constant_schedule(0.05, {4: 0.1}), 0.9)
+    optimizer = sgd.init(params)
+
+    @quickly
+    def step(params, batch_stats, optimizer, x, labels):
+        def loss_of(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updated = net.apply(variables, x, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated["batch_stats"]
+
+        gradients, batch_stats_new = jax.grad(loss_of, has_aux=True)(params)
+        updates, optimizer = sgd.update(gradients, optimizer)
+        return optax.apply_updates(params, updates), batch_stats_new, optimizer
+
+    for epoch in range(2):
+        order = np.array(data.epoch_order(order_key, epoch, len(blobs.train_images)))
+        for batch in order[: 4 * n].reshape(4, n):
+            x, labels = blobs.train_images[batch] / np.float32(255), blobs.train_labels[batch]
+            params, batch_stats, optimizer = step(params, batch_stats, optimizer, x, labels)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, fit(config, blobs).variables, {"params": params, "batch_stats": batch_stats})
+
+
+@pytest.mark.parametrize(("name", "flip"), [("cifar10", True), ("digits", False)])
+def test_images_are_mirrored_in_training_where_that_keeps_their_class(tiny, monkeypatch, name, flip):
+    flips = []
+
+    def augment(key, images, *, flip):
+        flips.append(flip)
+        raise Stop
+
+    monkeypatch.setattr(data, "augment", augment)
+    with pytest.raises(Stop):
+        programs.compile_programs(tiny.replace(data=name), 4, (71, 8, 8, 1), (9, 8, 8, 1))
+    assert flips == [flip]
 
 
 def test_there_is_a_row_at_every_evaluation(tiny, blobs):
@@ -113,8 +160,14 @@ def test_continued_run_does_not_repeat_finished_steps(tmp_path, tiny, blobs):
     with pytest.raises(Stop):
         fit(tiny, blobs, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(8))
     steps = []
-    fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=lambda progress: steps.append(progress.step))
+    fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=lambda p: steps.append(p.step) if p.row is None else None)
     assert min(steps) > 6
+
+
+def test_continued_run_reports_the_rows_it_already_has(tmp_path, tiny, blobs):
+    rows, again = fit(tiny, blobs, checkpoint_dir=tmp_path).rows, []
+    fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=again.append)
+    assert [(progress.step, progress.row) for progress in again] == [(8, rows[-1])]
 
 
 def test_half_written_checkpoint_is_passed_over(tmp_path, tiny, blobs):
@@ -136,6 +189,12 @@ def test_divergence_ends_the_run_with_a_row_that_says_so(tiny, blobs):
     rows = fit(tiny.replace(learning_rate=1e38, epochs=4), blobs).rows
     assert [row["diverged"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert rows[-1]["epoch"] < 4
+
+
+def test_test_loss_that_is_not_finite_ends_the_run_too(tiny, blobs, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_: (math.inf, 0.25))
+    (row,) = fit(tiny, blobs).rows
+    assert row["diverged"] and math.isfinite(row["train_loss"])
 
 
 def test_diverged_run_is_not_continued(tmp_path, tiny, blobs):
