@@ -208,7 +208,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
         var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
     if isinstance(stats, CountedStats):
         steps = stats.steps + accepted.astype(stats.steps.dtype)
-        weight = _unbiased_weight(momentum, jnp.maximum(steps, 1).astype(stats.var.dtype))
+        weight = _unbiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
         stats = stats._replace(steps=steps)
         momentum = 1 - weight
     elif momentum is None:
