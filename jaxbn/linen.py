@@ -133,32 +133,26 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         if self.is_initializing() and not use_running_average:
-            return self._initial_output(x, scale, bias, mask)
-        y, stats = batch_norm(
-            x,
-            stats_type(**{name: variable.value for name, variable in variables.items()}),
-            scale,
-            bias,
-            use_running_average=use_running_average,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis=self.axis,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            mask=mask,
-            unbiased=self.unbiased,
-            method=self.method,
-        )
-        if not use_running_average:
-            for name, variable in variables.items():
-                variable.value = getattr(stats, name)
-        return self._cast(y)
-
-    def _initial_output(self, x, scale, bias, mask):
-        """Normalises what ``init`` is given, often a single example: no devices, no variant, no warning."""
-        with warnings.catch_warnings(action="ignore"):
-            y, _ = batch_normalize(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
-        return self._cast(y)
-
-    def _cast(self, y):
+            # Often a single example: no devices, no variant, no warning, no update.
+            with warnings.catch_warnings(action="ignore"):
+                y, _ = batch_normalize(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
+        else:
+            y, stats = batch_norm(
+                x,
+                stats_type(**{name: variable.value for name, variable in variables.items()}),
+                scale,
+                bias,
+                use_running_average=use_running_average,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                axis=self.axis,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                mask=mask,
+                unbiased=self.unbiased,
+                method=self.method,
+            )
+            if not use_running_average:
+                for name, variable in variables.items():
+                    variable.value = getattr(stats, name)
         return y if self.dtype is None else y.astype(self.dtype)

@@ -387,6 +387,13 @@ def test_tabulate_shows_both_collections():
     assert "BatchNorm_0" in table and "batch_stats" in table and "scale: float32[3]" in table
 
 
+def test_tabulate_shows_one_row_per_layer():
+    # A second method of the module would be one more row of the table, and one more captured intermediate.
+    options = {"compute_flops": False, "console_kwargs": {"width": 200, "force_terminal": False}}
+    ours, flaxs = (layer(use_running_average=False).tabulate(KEY, X, **options) for layer in (BatchNorm, nn.BatchNorm))
+    assert len(ours.splitlines()) == len(flaxs.splitlines())
+
+
 def test_partitioning_metadata_of_parameters_is_kept():
     layer = BatchNorm(
         use_running_average=False,
