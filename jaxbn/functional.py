@@ -214,9 +214,14 @@ def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> j
     return _affine(x, mask, lax.stop_gradient(batch.mean), batch.residue, rsqrt, scale, bias, reduced)
 
 
+def result_dtype(x, scale, bias):
+    """Returns the dtype of y: what x, scale and bias promote to, as far as they are given."""
+    return jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+
+
 def _affine(x, mask, mean, residue, rsqrt, scale, bias, reduced) -> jax.Array:
     """Returns y = (x - mean) a + (bias - residue a), with a = scale * rsqrt: exact where x and its mean are large."""
-    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    dtype = result_dtype(x, scale, bias)
     a = rsqrt if scale is None else rsqrt * widen(jnp.asarray(scale))
     shift = None if bias is None else widen(jnp.asarray(bias))
     if residue is not None:

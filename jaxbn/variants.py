@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, measure, widen
-from jaxbn.functional import apply_measured
+from jaxbn.functional import apply_measured, result_dtype
 from jaxbn.stats import BatchStats, CountedStats, Moments, pool, round_mean
 
 
@@ -167,7 +167,7 @@ def batch_renormalize(
     r = lax.stop_gradient(jnp.clip(sigma / running_sigma, 1 / jnp.asarray(r_max), r_max))
     d = lax.stop_gradient(_limit((moments.mean - stats.mean) / running_sigma, d_max))
     d = jnp.where(batch.count > 0, d, 0)  # nothing to compare where all is masked
-    dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    dtype = result_dtype(x, scale, bias)
     scale = jnp.ones_like(r) if scale is None else widen(jnp.asarray(scale))
     shift = scale * d if bias is None else scale * d + widen(jnp.asarray(bias))
     return apply_measured(x, mask, batch, scale * r, shift, reduced, epsilon).astype(dtype), moments
