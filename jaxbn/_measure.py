@@ -41,12 +41,42 @@ class Devices(NamedTuple):
         )
 
     def total(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
-        """Adds arrays of one shape over the devices, in one collective."""
+        """Adds arrays of one shape over the devices, in one collective; for :meth:`own` to choose from.
+
+        Where JAX cannot add within groups, the totals of all groups come back, stacked on a new first axis.
+        """
         if self.axis_name is None:
             return sums
-        parts = [part for s in sums for part in ((s.real, s.imag) if jnp.iscomplexobj(s) else (s,))]
-        added = iter(lax.psum(jnp.stack(parts), self.axis_name, axis_index_groups=self.groups))
-        return tuple(lax.complex(next(added), next(added)) if jnp.iscomplexobj(s) else next(added) for s in sums)
+        stacked = jnp.stack([part for s in sums for part in ((s.real, s.imag) if jnp.iscomplexobj(s) else (s,))])
+        if self.groups is None or self._native():
+            added = lax.psum(stacked, self.axis_name, axis_index_groups=self.groups)
+        else:
+            mine = jnp.expand_dims(jnp.arange(len(self.groups)) == self._group(), (0, *range(2, stacked.ndim + 1)))
+            added = lax.psum(jnp.where(mine, stacked[:, None], 0), self.axis_name)
+        parts = iter(added)
+        return tuple(lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(s) else next(parts) for s in sums)
+
+    def own(self, *totals: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns what :meth:`total`, or a function of it, holds for the group of this device."""
+        if self.groups is None or self._native():
+            return totals
+        return tuple(t[self._group()] for t in totals)
+
+    def _group(self):
+        """The number of this device's group."""
+        number = {index: group for group, members in enumerate(self.groups) for index in members}
+        return jnp.asarray([number[index] for index in range(len(number))])[lax.axis_index(self.axis_name)]
+
+    def _native(self):
+        """Whether JAX has a grouped collective here: not under vmap, nor shard_map with check_vma=True.
+
+        Groups of unequal size it has on some platforms only.
+        """
+        names = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+        if len(set(map(len, self.groups))) > 1 or not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+            return False
+        # Only with check_vma=True does a value that was cast to vary over the devices say that it does.
+        return not jax.typeof(lax.pcast(jnp.zeros(()), names, to="varying")).manual_axis_type.varying
 
 
 class Measured(NamedTuple):
@@ -106,17 +136,20 @@ def _measure(x, mask, count, negligible, reduced, devices):
     m = jnp.maximum(count, 1)
     mean = raw / m
     var = jnp.maximum(squares / m - abs2(mean), 0)
+    # Decided before each device turns to its own group: all that add together must take the same branch.
+    cancels = jnp.any(abs2(mean) > CANCELLATION * (var + negligible))
+    mean, var, count, m = devices.own(mean, var, count, m)
 
     def again(x):
         centred = widen(x) - expand(mean)  # widened in here: outside, the wide copy of x would be written to memory
-        raw, squares = devices.total(_sum(centred, reduced, mask), _sum(abs2(centred), reduced, mask))
+        sums = devices.total(_sum(centred, reduced, mask), _sum(abs2(centred), reduced, mask))
+        raw, squares = devices.own(*sums)
         residue = raw / m
         high = mean + residue
         return high, residue - (high - mean), jnp.maximum(squares / m - abs2(residue), 0)
 
     # The mean goes through the branches, changed by one of them, so that it is written to memory: recomputed from the
     # sum where it is used, it would be contracted to a fused multiply-add, and the residue would be that of another.
-    cancels = jnp.any(abs2(mean) > CANCELLATION * (var + negligible))
     mean, residue, var = lax.cond(cancels, again, lambda x: (mean, jnp.zeros_like(mean), var), x)
     return mean, residue, var, count
 
@@ -140,6 +173,7 @@ def _mean_and_var_dot(x, mask, mean, residue, count, x_dot, reduced, devices):
     x_dot = widen(x_dot)
     centred = (widen(fill(x, mask)) - expand(mean)) - expand(residue)
     sums = devices.total(_sum(x_dot, reduced, mask), _sum((jnp.conj(centred) * x_dot).real, reduced, mask))
+    sums = devices.own(*sums)
     m = jnp.maximum(count, 1)
     return sums[0] / m, 2 * sums[1] / m
 
@@ -155,8 +189,12 @@ def _count(x, mask, reduced):
     if mask is None:
         return jnp.full(features, math.prod(x.shape[i] for i in reduced), dtype)
     repeats = math.prod(x.shape[i] for i in reduced if mask.shape[i] == 1)
-    admitted = jnp.sum(mask, reduced, dtype=jnp.int32)  # a float32 sum of ones stops at 2^24
-    return jnp.broadcast_to(admitted.astype(dtype) * repeats, features)
+    # Added as whole numbers, since a float32 sum of ones stops at 2^24; over the examples as floats, where they are
+    # fewer, so that jit adds them over devices in one collective with the other sums.
+    last = tuple(i for i in reduced[:1] if mask.shape[i] < 2**24)
+    admitted = jnp.sum(mask, tuple(i for i in reduced if i not in last), dtype=jnp.int32, keepdims=True)
+    admitted = jnp.sum(admitted.astype(dtype), last, keepdims=True).squeeze(reduced)
+    return jnp.broadcast_to(admitted * repeats, features)
 
 
 def _wide(dtype):

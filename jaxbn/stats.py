@@ -147,11 +147,13 @@ def pool(
 
     The same as :func:`combine` over them in any order, without a chain of B additions.
     """
-    total = Devices.of(axis_name, axis_index_groups).total
-    count, weighted = total(batches.count.sum(0), (batches.count * batches.mean).sum(0))
-    mean = weighted / jnp.maximum(count, 1)
-    (spread,) = total((batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0))
-    return Moments(mean, spread / jnp.maximum(count, 1), count)
+    devices = Devices.of(axis_name, axis_index_groups)
+    count, weighted = devices.own(*devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0)))
+    m = jnp.maximum(count, 1)
+    mean = weighted / m
+    spread = (batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0)
+    (spread,) = devices.own(*devices.total(spread))
+    return Moments(mean, spread / m, count)
 
 
 def init_stats(
