@@ -25,58 +25,55 @@ class Devices(NamedTuple):
     """The device axes that a batch is spread over; hashable, so that compiled functions are found again.
 
     Attributes:
-      axis_name: name or names of the axes; None for a batch in one piece.
-      groups: groups of device indices that are summed separately; None for all together.
+      names: names of the axes; none for a batch in one piece.
+      groups: groups of device indices that are summed separately; none for all together.
     """
 
-    axis_name: str | tuple[str, ...] | None = None
-    groups: tuple[tuple[int, ...], ...] | None = None
+    names: tuple[str, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, axis_name: AxisNames | None, axis_index_groups) -> "Devices":
         """Returns the devices that the arguments of the public functions name."""
-        return cls(
-            axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name),
-            None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
-        )
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+        return cls(names, tuple(map(tuple, axis_index_groups or ())))
 
     def total(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
-        """Adds arrays of one shape over the devices, in one collective; for :meth:`own` to choose from.
+        """Adds arrays of one shape over the devices, in one collective; :meth:`own` chooses from what comes back.
 
-        Where JAX cannot add within groups, the totals of all groups come back, stacked on a new first axis.
+        Where JAX cannot add within groups, that is the totals of all groups, stacked on a new first axis.
         """
-        if self.axis_name is None:
+        if not self.names:
             return sums
         stacked = jnp.stack([part for s in sums for part in ((s.real, s.imag) if jnp.iscomplexobj(s) else (s,))])
-        if self.groups is None or self._native():
-            added = lax.psum(stacked, self.axis_name, axis_index_groups=self.groups)
+        if self._adds_within_groups():
+            added = lax.psum(stacked, self.names, axis_index_groups=self.groups or None)
         else:
             mine = jnp.expand_dims(jnp.arange(len(self.groups)) == self._group(), (0, *range(2, stacked.ndim + 1)))
-            added = lax.psum(jnp.where(mine, stacked[:, None], 0), self.axis_name)
+            added = lax.psum(jnp.where(mine, stacked[:, None], 0), self.names)
         parts = iter(added)
         return tuple(lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(s) else next(parts) for s in sums)
 
     def own(self, *totals: jax.Array) -> tuple[jax.Array, ...]:
         """Returns what :meth:`total`, or a function of it, holds for the group of this device."""
-        if self.groups is None or self._native():
-            return totals
-        return tuple(t[self._group()] for t in totals)
+        return totals if self._adds_within_groups() else tuple(total[self._group()] for total in totals)
 
     def _group(self):
         """The number of this device's group."""
         number = {index: group for group, members in enumerate(self.groups) for index in members}
-        return jnp.asarray([number[index] for index in range(len(number))])[lax.axis_index(self.axis_name)]
+        return jnp.asarray([number[index] for index in range(len(number))])[lax.axis_index(self.names)]
 
-    def _native(self):
-        """Whether JAX has a grouped collective here: not under vmap, nor shard_map with check_vma=True.
+    def _adds_within_groups(self):
+        """Whether JAX can add within the groups: not under vmap, nor under shard_map with check_vma=True.
 
-        Groups of unequal size it has on some platforms only.
+        Groups of unequal size it can add on some platforms only.
         """
-        names = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
-        if len(set(map(len, self.groups))) > 1 or not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        if not self.groups:
+            return True
+        if len(set(map(len, self.groups))) > 1 or not {*self.names} <= {*jax.sharding.get_abstract_mesh().manual_axes}:
             return False
         # Only with check_vma=True does a value that was cast to vary over the devices say that it does.
-        return not jax.typeof(lax.pcast(jnp.zeros(()), names, to="varying")).manual_axis_type.varying
+        return not jax.typeof(lax.pcast(jnp.zeros(()), self.names, to="varying")).manual_axis_type.varying
 
 
 class Measured(NamedTuple):

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, Measured, fill, measure, widen
-from jaxbn.stats import BatchStats, CountedStats, Moments, Stats, round_mean, update_stats
+from jaxbn.stats import AnyStats, Moments, Stats, round_mean, update_stats
 
 
 class Method(Protocol):
@@ -34,7 +34,7 @@ class Method(Protocol):
         axis_name: AxisNames | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         mask: ArrayLike | None = None,
-        stats: BatchStats | CountedStats | None = None,
+        stats: AnyStats | None = None,
     ) -> tuple[jax.Array, Moments]:
         """Returns the normalised batch, and the moments for the running statistics."""
         ...
@@ -92,7 +92,7 @@ def batch_normalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: BatchStats | CountedStats | None = None,
+    stats: AnyStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises a batch with its own moments, as training does.
 

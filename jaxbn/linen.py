@@ -15,7 +15,7 @@ from jax.nn import initializers
 
 from jaxbn import _checks
 from jaxbn.functional import Method, batch_norm, batch_normalize
-from jaxbn.stats import BatchStats, CountedStats
+from jaxbn.stats import from_variables, init_stats, to_variables
 
 
 class BatchNorm(nn.Module):
@@ -68,6 +68,8 @@ class BatchNorm(nn.Module):
       debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
         which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
       frozen: evaluate always, whatever ``use_running_average`` says; for fine-tuning.
+      accumulate: number of calls in training that make one optimizer step, as in ``optax.MultiSteps``; the running
+        statistics move once in so many calls, by the moments of all of them, which wait in ``pending_...`` variables.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -91,6 +93,7 @@ class BatchNorm(nn.Module):
     unbiased: bool = False
     debias: bool = False
     frozen: bool = False
+    accumulate: int = 1
 
     @nn.compact
     def __call__(
@@ -121,15 +124,16 @@ class BatchNorm(nn.Module):
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean_dtype = jnp.complex64 if jnp.iscomplexobj(x) else stats_dtype
+        start = init_stats(
+            features,
+            counted=self.momentum is None or self.debias,
+            accumulate=self.accumulate,
+            dtype=jnp.promote_types(stats_dtype, jnp.complex64) if jnp.iscomplexobj(x) else stats_dtype,
+        )
         variables = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype),
-            "var": self.variable("batch_stats", "var", jnp.ones, features, stats_dtype),
+            name: self.variable("batch_stats", name, lambda value=value: value)
+            for name, value in to_variables(start).items()
         }
-        stats_type = BatchStats
-        if self.momentum is None or self.debias:
-            variables["steps"] = self.variable("batch_stats", "steps", jnp.zeros, features, jnp.int32)
-            stats_type = CountedStats
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         if self.is_initializing() and not use_running_average:
@@ -139,7 +143,7 @@ class BatchNorm(nn.Module):
         else:
             y, stats = batch_norm(
                 x,
-                stats_type(**{name: variable.value for name, variable in variables.items()}),
+                from_variables({n: v.value for n, v in variables.items()}, accumulate=self.accumulate),
                 scale,
                 bias,
                 use_running_average=use_running_average,
@@ -153,6 +157,6 @@ class BatchNorm(nn.Module):
                 method=self.method,
             )
             if not use_running_average:
-                for name, variable in variables.items():
-                    variable.value = getattr(stats, name)
+                for name, value in to_variables(stats).items():
+                    variables[name].value = value
         return y if self.dtype is None else y.astype(self.dtype)

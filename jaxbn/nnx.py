@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn.functional import Method, batch_norm, batch_normalize
-from jaxbn.stats import BatchStats, CountedStats
+from jaxbn.stats import from_variables, init_stats, to_variables
 
 
 class BatchNorm(nnx.Module):
@@ -75,6 +75,8 @@ class BatchNorm(nnx.Module):
       debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
         which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
       frozen: evaluate always, also after ``train()``; for fine-tuning.
+      accumulate: number of calls in training that make one optimizer step, as in ``optax.MultiSteps``; the running
+        statistics move once in so many calls, by the moments of all of them, which wait in ``pending_...`` variables.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -105,12 +107,13 @@ class BatchNorm(nnx.Module):
         unbiased: bool = False,
         debias: bool = False,
         frozen: bool = False,
+        accumulate: int = 1,
     ):
         features = (num_features,)
-        self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
-        if momentum is None or debias:
-            self.steps = nnx.BatchStat(jnp.zeros(features, jnp.int32))
+        for name, value in to_variables(
+            init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
+        ).items():
+            setattr(self, name, nnx.BatchStat(value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
             self.scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata)
@@ -133,6 +136,7 @@ class BatchNorm(nnx.Module):
         self.unbiased = unbiased
         self.debias = debias
         self.frozen = frozen
+        self.accumulate = accumulate
 
     def __call__(
         self,
@@ -162,16 +166,19 @@ class BatchNorm(nnx.Module):
                 "pass it to the constructor or the call, or use train(), eval() or nnx.view."
             ),
         )
-        mean, var = self.mean[...], self.var[...]
+        variables = {name: v for name, v in vars(self).items() if isinstance(v, nnx.BatchStat)}
+        stats = {name: v[...] for name, v in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         x = jnp.asarray(x)
         _checks.num_features(self.num_features, x, self.axis)
         if self.promote_dtype is not dtypes.promote_dtype:
-            x, mean, var, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+            x, stats["mean"], stats["var"], scale, bias = self.promote_dtype(
+                (x, stats["mean"], stats["var"], scale, bias), dtype=self.dtype
+            )
         y, stats = batch_norm(
             x,
-            CountedStats(mean, var, self.steps[...]) if hasattr(self, "steps") else BatchStats(mean, var),
+            from_variables(stats, accumulate=self.accumulate),
             scale,
             bias,
             use_running_average=use_running_average,
@@ -185,8 +192,8 @@ class BatchNorm(nnx.Module):
             method=self.method,
         )
         if not use_running_average:
-            for name, value in stats._asdict().items():
-                getattr(self, name).set_value(lax.stop_gradient(value))
+            for name, value in to_variables(stats).items():
+                variables[name].set_value(lax.stop_gradient(value))
         return y if self.dtype is None else y.astype(self.dtype)
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:

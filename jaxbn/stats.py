@@ -5,7 +5,8 @@ feature axes, [C] for inputs [..., C].  Variances are biased: divided by the cou
 float32, or float64 where ``x`` is; of a complex ``x`` the mean is complex and the variance real.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -59,7 +60,35 @@ class CountedStats(NamedTuple):
     steps: jax.Array
 
 
-Stats = TypeVar("Stats", bound=BatchStats | CountedStats)
+class AccumulatedStats(NamedTuple):
+    """Running statistics that move once every few batches, by the moments of all of them: gradient accumulation.
+
+    Attributes:
+      running: what evaluation normalises with, as of the last move.
+      pending: moments of the batches since then, taken together, shape [C].
+      batches: number of batches since then, int32, shape [].
+      every: number of batches after which the running statistics move, integer, shape [].
+    """
+
+    running: BatchStats | CountedStats
+    pending: Moments
+    batches: jax.Array
+    every: ArrayLike
+
+    @property
+    def mean(self) -> jax.Array:
+        """Running mean, shape [C]."""
+        return self.running.mean
+
+    @property
+    def var(self) -> jax.Array:
+        """Running variance, shape [C]."""
+        return self.running.var
+
+
+_PENDING = "pending_"  # of the names of what waits, as variables of a layer
+AnyStats = BatchStats | CountedStats | AccumulatedStats
+Stats = TypeVar("Stats", bound=AnyStats)
 
 
 def moments(
@@ -157,8 +186,8 @@ def pool(
 
 
 def init_stats(
-    features: int | Sequence[int], *, counted: bool = False, dtype: DTypeLike = jnp.float32
-) -> BatchStats | CountedStats:
+    features: int | Sequence[int], *, counted: bool = False, accumulate: int = 1, dtype: DTypeLike = jnp.float32
+) -> AnyStats:
     """Returns the running statistics before the first batch: mean 0, variance 1.
 
     >>> jaxbn.init_stats(2)
@@ -167,13 +196,26 @@ def init_stats(
     Args:
       features: number of features C, or the shape of the feature axes.
       counted: also count the batches, for averages without bias towards 0 and 1; see :func:`update_stats`.
+      accumulate: number of batches that make one optimizer step, and one update of the statistics.
       dtype: of the mean, complex64 for complex inputs; the variance has its real counterpart.
 
     Returns:
-      BatchStats, or CountedStats, of shape [C].
+      BatchStats, or CountedStats, of shape [C]; AccumulatedStats of them if ``accumulate`` exceeds 1.
+
+    Raises:
+      ValueError: if ``accumulate`` is below 1.
+      TypeError: if ``accumulate`` is not an integer.
     """
-    mean, var = jnp.zeros(features, dtype), jnp.ones(features, jnp.finfo(dtype).dtype)
-    return CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
+    _checks.at_least("accumulate", operator.index(accumulate), 1)
+    real = jnp.finfo(dtype).dtype
+    mean, var = jnp.zeros(features, dtype), jnp.ones(features, real)
+    stats = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
+    if accumulate == 1:
+        return stats
+    # Pending sums are at least float32, whatever the running statistics are kept in.
+    wide, wide_real = jnp.promote_types(dtype, jnp.float32), jnp.promote_types(real, jnp.float32)
+    pending = Moments(jnp.zeros(features, wide), jnp.zeros(features, wide_real), jnp.zeros(features, wide_real))
+    return AccumulatedStats(stats, pending, jnp.zeros((), jnp.int32), jnp.asarray(accumulate, jnp.int32))
 
 
 def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, unbiased: bool = False) -> Stats:
@@ -181,6 +223,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
 
     new = momentum * old + (1 - momentum) * batch.  With CountedStats, 1 - momentum becomes
     (1 - momentum) / (1 - momentum^t) after t batches, or 1/t for ``momentum=None``, so that the start has no weight.
+    AccumulatedStats combine the moments of several batches, and then move as for one batch of all of them.
     A feature whose moments are not finite, or whose count is zero, keeps what it has.
 
     >>> batch = jaxbn.moments(jnp.array([[1.], [3.]]))
@@ -204,7 +247,9 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
     """
     _checks.momentum(momentum)
     _checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
-    accepted = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    if isinstance(stats, AccumulatedStats):
+        return _accumulate(stats, moments, momentum=momentum, unbiased=unbiased)
+    accepted = _accepted(moments)
     var = moments.var
     if unbiased:
         var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
@@ -220,11 +265,50 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
         )
 
     def move(old, new):
-        # The kept dtype is the old one, so that a scan over steps has a carry of constant type.
-        dtype = jnp.promote_types(old.dtype, jnp.complex64) if jnp.iscomplexobj(new) else old.dtype
-        return jnp.where(accepted, momentum * old + (1 - momentum) * new, old).astype(dtype)
+        return _keep_dtype(jnp.where(accepted, momentum * old + (1 - momentum) * new, old), old)
 
     return stats._replace(mean=move(stats.mean, moments.mean), var=move(stats.var, var))
+
+
+def to_variables(stats: AnyStats) -> dict[str, jax.Array]:
+    """Returns the arrays of running statistics under the names that they have as variables of a layer."""
+    if not isinstance(stats, AccumulatedStats):
+        return stats._asdict()
+    waiting = {**stats.pending._asdict(), "batches": stats.batches}
+    return {**stats.running._asdict(), **{_PENDING + name: value for name, value in waiting.items()}}
+
+
+def from_variables(variables: Mapping[str, jax.Array], *, accumulate: int = 1) -> AnyStats:
+    """Returns the running statistics that :func:`to_variables` took apart."""
+    running = {name: value for name, value in variables.items() if not name.startswith(_PENDING)}
+    running = CountedStats(**running) if "steps" in running else BatchStats(**running)
+    if len(variables) == len(running):
+        return running
+    pending = Moments(*(variables[_PENDING + name] for name in Moments._fields))
+    return AccumulatedStats(running, pending, variables[_PENDING + "batches"], accumulate)
+
+
+def _accumulate(stats, moments, *, momentum, unbiased):
+    """Adds a batch to those that wait, and moves the running statistics when there are enough."""
+    moments = jax.tree.map(lambda value: jnp.where(_accepted(moments), value, 0), moments)
+    pending, batches = combine(stats.pending, moments), stats.batches + 1
+    complete = batches >= stats.every
+    moved = update_stats(stats.running, pending, momentum=momentum, unbiased=unbiased)
+    return stats._replace(
+        running=jax.tree.map(lambda new, old: jnp.where(complete, new, old), moved, stats.running),
+        pending=jax.tree.map(lambda new, old: _keep_dtype(jnp.where(complete, 0, new), old), pending, stats.pending),
+        batches=jnp.where(complete, 0, batches),
+    )
+
+
+def _accepted(moments: Moments) -> jax.Array:
+    """Returns which features have moments that the running statistics can use."""
+    return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+
+
+def _keep_dtype(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns ``new`` in the dtype of ``old``, so that a scan over steps has a carry of constant type."""
+    return new.astype(jnp.promote_types(old.dtype, jnp.complex64) if jnp.iscomplexobj(new) else old.dtype)
 
 
 def _unbiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:

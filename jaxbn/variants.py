@@ -18,7 +18,7 @@ from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, measure, widen
 from jaxbn.functional import apply_measured, result_dtype
-from jaxbn.stats import BatchStats, CountedStats, Moments, pool, round_mean
+from jaxbn.stats import AnyStats, Moments, pool, round_mean
 
 
 def ghost_normalize(
@@ -32,7 +32,7 @@ def ghost_normalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: BatchStats | CountedStats | None = None,
+    stats: AnyStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises groups of ``group_size`` consecutive examples separately (ghost batch norm).
 
@@ -114,7 +114,7 @@ def batch_renormalize(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
-    stats: BatchStats | CountedStats | None = None,
+    stats: AnyStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalises a batch so that training sees what evaluation will: with the running statistics, up to limits.
 

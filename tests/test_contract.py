@@ -166,7 +166,7 @@ def compiled(name):
 
 def test_every_public_function_is_called_here():
     functions = {name for name in jaxbn.__all__ if not isinstance(getattr(jaxbn, name), type)}
-    assert functions == set(CALLS) | {"init_stats"}  # which takes no array
+    assert functions == set(CALLS) | {"init_stats", "pad_batch"}  # which compute nothing
 
 
 @pytest.mark.parametrize("name", CALLS)

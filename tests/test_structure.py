@@ -20,6 +20,7 @@ EXPERIMENTS = ROOT / "experiments"
 # A module imports only modules of a lower rank.
 RANKS = {
     "_checks": 0,
+    "padding": 0,
     "_measure": 1,
     "stats": 2,
     "functional": 3,
@@ -28,7 +29,7 @@ RANKS = {
     "nnx": 4,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
-NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "stop_gradient", "zeros"}
+NO_ARITHMETIC = {"asarray", "iscomplexobj", "promote_types", "stop_gradient"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
