@@ -1,0 +1,258 @@
+"""What synchronised batch norm does on each parallel API: collectives, bytes and errors of one layer in training.
+
+Conventions: collectives are counted in compiled programs; those inside a branch that runs only where features cancel (a
+mean beyond two standard deviations) are counted apart from those that every step executes. Bytes are what one device
+hands over.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+import jaxbn.linen
+
+FEATURES = 64
+SHAPE = (4, 2, 2, FEATURES)  # of one device's inputs
+GROWTH = (8, 64, 512)  # numbers of devices
+GROUP = 8  # devices that normalise together in the last line of the growth
+AXIS = "data"
+LAYERS = {
+    "jaxbn": jaxbn.linen.BatchNorm,
+    "Flax": nn.BatchNorm,
+    "Flax, stable": lambda **options: nn.BatchNorm(use_fast_variance=False, **options),
+}
+# How the gradient of a mean over the whole batch is taken. Under jit there is nothing to do: the program is that of one
+# device. Under shard_map with check_vma=True the derivative of a parameter that is the same everywhere is already a sum
+# over the devices; elsewhere it is that of the device's own loss.
+RECIPES = {
+    "jit": "grad(loss)",
+    "shard_map": "grad(pmean(loss))",
+    "shard_map, check_vma=False": "pmean(grad(loss))",
+    "pmap": "pmean(grad(loss))",
+    "vmap": "pmean(grad(loss))",
+}
+VALID = ((4, 4, 4, 1), (4, 4, 4, 0))  # numbers of valid examples on four neighbouring devices
+
+_NAMES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<name>{_NAMES})(?:-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
+_ARRAY = re.compile(r"[a-z]+(\d*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective of a compiled program.
+
+    Attributes:
+      name: XLA's name of the operation.
+      bytes: of its result on one device.
+      conditional: whether it stands in a branch of a conditional.
+    """
+
+    name: str
+    bytes: int
+    conditional: bool
+
+
+def collectives(compiled: str) -> list[Collective]:
+    """Returns the collectives of a compiled program, given as the text of its HLO."""
+    computations, entry = _computations(compiled)
+
+    def walk(name, conditional):
+        found = []
+        for line in computations[name]:
+            if instruction := _INSTRUCTION.search(line):
+                found.append(Collective(instruction["name"], _bytes(instruction["shape"]), conditional))
+            elif branches := _BRANCHES.search(line):
+                listed = branches[1].split(",") if branches[1] else branches.groups()[1:]
+                found += [c for branch in listed for c in walk(branch.strip().lstrip("%"), True)]
+            else:
+                found += [c for called in _CALLED.findall(line) for c in walk(called, conditional)]
+        return found
+
+    return walk(entry, False)
+
+
+def compile_layer(
+    layer: Callable[..., nn.Module], api: str, *, devices: int, backward: bool = False, masked: bool = False
+) -> jax.stages.Compiled:
+    """Compiles a training pass of one layer, the batch spread over devices.
+
+    Args:
+      layer: makes a linen layer with the arguments of ``flax.linen.BatchNorm``.
+      api: one of `RECIPES`.
+      devices: number of devices of this process, at most ``jax.local_device_count()``; under vmap, of parts.
+      backward: also the gradient in the inputs. Those of scale and bias are left out: they are added over the devices
+        with the gradients of all other parameters, once in a step.
+      masked: give the layer a mask of the examples.
+
+    Returns:
+      The program: inputs, cotangents of the outputs and perhaps a mask, as `split` makes them -> outputs or gradients,
+      and the moments of the batch as the layer's running statistics.
+    """
+    norm = layer(use_running_average=False, momentum=0.0, axis_name=None if api == "jit" else AXIS)
+    variables = {
+        "params": {"scale": jnp.ones(FEATURES), "bias": jnp.zeros(FEATURES)},
+        "batch_stats": {"mean": jnp.zeros(FEATURES), "var": jnp.ones(FEATURES)},
+    }
+
+    def run(x, dy, *mask):
+        def loss_of(x):
+            y, updates = norm.apply(variables, x, mask=mask[0] if mask else None, mutable=["batch_stats"])
+            return jnp.vdot(y, dy), (y, updates["batch_stats"])
+
+        if not backward:
+            return loss_of(x)[1]
+        dx, (_, batch_stats) = jax.grad(loss_of, has_aux=True)(x)
+        return dx, batch_stats
+
+    sharding = None
+    if api == "pmap":
+        program = jax.pmap(run, axis_name=AXIS, devices=jax.local_devices()[:devices])
+    elif api == "vmap":
+        program = jax.jit(jax.vmap(run, axis_name=AXIS))
+    else:
+        mesh = Mesh(jax.local_devices()[:devices], AXIS, axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, P(AXIS))
+        if api != "jit":  # statistics of groups differ from device to device, so they come out side by side
+            run = jax.shard_map(run, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=api == "shard_map")
+        program = jax.jit(run)
+    shape = jax.eval_shape(lambda: split(jnp.zeros((devices * SHAPE[0], *SHAPE[1:])), api, devices)).shape
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    mask = jax.ShapeDtypeStruct((*shape[:-3], 1, 1, 1), jnp.bool_, sharding=sharding)
+    return program.lower(x, x, *[mask] * masked).compile()
+
+
+def split(batch: jax.Array, api: str, devices: int) -> jax.Array:
+    """Returns a batch as the API takes it: with an axis for the devices under pmap and vmap."""
+    return batch.reshape(devices, -1, *batch.shape[1:]) if api in ("pmap", "vmap") else batch
+
+
+def error_of_variance(layer: Callable[..., nn.Module], api: str, valid: tuple[int, ...], devices: int) -> float:
+    """Returns the largest relative error of the variance over all devices, in %, against float64.
+
+    Args:
+      layer: as in `compile_layer`.
+      api: one of `RECIPES`.
+      valid: numbers of valid examples on neighbouring devices, repeated over all of them.
+      devices: number of devices.
+    """
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(devices * SHAPE[0], *SHAPE[1:])).astype(np.float32)
+    examples = np.arange(SHAPE[0]) < np.resize(valid, devices)[:, None]
+    exact = x[examples.ravel()].var((0, 1, 2), dtype=np.float64)
+    arguments = [split(a, api, devices) for a in (x, x, examples.reshape(-1, 1, 1, 1))]
+    _, moments = compile_layer(layer, api, devices=devices, masked=True)(*arguments)
+    var = np.asarray(moments["var"]).reshape(
+        -1, FEATURES
+    )  # NumPy's maximum is NaN where one value is; XLA's may not be
+    return float(100 * abs(var / exact - 1).max())
+
+
+def run() -> None:
+    """Prints what each API does, and how the bytes grow with the devices, which are simulated."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(GROWTH))
+    console = Console(width=120)
+    console.print(what_each_api_does(devices=8))
+    console.print(growth())
+
+
+def what_each_api_does(devices: int) -> Table:
+    """Returns the table of collectives and errors by API and layer, for so many devices of this process."""
+    table = Table(
+        title=f"What each API does with a batch on {devices} devices, jax {jax.__version__}",
+        caption="axis_name='data' but under jit, which needs none. Collectives of a layer forward, and forward and "
+        "backward; (+1): one more in a step where features cancel. Error of the batch's variance, with so many valid "
+        "examples on neighbouring devices. Flax, stable: use_fast_variance=False.",
+    )
+    for column in ("API", "gradient", "layer"):
+        table.add_column(column)
+    for column in ("collectives", *(f"error, {_examples(valid)}" for valid in VALID)):
+        table.add_column(column, justify="right")
+    for api, recipe in RECIPES.items():
+        for name, layer in LAYERS.items():
+            passes = [compile_layer(layer, api, devices=devices, backward=backward) for backward in (False, True)]
+            table.add_row(
+                *((api, recipe) if layer is LAYERS["jaxbn"] else ("", "")),
+                name,
+                ", ".join(_count(collectives(program.as_text())) for program in passes),
+                *(_percent(error_of_variance(layer, api, valid, devices)) for valid in VALID),
+                end_section=name == list(LAYERS)[-1],
+            )
+    return table
+
+
+def growth() -> Table:
+    """Returns the table of collectives and bytes by number of devices."""
+    table = Table(
+        "layer", title=f"Bytes that a device hands over, {FEATURES} features, shard_map, forward and backward"
+    )
+    for devices in GROWTH:
+        table.add_column(f"{devices} devices", justify="right")
+    for name, layer in LAYERS.items():
+        table.add_row(name, *(_cost(layer, devices) for devices in GROWTH))
+    table.add_row(f"jaxbn, groups of {GROUP}", *(_cost(_in_groups(devices), devices) for devices in GROWTH))
+    return table
+
+
+def executed_bytes(found: list[Collective]) -> int:
+    """Returns the bytes of the collectives that every step executes."""
+    return sum(collective.bytes for collective in found if not collective.conditional)
+
+
+def _in_groups(devices):
+    """The layer that normalises in groups of neighbouring devices."""
+    groups = [list(range(first, first + GROUP)) for first in range(0, devices, GROUP)]
+    return lambda **options: jaxbn.linen.BatchNorm(axis_index_groups=groups, **options)
+
+
+def _cost(layer, devices):
+    found = collectives(compile_layer(layer, "shard_map", devices=devices, backward=True).as_text())
+    return f"{_count(found)}: {executed_bytes(found):,}"
+
+
+def _count(found):
+    conditional = sum(collective.conditional for collective in found)
+    return f"{len(found) - conditional}" + (f" (+{conditional})" if conditional else "")
+
+
+def _percent(error):
+    return "NaN" if math.isnan(error) else f"{error:.0f} %" if error >= 1 else "0"
+
+
+def _examples(valid):
+    return ", ".join(map(str, valid))
+
+
+def _computations(text):
+    """The lines of each computation by its name, and the name of the one where execution begins."""
+    computations, entry, name = {}, None, None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif line.startswith("}"):
+            name = None
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _bytes(shape):
+    """The size of an array or of a tuple of arrays, as HLO writes their types."""
+    return sum(
+        math.prod(map(int, filter(None, sizes.split(",")))) * int(bits or 8) // 8
+        for bits, sizes in _ARRAY.findall(shape)
+    )

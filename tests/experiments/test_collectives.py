@@ -1,0 +1,87 @@
+"""Collectives: how many a layer executes on each parallel API, and that their bytes do not grow with the devices."""
+
+import math
+
+import pytest
+
+from experiments import collectives
+from experiments.collectives import RECIPES, VALID, Collective, compile_layer, error_of_variance, executed_bytes
+
+LAYER = collectives.LAYERS["jaxbn"]
+PROGRAM = """
+HloModule example
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%rare (p: f32[4]) -> f32[4] {
+  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%p), to_apply=%add
+}
+
+%often (p: f32[4]) -> f32[4] {
+  ROOT %copy = f32[4]{0} copy(%p)
+}
+
+%called (p: bf16[2,3]) -> bf16[16,3] {
+  ROOT %all-gather.1 = bf16[16,3]{1,0} all-gather(%p), dimensions={0}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %all-reduce.2 = (f32[4]{0}, f32[], s32[2]{0}) all-reduce(%p, %q, %r), to_apply=%add
+  %call = bf16[16,3]{1,0} call(%h), to_apply=%called
+  ROOT %conditional = f32[4]{0} conditional(%i, %p, %p), branch_computations={%rare, %often}
+}
+"""
+
+
+DEVICES = 8
+
+
+def executed_and_rare(api, **options):
+    found = collectives.collectives(compile_layer(LAYER, api, devices=DEVICES, **options).as_text())
+    return [sum(not c.conditional for c in found), sum(c.conditional for c in found)]
+
+
+def test_collectives_are_found_in_called_computations_and_branches():
+    assert collectives.collectives(PROGRAM) == [
+        Collective("all-reduce", 4 * 4 + 4 + 2 * 4, False),
+        Collective("all-gather", 16 * 3 * 2, False),
+        Collective("all-reduce", 4 * 4, True),
+    ]
+
+
+def test_a_branch_is_not_counted_among_what_every_step_executes():
+    assert executed_bytes(collectives.collectives(PROGRAM)) == 28 + 96
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("api", set(RECIPES) - {"vmap"})
+def test_a_forward_pass_executes_one_collective_and_the_backward_pass_one_more(api, masked):
+    assert executed_and_rare(api, masked=masked) == [1, 1]
+    assert executed_and_rare(api, masked=masked, backward=True) == [2, 1]
+
+
+def test_bytes_do_not_grow_with_the_devices():
+    programs = [compile_layer(LAYER, "shard_map", devices=devices, backward=True) for devices in (2, DEVICES)]
+    sent = [executed_bytes(collectives.collectives(program.as_text())) for program in programs]
+    # Count, sum and sum of squares forward; two sums backward; in float32.
+    assert sent == [5 * 4 * collectives.FEATURES] * 2
+
+
+@pytest.mark.parametrize("valid", VALID)
+@pytest.mark.parametrize("api", RECIPES)
+def test_variance_of_unequal_parts_is_that_of_the_whole_batch(api, valid):
+    assert error_of_variance(LAYER, api, valid, DEVICES) < 1e-4  # %: some ten roundings
+
+
+def test_averaging_over_devices_without_counts_shows_as_an_error():
+    errors = [error_of_variance(collectives.LAYERS["Flax"], "vmap", valid, DEVICES) for valid in VALID]
+    assert errors[0] > 10 and math.isnan(errors[1])
+
+
+def test_tables_have_a_line_for_each_api_and_layer(monkeypatch):
+    monkeypatch.setattr(collectives, "RECIPES", {"jit": "grad(loss)", "vmap": "pmean(grad(loss))"})
+    monkeypatch.setattr(collectives, "GROWTH", (8,))
+    assert collectives.what_each_api_does(DEVICES).row_count == 2 * len(collectives.LAYERS)
+    assert collectives.growth().row_count == len(collectives.LAYERS) + 1
