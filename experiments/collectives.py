@@ -7,7 +7,7 @@ hands over.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -168,7 +168,7 @@ def run() -> None:
     console.print(growth())
 
 
-def what_each_api_does(devices: int) -> Table:
+def what_each_api_does(devices: int, *, layers: Sequence[str] = tuple(LAYERS)) -> Table:
     """Returns the table of collectives and errors by API and layer, for so many devices of this process."""
     table = Table(
         title=f"What each API does with a batch on {devices} devices, jax {jax.__version__}",
@@ -181,14 +181,15 @@ def what_each_api_does(devices: int) -> Table:
     for column in ("collectives", *(f"error, {_examples(valid)}" for valid in VALID)):
         table.add_column(column, justify="right")
     for api, recipe in RECIPES.items():
-        for name, layer in LAYERS.items():
+        for name in layers:
+            layer = LAYERS[name]
             passes = [compile_layer(layer, api, devices=devices, backward=backward) for backward in (False, True)]
             table.add_row(
-                *((api, recipe) if layer is LAYERS["jaxbn"] else ("", "")),
+                *((api, recipe) if name == layers[0] else ("", "")),
                 name,
                 ", ".join(_count(collectives(program.as_text())) for program in passes),
                 *(_percent(error_of_variance(layer, api, valid, devices)) for valid in VALID),
-                end_section=name == list(LAYERS)[-1],
+                end_section=name == layers[-1],
             )
     return table
 

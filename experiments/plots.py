@@ -47,11 +47,15 @@ class Line(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A panel of lines; `xlabel` and `ylabel` name quantity and unit."""
+    """A panel of lines; `xlabel` and `ylabel` name quantity and unit.
+
+    With `doubling`, x has a logarithmic scale to base 2, with a mark at each point of the first line.
+    """
 
     xlabel: str
     ylabel: str
     lines: Sequence[Line]
+    doubling: bool = False
 
 
 class Bar(NamedTuple):
@@ -105,9 +109,13 @@ def _draw_lines(axes: Axes, panel: Lines):
             std = line.y.std(axis=0, ddof=1)
             axes.fill_between(line.x, mean - std, mean + std, color=line.color, alpha=0.2, linewidth=0)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if panel.doubling:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(panel.lines[0].x, [f"{x:g}" for x in panel.lines[0].x])
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _name_lines(axes, panel.lines)
 
 
