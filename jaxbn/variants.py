@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
 from jaxbn import _checks
@@ -81,6 +82,15 @@ def ghost_normalize(
             f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
             "choose a divisor, or pad the batch and pass a mask."
         )
+    sharding = jax.typeof(x).sharding
+    if sharding.spec and sharding.spec[0] is not None:  # explicit axes cannot say how groups that span devices lie
+        of_features = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[i] for i in axes)))
+        options = {"group_size": group_size, "axis": axis, "epsilon": epsilon}
+        options |= {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        return auto_axes(
+            lambda x, scale, bias, mask: ghost_normalize(x, scale, bias, mask=mask, **options),
+            out_sharding=(sharding, Moments(of_features, of_features, of_features)),
+        )(x, scale, bias, mask)
     groups = x.shape[0] // group_size
     if x.size and group_size * math.prod(x.shape[i] for i in reduced[1:]) == 1:
         warnings.warn(

@@ -96,6 +96,17 @@ def renorm(x, running_mean, running_var, scale=None, bias=None, *, r_max, d_max,
     return normalize(x, mean, var, gamma * r, gamma * d + beta, axis=axis, epsilon=epsilon), r, d
 
 
+def renorm_gradients(x, running_mean, running_var, scale, bias, dy, *, r_max, d_max, axis=-1, epsilon=1e-5):
+    """Returns dx, dscale, dbias of renorm; r and d are constants there (arXiv:1702.03275, section 3).
+
+    y = gamma (r z + d) + beta with z the normalised x: batch norm with the scale gamma r, and a shift.
+    """
+    _, r, d = renorm(x, running_mean, running_var, r_max=r_max, d_max=d_max, axis=axis, epsilon=epsilon)
+    gamma = np.ones_like(r) if scale is None else scale
+    dx, along_z, dbias = gradients(x, gamma * r, bias, dy, axis=axis, epsilon=epsilon)
+    return dx, r * along_z + d * dbias, dbias
+
+
 def _flat(per_feature):
     return np.asarray(per_feature).ravel()
 

@@ -18,8 +18,11 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests import parallel
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, PARALLEL = ROOT / "README.md", ROOT / "docs" / "parallel.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
 FUNCTIONS = [name for name in jaxbn.__all__ if inspect.isfunction(getattr(jaxbn, name))]
 TUPLES = [name for name in jaxbn.__all__ if isinstance(getattr(jaxbn, name), type)]
@@ -36,6 +39,10 @@ def section(documented, title):
 
 def entries(documented, title):
     return re.findall(r"^  (\w+): ", section(documented, title), re.MULTILINE)
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def parameters(function):
@@ -102,9 +109,19 @@ def test_the_nnx_layer_documents_its_arguments_in_their_order():
 
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
-def test_examples_of_the_readme_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    scope = {"__name__": "readme"}
-    for block in blocks:  # in one scope: a later block may use what an earlier one made
-        exec(compile(block, "README.md", "exec"), scope)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_a_page_run(page):
+    scope = {"__name__": page.stem}
+    for block in python_blocks(page):  # in one scope: a later block may use what an earlier one made
+        exec(compile(block, page.name, "exec"), scope)
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
+def test_the_readme_has_examples():
+    assert python_blocks(README)
+
+
+@pytest.mark.skipif(not PARALLEL.is_file(), reason="the pages are not in this distribution")
+@pytest.mark.parametrize("recipe", [parallel.value_and_grad_of_psum, parallel.psum_of_value_and_grad])
+def test_the_page_on_parallel_apis_shows_the_recipes_that_are_tested(recipe):
+    assert any(inspect.getsource(recipe) in block for block in python_blocks(PARALLEL))

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.nnx
@@ -340,71 +338,7 @@ def loss(x, scale, bias, axis_name=None):
     return (jnp.sin(y) * jnp.arange(3.0)).sum(), (y, stats)
 
 
-@functools.cache
-def whole():
-    (_, (y, stats)), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*SPLITTABLE)
-    return y, stats, grads
-
-
 SPLITTABLE = sample((16, 5, 3))[:3]
-
-
-def parted(x, scale, bias):
-    """Loss and gradients of one device's part; the parameters' gradients are added over the devices."""
-    (_, (y, stats)), (dx, *parameters) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias, "d")
-    return y, stats, dx, jax.lax.psum(parameters, "d")
-
-
-def test_under_vmap_with_an_axis_name_parts_of_a_batch_equal_the_whole():
-    x, scale, bias = SPLITTABLE
-    map_parts = jax.vmap(parted, in_axes=(0, None, None), out_axes=(0, None, 0, None), axis_name="d")
-    y, stats, dx, parameters = jax.jit(map_parts)(x.reshape(4, 4, 5, 3), scale, bias)
-    computed = y.reshape(x.shape), stats, (dx.reshape(x.shape), *parameters)
-    chex.assert_trees_all_close(computed, whole(), **SUMS)
-
-
-def test_under_pmap_parts_of_a_batch_equal_the_whole():
-    x, scale, bias = SPLITTABLE
-    map_parts = jax.pmap(parted, in_axes=(0, None, None), out_axes=(0, None, 0, None), axis_name="d")
-    y, stats, dx, parameters = map_parts(x.reshape(8, 2, 5, 3), scale, bias)
-    computed = y.reshape(x.shape), stats, (dx.reshape(x.shape), *parameters)
-    chex.assert_trees_all_close(computed, whole(), **SUMS)
-
-
-@pytest.mark.parametrize(("axis_type", "check_vma"), [("Auto", False), ("Auto", True), ("Explicit", True)])
-def test_under_shard_map_parts_of_a_batch_equal_the_whole(check_vma, axis_type):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType[axis_type],))
-
-    def part(x, scale, bias):
-        (_, (y, stats)), dx = jax.value_and_grad(loss, has_aux=True)(x, scale, bias, "d")
-        return y, stats, dx
-
-    part = jax.shard_map(
-        part, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=(P("d"), P(), P("d")), check_vma=check_vma
-    )
-    x, scale, bias = SPLITTABLE
-    y, stats, dx = jax.jit(part)(jax.device_put(x, NamedSharding(mesh, P("d"))), scale, bias)
-    expected_y, expected_stats, (expected_dx, *_) = whole()
-    chex.assert_trees_all_close((y, stats, dx), (expected_y, expected_stats, expected_dx), **SUMS)
-
-
-@pytest.mark.parametrize("check_vma", [False, True])
-def test_under_shard_map_without_an_axis_name_each_device_normalises_its_own_part(check_vma):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-
-    def part(x, scale, bias):
-        (_, (y, _)), dx = jax.value_and_grad(loss, has_aux=True)(x, scale, bias)
-        return y, dx
-
-    part = jax.shard_map(part, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=check_vma)
-    x, scale, bias = SPLITTABLE
-    y, dx = jax.jit(part)(x, scale, bias)
-    for i in range(0, 16, 2):
-        part = slice(i, i + 2)
-        expected, *_ = reference.batch_norm(x[part], scale, bias)
-        np.testing.assert_allclose(y[part], expected, **CLOSE)
-        dy = np.cos(expected) * np.arange(3)
-        np.testing.assert_allclose(dx[part], reference.gradients(x[part], scale, bias, dy)[0], **SUMS)
 
 
 def collectives(f, *arguments):

@@ -41,6 +41,24 @@ def test_closed_form_gradients_equal_finite_differences(case, mean):
         np.testing.assert_allclose(gradient, measured, atol=1e-8)
 
 
+def test_gradients_of_renorm_equal_finite_differences_with_r_and_d_held():
+    rng = np.random.default_rng(0)
+    x, dy, scale, bias, mean, var = *rng.normal(1, 1, (2, 7, 3)), *rng.normal(1, 0.3, (3, 3)), rng.uniform(1, 2, 3)
+    limits = {"r_max": 1.1, "d_max": 0.2}
+    _, r, d = reference.renorm(x, mean, var, **limits)
+
+    def loss(x, scale, bias):
+        return (dy * reference.batch_norm(x, scale * r, scale * d + bias)[0]).sum()
+
+    exact = reference.renorm_gradients(x, mean, var, scale, bias, dy, **limits)
+    direction = rng.normal(size=(7, 3)), *rng.normal(size=(2, 3))
+    ahead, behind = (
+        loss(*(a + sign * v for a, v in zip((x, scale, bias), direction, strict=True))) for sign in (1e-5, -1e-5)
+    )
+    along = sum((gradient * v).sum() for gradient, v in zip(exact, direction, strict=True))
+    np.testing.assert_allclose(along, (ahead - behind) / 2e-5, atol=1e-8)
+
+
 def test_two_values_become_minus_one_and_one():
     y, mean, var, count = reference.batch_norm(np.array([[1.0], [3.0]]), epsilon=0)
     assert (y.ravel() == [-1, 1]).all()

@@ -87,14 +87,6 @@ def test_ghost_groups_are_exact_at_a_large_mean():
     np.testing.assert_allclose(moments.var, reference.moments(x)[1], atol=2 * 2 * 1e4 * ROUNDING / 2)
 
 
-def test_ghost_statistics_on_many_devices_are_those_of_all_and_groups_stay_on_theirs():
-    normalise = functools.partial(jaxbn.ghost_normalize, group_size=1, axis_name="d")
-    map_parts = jax.vmap(lambda x: normalise(x, SCALE, BIAS), out_axes=(0, None), axis_name="d")
-    y, moments = jax.jit(map_parts)(X.reshape(3, 2, *SHAPE[1:]))
-    np.testing.assert_allclose(y.reshape(SHAPE), reference.ghost(X, SCALE, BIAS, group_size=1), **CLOSE)
-    chex.assert_trees_all_close(tuple(moments), reference.moments(X), **CLOSE)
-
-
 def test_as_a_method_ghost_batch_norm_updates_the_statistics_with_the_whole_batch():
     method = functools.partial(jaxbn.ghost_normalize, group_size=2)
     train = functools.partial(jaxbn.batch_norm, use_running_average=False, momentum=0.9, unbiased=True, method=method)
@@ -130,11 +122,8 @@ def test_renorm_follows_the_formulas_of_the_paper(r_max, d_max):
 @pytest.mark.parametrize(("r_max", "d_max"), LIMITS)
 def test_renorm_differentiates_r_and_d_as_constants(r_max, d_max):
     _, _, (dx, dscale, dbias) = renorm(X, SCALE, BIAS, DY, STATS, r_max, d_max)
-    _, r, d = reference.renorm(X, *STATS, r_max=r_max, d_max=d_max)
-    expected_dx, from_normalised, expected_dbias = reference.gradients(X, SCALE * r, None, DY)
-    np.testing.assert_allclose(dx, expected_dx, **SUMS)
-    np.testing.assert_allclose(dscale, r * from_normalised + d * expected_dbias, **SUMS)
-    np.testing.assert_allclose(dbias, expected_dbias, **SUMS)
+    expected = reference.renorm_gradients(X, *STATS, SCALE, BIAS, DY, r_max=r_max, d_max=d_max)
+    chex.assert_trees_all_close((dx, dscale, dbias), expected, **SUMS)
 
 
 def test_renorm_with_limits_of_one_and_zero_is_batch_norm():
