@@ -6,7 +6,7 @@ Convention: a command imports what it needs when it runs, so that help comes at 
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -19,6 +19,13 @@ RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md
 DataDir = Annotated[
     Path | None,
     arg(metavar="DIR", help="Folder that holds cifar-10-batches-py. If left out: CIFAR10_DIR, then the user's cache."),
+]
+Devices = Annotated[
+    int | None,
+    arg(metavar="N", help="Number of CPU devices in all processes together. If left out: what the machine has."),
+]
+Launch = Annotated[
+    int, arg(metavar="N", help="Start so many processes on this machine's CPU, for a look at what runs on several.")
 ]
 ResultsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the result files.")]
 Study = Positional[Annotated[str, arg(metavar="STUDY", help="Name of a study, as `list` shows it, or `all`.")]]
@@ -58,6 +65,8 @@ def run_command(
     seeds: int = 3,
     data_dir: DataDir = None,
     results_dir: ResultsDir = RESULTS,
+    devices: Devices = None,
+    launch: Launch = 1,
 ) -> None:
     """Train whatever a study has no result of yet. Stopped at any moment, the same command continues.
 
@@ -67,9 +76,15 @@ def run_command(
         seeds: Number of runs of each arm.
         data_dir: Where CIFAR-10 is.
         results_dir: Where the results go.
+        devices: CPU devices.
+        launch: Local processes.
     """
+    if launch != 1:
+        _launch(launch)
+    from experiments import distributed
     from experiments import study as studies
 
+    distributed.initialize(devices)
     for module in studies.select(study):
         studies.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
 
@@ -80,13 +95,46 @@ def train_command(
     *,
     data_dir: DataDir = None,
     out: Annotated[Path, arg(metavar="DIR", help="Folder of the result.")] = Path("runs/train"),
+    devices: Devices = None,
+    launch: Launch = 1,
 ) -> None:
     """Train a single net of your choice. Stopped at any moment, the same command continues."""
-    from experiments import study
+    if launch != 1:
+        _launch(launch)
+    from experiments import distributed, study
 
+    distributed.initialize(devices)
     path = out / "result.jsonl"
     study.train_missing([(f"{config.net} {config.norm}", path, config)], data_dir=data_dir)
-    print(f"Result: {path}")
+    if distributed.is_primary():
+        print(f"Result: {path}")
+
+
+@app.command(name="sync-demo")
+def sync_demo_command(
+    *,
+    data_dir: DataDir = None,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figure.")] = Path("runs/sync-demo"),
+    devices: Devices = 8,
+    launch: Launch = 1,
+) -> None:
+    """Compare statistics per device with those of all devices together, on as many CPU devices as you like."""
+    if launch != 1:
+        _launch(launch)
+    from experiments import distributed
+
+    distributed.initialize(devices)
+    from experiments import sync_demo
+
+    sync_demo.run(data_dir=data_dir, out=out)
+
+
+@app.command(name="collectives")
+def collectives_command() -> None:
+    """Count what batch norm sends between devices on each parallel API, beside Flax's layer, in compiled programs."""
+    from experiments import collectives
+
+    collectives.run()
 
 
 @app.command(name="bench")
@@ -139,25 +187,49 @@ def table_command(
     print(f"Written to {out}")
 
 
+def _launch(count: int) -> NoReturn:
+    """Runs this command in `count` processes, and exits with their status."""
+    from experiments import launch
+
+    sys.exit(launch.run(count, launch.without_option(sys.argv[1:])))
+
+
 def main() -> int:
     """Runs the command line; returns the exit status."""
+    status, message = _run()
+    if message:
+        print(message, file=sys.stderr)
+    if distributed := sys.modules.get("experiments.distributed"):  # imported by the commands that may have company
+        distributed.finish(status, message)
+    return status
+
+
+def _run() -> tuple[int, str]:
+    """Runs the command line; returns the exit status, and what is to be said about it."""
     try:
         app.cli(prog="python -m experiments", description="Experiments that show what batch norm does.")
     except KeyboardInterrupt:
         continues = sys.argv[1:2] in (["run"], ["train"])
-        print(
-            "Interrupted; the same command continues from the last checkpoint." if continues else "Interrupted.",
-            file=sys.stderr,
-        )
-        return 130
+        return 130, "Interrupted; the same command continues from the last checkpoint." if continues else "Interrupted."
     except (ValueError, OSError) as error:
         # What our own checks raise, and what the file system refuses, is for the user to read; the rest is a bug.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, ValueError) and HERE not in raised_in.parents:
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            return _bug(error)
+        return 2, f"Error: {error}"
+    except Exception as error:
+        return _bug(error)
+    return 0, ""
+
+
+def _bug(error: Exception) -> tuple[int, str]:
+    """Raises the error; where other processes must be told of it, prints and returns it instead."""
+    distributed = sys.modules.get("experiments.distributed")
+    if distributed is None or distributed.process_count() == 1:
+        raise error
+    distributed.wait_for_the_cause(error)
+    traceback.print_exception(error)
+    return 1, f"Error: {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Conventions: a checkpoint holds the arrays of the training state and, as JSON, the run's Config and its progress (the
 rows so far, the seconds so far). Orbax writes it beside the training and gives it its name only once it is complete, so
-a run killed while it writes continues from the checkpoint before.
+a run killed while it writes continues from the checkpoint before. Several processes keep one checkpoint together, in a
+folder that all of them see.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from experiments import distributed
 from experiments.config import Config
 from experiments.results import differences
 
@@ -31,6 +33,10 @@ class Checkpoints:
         if folder is not None:
             options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            distributed.agree(
+                {"folder": folder.is_dir(), "newest checkpoint": self._manager.latest_step()},
+                remedy=f"{folder} must be on a disk that all processes share; choose another place for this run.",
+            )
 
     def __enter__(self) -> Self:
         return self

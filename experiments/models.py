@@ -1,7 +1,8 @@
 """The three nets of the studies in flax.linen, each with batch norm, group norm or no norm.
 
 Convention: images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
-`module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch.
+`module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. With a `mask`,
+booleans [n], it leaves out the images that are False there.
 """
 
 import functools
@@ -57,7 +58,7 @@ class ConvNorm(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the normalized convolution of x, shape [n, height, width, features]."""
         x = nn.Conv(
             self.features,
@@ -72,7 +73,7 @@ class ConvNorm(nn.Module):
                 momentum=self.momentum,
                 epsilon=self.epsilon,
                 use_scale=self.use_scale,
-            )(x)
+            )(x, mask=None if mask is None else mask[:, None, None, None])
         if self.norm == "group":
             return nn.GroupNorm(num_groups(self.features), epsilon=self.epsilon, use_scale=self.use_scale)(x)
         return x
@@ -86,10 +87,10 @@ class CNN7(nn.Module):
     norm: Norm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
         for features, strides in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 1)):
-            x = nn.relu(ConvNorm(scaled(features, self.width), 3, self.norm, strides)(x, train))
+            x = nn.relu(ConvNorm(scaled(features, self.width), 3, self.norm, strides)(x, train, mask))
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
@@ -106,16 +107,16 @@ class ResNet20(nn.Module):
     norm: Norm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
         conv = functools.partial(ConvNorm, norm=self.norm, kernel_init=nn.initializers.he_normal())
-        x = nn.relu(conv(scaled(16, self.width), 3)(x, train))
+        x = nn.relu(conv(scaled(16, self.width), 3)(x, train, mask))
         for stage, features in enumerate((16, 32, 64)):
             features = scaled(features, self.width)
             for block in range(3):
                 strides = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(conv(features, 3, strides=strides)(x, train))
-                y = conv(features, 3)(y, train)
+                y = nn.relu(conv(features, 3, strides=strides)(x, train, mask))
+                y = conv(features, 3)(y, train, mask)
                 x = nn.relu(y + shortcut(x, features, strides))
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
@@ -157,10 +158,10 @@ class Inception(nn.Module):
     norm: Norm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
         for number, channels in enumerate(INCEPTION_CHANNELS, start=1):
-            x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.norm)(x, train)
+            x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.norm)(x, train, mask)
             if number in (2, 7):
                 x = max_pool(x, strides=2)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x.mean((1, 2)))
@@ -178,7 +179,7 @@ class InceptionModule(nn.Module):
     norm: Norm
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the four branches' outputs, shape [n, height, width, sum of their channels]."""
 
         def conv(features, kernel_size, x):
@@ -192,7 +193,7 @@ class InceptionModule(nn.Module):
                 epsilon=1e-3,
                 kernel_init=nn.initializers.glorot_uniform(),
             )
-            return nn.relu(layer(x, train))
+            return nn.relu(layer(x, train, mask))
 
         one, three_reduce, three, five_reduce, five, projection = self.channels
         branches = (

@@ -2,10 +2,13 @@
 
 Conventions: images stay on the device as uint8 and become float32 in [0, 1] inside the compiled functions, which gather
 their own batches. What a run varies without changing the computation (seed, rates, length) is an argument, so that runs
-share their programs.
+share their programs. All arguments and results are whole on every device of a mesh; the batch alone is split, and XLA
+adds what follows from that: the sums of batch norm, of the loss and of the gradients go over all devices. Where the
+devices do not divide a batch, it is filled up with copies of its last image, which are masked and count nowhere.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import data, models
+from experiments import data, distributed, models
 from experiments.config import Config
 
 MOMENTUM = 0.9
@@ -24,7 +28,11 @@ INIT_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 class State(NamedTuple):
-    """All that training changes. `loss` and `correct` are sums since the last row of results."""
+    """All that training changes.
+
+    `loss` and `correct` are sums since the last row of results: of the mean losses of the batches, each with the weight
+    of its images (1 for a whole batch), and of the images classified correctly.
+    """
 
     step: jax.Array
     params: Any
@@ -38,15 +46,17 @@ class Programs(NamedTuple):
     """The compiled functions. A set is the pair (images, labels).
 
     Attributes:
-      init: key -> State.
+      init: seed -> State, key of the orders, key of the augmentation.
       order: key, epoch -> permutation of the training images.
       train: State, training set, order, key, rate -> State, loss of the batch; the given State's buffers are reused.
+      train_last: the same for the last batch of an epoch, which may be smaller.
       evaluate: params, batch_stats, test set, first, (loss, correct) -> (loss, correct), a batch added to the sums.
     """
 
     init: Callable
     order: Callable
     train: Callable
+    train_last: Callable
     evaluate: Callable
 
 
@@ -60,7 +70,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def compile_programs(
-    config: Config, num_classes: int, train_shape: tuple[int, ...], test_shape: tuple[int, ...]
+    config: Config, num_classes: int, train_shape: tuple[int, ...], test_shape: tuple[int, ...], mesh: Mesh
 ) -> Programs:
     """Returns the programs of a run, compiled now or for an earlier run that shares them.
 
@@ -69,79 +79,133 @@ def compile_programs(
       num_classes: number of labels.
       train_shape: of the training images, [n, height, width, channels].
       test_shape: of the test images.
+      mesh: the devices.
+
+    Raises:
+      ValueError: another process would compile another program.
     """
     same = config.replace(seed=0, learning_rate=1.0, lr_decay_epochs=1, epochs=1, evaluations=1, train_images=None)
-    return _compile(same, num_classes, train_shape, test_shape)
+    return _compile(same, num_classes, train_shape, test_shape, mesh)
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(config, num_classes, train_shape, test_shape):
+def _compile(config, num_classes, train_shape, test_shape, mesh):
     net = models.build(config, num_classes)
-    sgd = optimizer()
+    whole = NamedSharding(mesh, PartitionSpec())
 
-    def init(key):
-        variables = net.init(key, jnp.zeros((1, *train_shape[1:])), train=False)
-        params, zero = variables["params"], jnp.zeros((), jnp.int32)
-        return State(zero, params, variables.get("batch_stats", {}), sgd.init(params), jnp.zeros(()), zero)
+    def shaped(tree):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), tree)
 
-    def order(key, epoch):
-        return data.epoch_order(key, epoch, train_shape[0])
+    def lower(function, *arguments, **options):
+        return jax.jit(function, out_shardings=whole, **options).lower(*map(shaped, arguments))
 
-    def train(state, train_set, order, key, rate):
-        first = state.step % (train_shape[0] // config.batch_size) * config.batch_size
-        x, targets = _gather(train_set, jax.lax.dynamic_slice_in_dim(order, first, config.batch_size))
-        if config.augment:
-            x = data.augment(jax.random.fold_in(key, state.step), x, flip=config.data == "cifar10")
-
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = net.apply(variables, x, train=True, mutable=["batch_stats"])
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-            return loss, (logits, updated.get("batch_stats", {}))
-
-        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, momenta = sgd.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
-        correct = jnp.sum(logits.argmax(-1) == targets, dtype=jnp.int32)
-        return State(state.step + 1, params, batch_stats, momenta, state.loss + loss, state.correct + correct), loss
-
-    def evaluate(params, batch_stats, test_set, first, totals):
-        n = test_shape[0]
-        position = first + jnp.arange(min(EVALUATION_BATCH, n))
-        counted = position < n  # the last batch is filled up with copies of the last image, which do not count
-        x, targets = _gather(test_set, jnp.minimum(position, n - 1))
-        logits = net.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        correct = counted & (logits.argmax(-1) == targets)
-        return totals[0] + jnp.sum(losses, where=counted), totals[1] + jnp.sum(correct, dtype=jnp.int32)
-
+    init = functools.partial(_init, net, train_shape)
     number, integer = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    key = jax.eval_shape(jax.random.key, 0)
-    state, permutation = jax.eval_shape(init, key), jax.eval_shape(order, key, integer)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    state, key, _ = jax.eval_shape(init, seed)
+    order = functools.partial(_order, train_shape[0])
+    permutation = jax.eval_shape(order, key, integer)
     train_set, test_set = (
         (jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:1], jnp.int32))
         for shape in (train_shape, test_shape)
     )
+
+    def lower_train(size):
+        step = functools.partial(_train, net, config, mesh, size)
+        return lower(step, state, train_set, permutation, key, number, donate_argnums=0)
+
+    train, rest = lower_train(config.batch_size), train_shape[0] % config.batch_size
+    program = hashlib.sha256(train.as_text().encode()).hexdigest()[:16]
+    distributed.agree({"program": program}, remedy="start all processes from the same sources.")
+    train = train.compile()
     return Programs(
-        init=jax.jit(init).lower(key).compile(INIT_OPTIONS),
-        order=jax.jit(order).lower(key, integer).compile(),
-        train=jax.jit(train, donate_argnums=0).lower(state, train_set, permutation, key, number).compile(),
-        evaluate=jax.jit(evaluate)
-        .lower(state.params, state.batch_stats, test_set, integer, (number, integer))
-        .compile(),
+        init=lower(init, seed).compile(INIT_OPTIONS),
+        order=lower(order, key, integer).compile(),
+        train=train,
+        train_last=lower_train(rest).compile() if rest else train,
+        evaluate=lower(
+            functools.partial(_evaluate, net, mesh),
+            state.params,
+            state.batch_stats,
+            test_set,
+            integer,
+            (number, integer),
+        ).compile(),
     )
 
 
-def evaluate(programs: Programs, state: State, test_set: tuple[jax.Array, jax.Array]) -> tuple[float, float]:
+def _init(net, train_shape, seed):
+    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed), 3)
+    variables = net.init(init_key, jnp.zeros((1, *train_shape[1:])), train=False)
+    params, zero = variables["params"], jnp.zeros((), jnp.int32)
+    state = State(zero, params, variables.get("batch_stats", {}), optimizer().init(params), jnp.zeros(()), zero)
+    return state, order_key, augment_key
+
+
+def _order(n, key, epoch):
+    return data.epoch_order(key, epoch, n)
+
+
+def _train(net, config, mesh, size, state, train_set, order, key, rate):
+    """A step with the next `size` images of the epoch."""
+    steps_per_epoch = -(-len(order) // config.batch_size)
+    first = state.step % steps_per_epoch * config.batch_size
+    batch = jax.lax.dynamic_slice_in_dim(order, first, size)
+    batch, mask = _fill_up(batch, mesh)
+    x, targets = _gather(train_set, batch, mesh)
+    if config.augment:
+        x = data.augment(jax.random.fold_in(key, state.step), x, flip=config.data == "cifar10")
+
+    def loss_of(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = net.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(where=mask)
+        return loss, (logits, updated.get("batch_stats", {}))
+
+    (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, momenta = optimizer().update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+    correct = jnp.sum(logits.argmax(-1) == targets, dtype=jnp.int32, where=mask)
+    losses = state.loss + loss * (size / config.batch_size)
+    return State(state.step + 1, params, batch_stats, momenta, losses, state.correct + correct), loss
+
+
+def _evaluate(net, mesh, params, batch_stats, test_set, first, totals):
+    n = len(test_set[0])
+    position, mask = _fill_up(first + jnp.arange(min(EVALUATION_BATCH, n)), mesh)
+    counted = position < n  # the last batch is filled up with copies of the last image, which do not count
+    if mask is not None:
+        counted &= mask
+    x, targets = _gather(test_set, jnp.minimum(position, n - 1), mesh)
+    logits = net.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    correct = counted & (logits.argmax(-1) == targets)
+    return totals[0] + jnp.sum(losses, where=counted), totals[1] + jnp.sum(correct, dtype=jnp.int32)
+
+
+def evaluate(
+    programs: Programs, state: State, test_set: tuple[jax.Array, jax.Array], mesh: Mesh
+) -> tuple[float, float]:
     """Returns mean loss and accuracy of the whole test set in evaluation mode, every image counted once."""
     n = len(test_set[0])
-    totals = (np.float32(0), np.int32(0))
+    totals = distributed.replicate((np.float32(0), np.int32(0)), mesh)
     for first in range(0, n, EVALUATION_BATCH):
-        totals = programs.evaluate(state.params, state.batch_stats, test_set, np.int32(first), totals)
+        first = distributed.replicate(np.int32(first), mesh)
+        totals = programs.evaluate(state.params, state.batch_stats, test_set, first, totals)
+        totals = distributed.one_at_a_time(totals, mesh)
     return float(totals[0]) / n, int(totals[1]) / n
 
 
-def _gather(images_and_labels, batch):
-    """The images at the positions `batch`, as float32 in [0, 1], and their labels."""
+def _fill_up(batch, mesh):
+    """Repeats the last of the positions until the devices divide them; the mask leaves these out, None: all count."""
+    missing = -len(batch) % mesh.size
+    if not missing:
+        return batch, None
+    return jnp.pad(batch, (0, missing), mode="edge"), jnp.arange(len(batch) + missing) < len(batch)
+
+
+def _gather(images_and_labels, batch, mesh):
+    """The images at the positions `batch`, as float32 in [0, 1], and their labels, split over the devices."""
     images, labels = images_and_labels
+    batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(distributed.AXIS)))
     return images[batch].astype(jnp.float32) / 255, labels[batch]

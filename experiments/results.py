@@ -124,20 +124,24 @@ def header(config: Config, *, images: str, parameters: int, seconds: float) -> d
       parameters: number of trained parameters.
       seconds: that the run took in all, compilation and evaluation included.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "config": dataclasses.asdict(config),
         "images": images,
         "parameters": parameters,
         "seconds": seconds,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "hardware": hardware(),
         "commit": commit(),
     }
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what a run's numbers depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
 def hardware() -> dict:
-    """Returns what the run's seconds depend on: the accelerator, and the processor's model and number of cores."""
+    """Returns what the run's seconds depend on: the accelerators, and the processor's model and number of cores."""
     import jax
 
     device = jax.devices()[0]
@@ -145,6 +149,7 @@ def hardware() -> dict:
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "cpu": _cpu_model(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }

@@ -24,8 +24,9 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+from rich.console import Console
 
-from experiments import data, results, studies, train
+from experiments import data, distributed, results, studies, train
 from experiments.config import PRESETS, Config
 from experiments.display import Display
 
@@ -134,24 +135,37 @@ def train_missing(plan: list[tuple[str, Path, Config]], *, data_dir: Path | None
     """
     results.commit()  # of the sources as they are now; it is kept for the headers
     for _, path, config in plan:
-        results.finished(path, config)  # refuses a stale file before the first second of training
-    with Display(len(plan)) as display:
+        _finished(path, config)  # refuses a stale file before the first second of training
+    with Display(len(plan), None if distributed.is_primary() else Console(quiet=True)) as display:
         for name, path, config in plan:
-            if results.finished(path, config):
+            if _finished(path, config):
                 display.skip(name)
-                shutil.rmtree(_checkpoints(path), ignore_errors=True)
+                if distributed.is_primary():
+                    shutil.rmtree(_checkpoints(path), ignore_errors=True)
             else:
                 train_to_file(config, path, data_dir=data_dir, on_progress=display.run(name))
 
 
 def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progress: Callable | None = None) -> None:
-    """Trains one run and writes its result. Killed at any moment, the same call continues from the last checkpoint."""
-    dataset = _load(config.data, config.image_size, config.train_images, data_dir)
+    """Trains one run and writes its result. Killed at any moment, the same call continues from the last checkpoint.
+
+    Every process calls it; process 0 writes.
+    """
+    dataset = distributed.primary_first(
+        lambda: _load(config.data, config.image_size, config.train_images, data_dir),
+    )
     trained = train.fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress)
+    if not distributed.is_primary():
+        return
     parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
     header = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
     results.write(path, header, trained.rows)
     shutil.rmtree(_checkpoints(path))
+
+
+def _finished(path, config):
+    """What process 0 finds, so that all processes train, or none."""
+    return distributed.from_primary(lambda: results.finished(path, config))
 
 
 @functools.lru_cache(maxsize=1)

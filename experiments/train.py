@@ -2,9 +2,12 @@
 
 Conventions: the loop is Python, and between two rows it never waits for the device. All randomness comes from
 `Config.seed`, the epoch and the step, so that a continued run needs nothing but the state. Accuracies are fractions,
-losses are mean cross-entropies in nats, times are seconds.
+losses are mean cross-entropies in nats, times are seconds. Every process runs the same loop on the same data; what they
+decide alike (where to continue, whether the run has diverged) they take from arrays that all of them hold.
 """
 
+import dataclasses
+import hashlib
 import math
 import time
 from collections import deque
@@ -13,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from experiments import distributed, results
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config
 from experiments.data import Dataset
@@ -62,11 +66,15 @@ def fit(
     checkpoint_dir: Path | None = None,
     checkpoint_steps: int = CHECKPOINT_STEPS,
     on_progress: Callable[[Progress], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Trains the net of `config` on `dataset`, from the newest checkpoint where there is one.
 
-    The images that fill no whole batch are left out of their epoch; the next epoch has another order. A run whose
-    training or test loss is not finite ends at the next row, which has `diverged` true.
+    Every image counts once per epoch: where batch_size does not divide their number, the last batch is smaller. A run
+    whose training or test loss is not finite ends at the next row, which has `diverged` true.
+
+    Each batch is split over the devices of the mesh, and the statistics of batch norm are those of the whole batch: the
+    number of devices and processes changes the rounding of sums, and nothing else.
 
     Each row holds: `step` and `epoch` reached (a fraction between whole epochs); `learning_rate`; `train_loss` and
     `train_accuracy` as met while training since the last row; `test_loss` and `test_accuracy` of the whole test set in
@@ -75,32 +83,39 @@ def fit(
     Args:
       config: the run.
       dataset: its images and labels.
-      checkpoint_dir: where checkpoints are kept, at every row and every `checkpoint_steps` steps. None: nowhere.
+      checkpoint_dir: where checkpoints are kept, at every row and every `checkpoint_steps` steps; several processes
+        share it. None: nowhere.
       checkpoint_steps: steps between checkpoints.
-      on_progress: called at every row, and in between at most ten times a second.
+      on_progress: called at every row, and in between at most ten times a second; in process 0 alone.
+      mesh: the devices, on one axis. None: all devices of all processes.
 
     Returns:
       The rows and the trained variables, the same bits however often the run was interrupted (tested on CPU only);
       and the seconds.
 
     Raises:
-      ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints are another run's.
+      ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints are another run's;
+        the processes do not all train the same.
     """
     began = time.perf_counter()
+    mesh = distributed.mesh() if mesh is None else mesh
     steps_per_epoch = _steps_per_epoch(config, dataset)
     row_ends, stops = _schedule(config, steps_per_epoch, checkpoint_steps)
-    reporter = _Reporter(on_progress, row_ends[-1])
-    train_set = jax.device_put((dataset.train_images, dataset.train_labels))
-    test_set = jax.device_put((dataset.test_images, dataset.test_labels))
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
+    reporter = _Reporter(on_progress if distributed.is_primary() else None, row_ends[-1])
+    _agree_on_the_run(config, dataset)
+    train_set = distributed.replicate((dataset.train_images, dataset.train_labels), mesh)
+    test_set = distributed.replicate((dataset.test_images, dataset.test_labels), mesh)
 
-    with Checkpoints(checkpoint_dir, config) as checkpoints:
-        clock = time.perf_counter()
-        programs = compile_programs(
-            config, len(dataset.class_names), dataset.train_images.shape, dataset.test_images.shape
-        )
-        compiling = time.perf_counter() - clock
-        state, rows, training, earlier = programs.init(init_key), [], 0.0, 0.0
+    def images(step):
+        return step // steps_per_epoch * len(dataset.train_images) + step % steps_per_epoch * config.batch_size
+
+    clock = time.perf_counter()
+    shapes = dataset.train_images.shape, dataset.test_images.shape
+    programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
+    compiling = time.perf_counter() - clock
+    with Checkpoints(checkpoint_dir, config) as checkpoints, distributed.training():
+        state, order_key, augment_key = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
+        rows, training, earlier = [], 0.0, 0.0
         if restored := checkpoints.restore(state):
             state, progress = restored
             rows, training, earlier = progress["rows"], progress["training"], progress["total"]
@@ -114,23 +129,25 @@ def fit(
                 continue
             epoch = step // steps_per_epoch
             clock = time.perf_counter()
-            order = programs.order(order_key, np.int32(epoch))
-            rate = jax.device_put(np.float32(learning_rate(config, epoch)))
+            order = programs.order(order_key, distributed.replicate(np.int32(epoch), mesh))
+            rate = distributed.replicate(np.float32(learning_rate(config, epoch)), mesh)
             while step < stop:
-                state, loss = programs.train(state, train_set, order, augment_key, rate)
                 step += 1
+                take = programs.train if step % steps_per_epoch else programs.train_last
+                state, loss = distributed.one_at_a_time(take(state, train_set, order, augment_key, rate), mesh)
                 reporter.step(step, loss)
+            reporter.wait()
             jax.block_until_ready(state)
             training += time.perf_counter() - clock
             if stop in row_ends:
-                steps = step - (rows[-1]["step"] if rows else 0)
-                test_loss, test_accuracy = evaluate(programs, state, test_set)
+                seen = images(step) - images(rows[-1]["step"] if rows else 0)
+                test_loss, test_accuracy = evaluate(programs, state, test_set, mesh)
                 row = {
                     "step": step,
                     "epoch": step / steps_per_epoch,
                     "learning_rate": learning_rate(config, epoch),
-                    "train_loss": float(state.loss) / steps,
-                    "train_accuracy": int(state.correct) / (steps * config.batch_size),
+                    "train_loss": float(state.loss) / (seen / config.batch_size),
+                    "train_accuracy": int(state.correct) / seen,
                     "test_loss": test_loss,
                     "test_accuracy": test_accuracy,
                     "seconds": training,
@@ -139,10 +156,12 @@ def fit(
                 }
                 rows.append(row)
                 reporter.row(row)
-                state = state._replace(loss=jnp.zeros_like(state.loss), correct=jnp.zeros_like(state.correct))
+                loss, correct = distributed.replicate((np.float32(0), np.int32(0)), mesh)
+                state = state._replace(loss=loss, correct=correct)
                 training = compiling = 0.0
             total = earlier + time.perf_counter() - began
             checkpoints.save(step, state, {"rows": rows, "training": training, "compiling": compiling, "total": total})
+            distributed.moved()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Trained(rows, variables, earlier + time.perf_counter() - began)
 
@@ -152,15 +171,27 @@ def learning_rate(config: Config, epoch: int) -> float:
     return config.learning_rate * 0.1 ** ((1 + epoch) // config.lr_decay_epochs)
 
 
+def _agree_on_the_run(config, dataset):
+    """Refuses processes that would train something else; what they compile is compared once it is there."""
+    if distributed.process_count() == 1:
+        return  # the digest would take a while for nothing
+    images = hashlib.sha256()
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        images.update(np.ascontiguousarray(array))
+    facts = dataclasses.asdict(config) | {"images": f"{dataset.name} {images.hexdigest()[:16]}"}
+    distributed.agree(facts, remedy="start all processes with the same command, and the same images.")
+    distributed.agree(results.versions(), remedy="start all processes in the same environment.")
+
+
 def _steps_per_epoch(config, dataset):
-    """The number of whole batches in the training set."""
+    """The number of batches in the training set, the last one perhaps smaller."""
     n = len(dataset.train_images)
     if n < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the {n} training images of {dataset.name}; "
             "a step needs a whole batch; lower it."
         )
-    steps = n // config.batch_size
+    steps = -(-n // config.batch_size)
     if config.evaluations > steps:
         raise ValueError(
             f"evaluations={config.evaluations} per epoch, but an epoch has only {steps} steps; "
@@ -177,7 +208,7 @@ def _schedule(config, steps_per_epoch, checkpoint_steps):
 
 
 class _Reporter:
-    """Tells `on_progress` about steps that have already finished, so that the loop never waits for the device."""
+    """Tells of steps that have already finished, so that the loop never waits for the device."""
 
     def __init__(self, on_progress, steps):
         self._on_progress = on_progress
@@ -186,17 +217,23 @@ class _Reporter:
         self._last = 0.0
 
     def step(self, step, loss):
-        if self._on_progress is None:
-            return
         self._running.append((step, loss))
         finished = None
         while self._running and self._running[0][1].is_ready():
             finished = self._running.popleft()
-        if finished and time.perf_counter() - self._last >= PROGRESS_SECONDS:
+        if not finished:
+            return
+        distributed.moved()
+        if self._on_progress and time.perf_counter() - self._last >= PROGRESS_SECONDS:
             self._last = time.perf_counter()
             self._on_progress(Progress(finished[0], self._steps, float(finished[1]), None))
 
+    def wait(self):
+        """Waits for the steps that still run, one by one, so that a slow device is not taken for one that hangs."""
+        while self._running:
+            self._running.popleft()[1].block_until_ready()
+            distributed.moved()
+
     def row(self, row):
         if self._on_progress is not None:
-            self._running.clear()
             self._on_progress(Progress(row["step"], self._steps, row["train_loss"], row))

@@ -110,6 +110,21 @@ def test_in_evaluation_the_other_images_of_a_batch_do_not_matter(narrow):
     np.testing.assert_array_equal(narrow.evaluate(narrow.x)[0], narrow.evaluate(others)[0])
 
 
+@pytest.mark.parametrize("net", ["cnn7", "resnet20", pytest.param("inception", marks=pytest.mark.slow)])
+def test_masked_images_change_neither_the_other_logits_nor_the_statistics(net):
+    narrow = Narrow(net, "batch")
+    module = models.build(Config(net=net, norm="batch", width=1 / 16), num_classes=7)
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def train(x, mask):
+        return module.apply(narrow.variables, x, train=True, mask=mask, mutable=["batch_stats"])
+
+    padded = jnp.concatenate([narrow.x, 9 * narrow.x[:2]])
+    logits, updated = train(padded, jnp.arange(6) < 4)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (logits[:4], updated), narrow.train(narrow.x))
+
+
 @pytest.mark.parametrize(("net", "norm"), EVERY_NET_AND_NORM)
 def test_batch_statistics_exist_for_batch_norm_alone(net, norm):
     assert ("batch_stats" in shapes(net, norm)) == (norm == "batch")

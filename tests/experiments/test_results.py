@@ -159,7 +159,7 @@ def test_header_names_images_versions_hardware_and_commit():
     header = results.header(CONFIG, images="digits", parameters=5, seconds=1.5)
     assert header["images"] == "digits"
     assert set(header["versions"]) == {"python", "jax", "jaxlib", "flax", "optax"}
-    assert set(header["hardware"]) == {"platform", "device", "devices", "cpu", "cpu_count"}
+    assert set(header["hardware"]) == {"platform", "device", "devices", "processes", "cpu", "cpu_count"}
     assert (header["parameters"], header["seconds"]) == (5, 1.5) and "commit" in header
 
 

@@ -3,13 +3,40 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 
-from experiments import data, models, programs, train
+from experiments import data, distributed, models, programs, train
 from experiments.train import fit
+from tests.experiments.conftest import mesh_of
+
+
+class Small(nn.Module):
+    """One convolution: what the loop does is the same for all nets, and this one compiles quickly.
+
+    It is smooth: where sums are rounded otherwise, a ReLU at 0 may open or close, and runs part by more than rounding.
+    """
+
+    num_classes: int
+    norm: str
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        x = nn.silu(models.ConvNorm(4, 3, self.norm)(x, train, mask))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+compile_small = functools.lru_cache(programs._compile.__wrapped__)  # kept apart from the programs of the true nets
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """Trains `Small` instead of the net of the config."""
+    monkeypatch.setattr(models, "build", lambda config, num_classes: Small(num_classes, config.norm))
+    monkeypatch.setattr(programs, "_compile", compile_small)
 
 
 class Stop(Exception):
@@ -52,8 +79,8 @@ def test_update_scaled_by_the_rate_is_that_of_sgd_at_the_rate():
     np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
-def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny, blobs):
-    config = tiny.replace(augment=False, lr_decay_epochs=2)
+def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny, blobs, small_net):
+    config = tiny.replace(augment=False, lr_decay_epochs=2, batch_size=18)
     net, n = models.build(config, 4), config.batch_size
     init_key, order_key, _ = jax.random.split(jax.random.key(config.seed), 3)
     quickly = functools.partial(jax.jit, compiler_options=programs.INIT_OPTIONS)
@@ -75,7 +102,7 @@ def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny
 
     for epoch in range(2):
         order = np.array(data.epoch_order(order_key, epoch, len(blobs.train_images)))
-        for batch in order[: 4 * n].reshape(4, n):
+        for batch in np.split(order, range(n, len(order), n)):  # the last one is smaller
             x, labels = blobs.train_images[batch] / np.float32(255), blobs.train_labels[batch]
             params, batch_stats, optimizer = step(params, batch_stats, optimizer, x, labels)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
@@ -92,7 +119,7 @@ def test_images_are_mirrored_in_training_where_that_keeps_their_class(tiny, monk
 
     monkeypatch.setattr(data, "augment", augment)
     with pytest.raises(Stop):
-        programs.compile_programs(tiny.replace(data=name), 4, (71, 8, 8, 1), (9, 8, 8, 1))
+        programs.compile_programs(tiny.replace(data=name), 4, (71, 8, 8, 1), (9, 8, 8, 1), distributed.mesh())
     assert flips == [flip]
 
 
@@ -115,11 +142,22 @@ def test_every_test_image_counts_once(tiny, blobs):
     np.testing.assert_allclose(measured, (losses.mean(), correct / len(blobs.test_labels)), rtol=1e-5)
 
 
-def test_training_metrics_are_means_over_the_steps_since_the_last_row(tiny, blobs):
-    coarse, fine = (fit(tiny.replace(evaluations=n), blobs).rows for n in (1, 4))
+@pytest.mark.parametrize(("batch_size", "images"), [(16, [16, 16, 16, 16]), (18, [18, 18, 18, 10])])
+def test_training_metrics_are_means_over_the_images_since_the_last_row(tiny, blobs, small_net, batch_size, images):
+    coarse, fine = (fit(tiny.replace(batch_size=batch_size, evaluations=n), blobs).rows for n in (1, 4))
     for name in ("train_loss", "train_accuracy"):
-        means = np.reshape([row[name] for row in fine], (2, 4)).mean(axis=1)
+        means = np.average(np.reshape([row[name] for row in fine], (2, 4)), axis=1, weights=images)
         np.testing.assert_allclose([row[name] for row in coarse], means, rtol=1e-6)
+
+
+def test_every_training_image_counts_once_per_epoch(tiny, blobs, small_net, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
+    config = tiny.replace(norm="none", augment=False, batch_size=18, epochs=1)
+    (row,), variables = fit(config, blobs)[:2]
+    logits = models.build(config, 4).apply(variables, blobs.train_images / np.float32(255), train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, blobs.train_labels)
+    expected = losses.mean(), np.mean(logits.argmax(-1) == blobs.train_labels)
+    np.testing.assert_allclose((row["train_loss"], row["train_accuracy"]), expected, rtol=1e-5)
 
 
 def test_evaluating_more_often_does_not_change_the_training(tiny, blobs):
@@ -135,9 +173,42 @@ def test_other_seed_gives_another_run(tiny, blobs):
 
 
 def test_runs_with_other_rates_and_seeds_share_their_programs(tiny):
-    shapes = (4, (70, 8, 8, 1), (620, 8, 8, 1))
+    shapes = (4, (64, 8, 8, 1), (620, 8, 8, 1), distributed.mesh())
     first = programs.compile_programs(tiny, *shapes)
     assert programs.compile_programs(tiny.replace(seed=3, learning_rate=1.0, epochs=9), *shapes) is first
+
+
+def assert_same_curve(rows, others):
+    # Sums of float32 are rounded otherwise, by 1e-7, and that adds up; an image between two classes may change sides.
+    tolerances = {"train_loss": (1e-5, 0), "test_loss": (1e-5, 0), "train_accuracy": (0, 1 / 64)}
+    for name, (rtol, atol) in tolerances.items():
+        pair = ([row[name] for row in each] for each in (rows, others))
+        np.testing.assert_allclose(*pair, rtol=rtol, atol=atol)
+
+
+def test_number_of_devices_does_not_change_the_learning_curve(tiny, blobs, small_net):
+    config = tiny.replace(batch_size=18)  # 8 divides neither 18, nor the 10 of the last batch, nor 500
+    one, eight = (fit(config, blobs, mesh=mesh_of(n)) for n in (1, 8))
+    assert_same_curve(eight.rows, one.rows)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, eight.variables, one.variables)
+
+
+def test_batch_is_split_over_the_devices_and_all_else_is_whole(tiny, blobs, small_net):
+    trained = fit(tiny.replace(epochs=1), blobs, mesh=mesh_of(8))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(trained.variables))
+    shapes = (4, blobs.train_images.shape, blobs.test_images.shape, mesh_of(8))
+    text = programs.compile_programs(tiny, *shapes).train.as_text()
+    assert "f32[2,8,8,1]" in text and "f32[16,8,8,1]" not in text
+    assert "all-reduce(" in text and "all-gather(" not in text
+
+
+def test_run_continues_on_another_number_of_devices(tmp_path, tiny, blobs, small_net):
+    straight = fit(tiny, blobs)
+    with pytest.raises(Stop):
+        fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=stop_at(8), mesh=mesh_of(8))
+    resumed = fit(tiny, blobs, checkpoint_dir=tmp_path)
+    assert_same_curve(resumed.rows, straight.rows)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +232,12 @@ def test_continued_run_does_not_repeat_finished_steps(tmp_path, tiny, blobs, mon
 
     def counting(*args):
         compiled = compile_programs(*args)
-        return compiled._replace(train=lambda state, *rest: (taken.append(state.step), compiled.train(state, *rest))[1])
+
+        def train(state, *rest):
+            taken.append(state.step)
+            return compiled.train(state, *rest)
+
+        return compiled._replace(train=train, train_last=train)
 
     monkeypatch.setattr(train, "compile_programs", counting)
     with pytest.raises(Stop):
@@ -217,8 +293,8 @@ def test_only_the_first_row_holds_compilation(tiny, blobs):
 
 
 def test_batch_larger_than_the_data_set_is_refused(tiny, blobs):
-    with pytest.raises(ValueError, match="batch_size=71 is larger than the 70 training images of blobs.*lower it"):
-        fit(tiny.replace(batch_size=71), blobs)
+    with pytest.raises(ValueError, match="batch_size=65 is larger than the 64 training images of blobs.*lower it"):
+        fit(tiny.replace(batch_size=65), blobs)
 
 
 def test_more_evaluations_than_steps_are_refused(tiny, blobs):

@@ -1,0 +1,90 @@
+"""The demo of synchronised batch norm: what it trains is what it says, and its numbers are measured."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+from rich.console import Console
+
+from experiments import distributed, results, sync_demo
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (64, 8, 8, 1), dtype=np.uint8)
+LABELS = (IMAGES.mean((1, 2, 3)) > 127).astype(np.int32)
+ORDER = np.arange(64, dtype=np.int32).reshape(4, 16)
+
+
+def mesh(devices):
+    return Mesh(jax.devices()[:devices], (sync_demo.AXIS,), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_net():
+    """One layer, which compiles in a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sync_demo, "CHANNELS", (4,))
+        yield
+
+
+@functools.cache
+def trained(arm, devices):
+    """Returns the state after an epoch of 4 steps of 16 images, and the spread over the devices in the last batch."""
+    net, optimizer = sync_demo.Net(2, sync_demo.ARMS[arm]), optax.sgd(0.1, 0.9)
+    programs = sync_demo.make_programs(net, optimizer, mesh(devices))
+    variables = jax.jit(functools.partial(net.init, train=False))(jax.random.key(0), IMAGES[:1])
+    state = sync_demo.State(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
+    state, train_set, order = distributed.replicate((state, (IMAGES, LABELS), ORDER), mesh(devices))
+    for step in range(len(ORDER)):
+        state = jax.block_until_ready(programs.step(state, train_set, order, step))
+    return jax.device_get((state, programs.spread(state, train_set, order, step)))
+
+
+def test_synchronised_training_on_eight_devices_is_that_on_one():
+    whole, split = trained("synchronised", 1)[0], trained("synchronised", 8)[0]
+    # Sums in another order, four steps long.
+    chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_per_device_train_another_net():
+    kernels = [trained(arm, 8)[0].params["Conv_0"]["kernel"] for arm in sync_demo.ARMS]
+    assert abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+def test_synchronised_statistics_are_equal_on_all_devices_and_others_are_not():
+    assert max(trained("synchronised", 8)[1]) < 1e-6
+    assert min(trained("per device", 8)[1]) > 0.01
+
+
+def test_spread_is_the_deviation_over_devices_in_units_of_the_feature():
+    mean, var = np.float32([[1.0, 0.0], [3.0, 0.0]]), np.float32([[1.0, 4.0], [3.0, 4.0]])
+    found = jax.vmap(sync_demo.apart, axis_name=sync_demo.AXIS)(mean, var)
+    np.testing.assert_allclose(found[0], np.full(2, (1 / np.sqrt(2) + 0) / 2), rtol=1e-6)
+    np.testing.assert_allclose(found[1], np.full(2, (1 / 2 + 0) / 2), rtol=1e-6)
+
+
+@pytest.fixture
+def shown(tmp_path, blobs, monkeypatch):
+    """What a small demo prints, and the run that it has written."""
+    for name, value in {"PER_DEVICE": (2,), "EPOCHS": 1, "SEEDS": 2}.items():
+        monkeypatch.setattr(sync_demo, name, value)
+    monkeypatch.setattr(sync_demo.demo, "choose_data", lambda data_dir: (blobs, "Because."))
+    monkeypatch.setattr(sync_demo.collectives, "what_each_api_does", lambda devices, layers: f"{devices} {layers}")
+    console = Console(width=120, record=True)
+    monkeypatch.setattr(sync_demo, "Console", lambda **_: console)
+    sync_demo.run(data_dir=None, out=tmp_path)
+    assert (tmp_path / "sync_demo.png").stat().st_size > 10_000
+    return console.export_text(), results.read(tmp_path / "measured.jsonl")
+
+
+def test_demo_measures_every_arm_and_seed_and_draws_a_figure(shown):
+    text, measured = shown
+    runs = {(row["arm"], row["per_device"], row["seed"]) for row in measured["rows"]}
+    assert runs == {(arm, 2, seed) for arm in sync_demo.ARMS for seed in (0, 1)}
+    assert all(0 <= row["test_accuracy"] <= 1 and row["milliseconds"] > 0 for row in measured["rows"])
+    # Each layer adds a collective to the forward pass and one to the backward pass.
+    without, together = (sync_demo.values(measured, arm, 2, "collectives")[0] for arm in sync_demo.ARMS)
+    assert together - without == 2 * len(sync_demo.CHANNELS)
+    assert "Because." in text and "mean ± std over 2 seed(s)" in text and "8 ('jaxbn', 'Flax')" in text
