@@ -129,10 +129,13 @@ def header(config: Config, *, images: str, parameters: int, seconds: float) -> d
         "images": images,
         "parameters": parameters,
         "seconds": seconds,
-        "versions": versions(),
-        "hardware": hardware(),
-        "commit": commit(),
+        **origin(),
     }
+
+
+def origin() -> dict:
+    """Returns the part of a header that says with what a run was made: versions, hardware and commit."""
+    return {"versions": versions(), "hardware": hardware(), "commit": commit()}
 
 
 def versions() -> dict[str, str]:

@@ -106,7 +106,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
     if distributed.is_primary():
         path = out / "measured.jsonl"
         config = {"per_device": PER_DEVICE, "epochs": EPOCHS, "rate": RATE, "channels": CHANNELS, "devices": mesh.size}
-        head = {"config": config, "images": dataset.provenance, "hardware": results.hardware()}
+        head = {"config": config, "images": dataset.provenance, **results.origin()}
         results.write(path, head, rows)
         measured = results.read(path)
         console.print(table(measured))

@@ -136,26 +136,35 @@ def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
-def axis_names(names: AxisNames | None, groups: Sequence[Sequence[int]] | None) -> None:
-    """Refuses axis names that are not bound here, and groups that do not partition the axis."""
+def axis_names(
+    names: AxisNames | None, groups: Sequence[Sequence[int]] | None
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Returns the axis names and the groups as tuples, empty for none.
+
+    Refuses names that are not bound here, and groups that do not partition the axis.
+    """
+    # Read once, since an iterator cannot be read again.
+    shown = [[operator.index(index) for index in group] for group in (() if groups is None else groups)]
     if names is None:
         if groups is not None:
             raise ValueError(
-                f"axis_index_groups={groups} without axis_name; groups divide a named axis of devices; pass its name."
+                f"axis_index_groups={shown} without axis_name; groups divide a named axis of devices; pass its name."
             )
-        return
+        return (), ()
+    spread_over = (names,) if isinstance(names, str) else tuple(names)
     try:
-        size = math.prod(lax.axis_size(name) for name in ((names,) if isinstance(names, str) else names))
+        size = math.prod(lax.axis_size(name) for name in spread_over)
     except NameError:
         raise ValueError(
             f"axis_name={names!r} is not bound here; it names an axis of jax.shard_map, jax.pmap or jax.vmap; "
             "call inside one of them, or leave axis_name out: under jax.jit a sharded batch needs none."
         ) from None
-    if groups is not None and sorted(index for group in groups for index in group) != list(range(size)):
+    if groups is not None and sorted(index for group in shown for index in group) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups={groups} does not partition axis_name={names!r} of size {size}; "
+            f"axis_index_groups={shown} does not partition axis_name={names!r} of size {size}; "
             f"name each index from 0 to {size - 1} in exactly one group."
         )
+    return spread_over, tuple(map(tuple, shown))
 
 
 def _known(value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> bool:

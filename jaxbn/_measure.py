@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._checks import AxisNames
-
 # A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance.  Above this
 # ratio the sums are taken again, centred on the mean, which costs a second reading of x.  Just under 4 the loss is
 # about five roundings.  Activations of real nets pass 4 now and then and 16 hardly ever, but just under 16 the error
@@ -31,12 +29,6 @@ class Devices(NamedTuple):
 
     names: tuple[str, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
-
-    @classmethod
-    def of(cls, axis_name: AxisNames | None, axis_index_groups) -> "Devices":
-        """Returns the devices that the arguments of the public functions name."""
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-        return cls(names, tuple(map(tuple, axis_index_groups or ())))
 
     def total(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
         """Adds arrays of one shape over the devices, in one collective; :meth:`own` chooses from what comes back.

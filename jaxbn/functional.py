@@ -130,10 +130,10 @@ def batch_normalize(
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, epsilon, scale=scale, bias=bias)
     mask = _checks.mask(mask, x)
-    _checks.axis_names(axis_name, axis_index_groups)
+    devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
     _checks.several_values(x.shape, reduced, axis_name)
     # A variance far below epsilon need not be exact: features that are constant do not cost a second reading of x.
-    batch = measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=epsilon)
+    batch = measure(x, mask, reduced, devices, negligible=epsilon)
     return apply_measured(x, mask, batch, scale, bias, reduced, epsilon), round_mean(batch)
 
 

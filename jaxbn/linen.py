@@ -15,7 +15,7 @@ from jax.nn import initializers
 
 from jaxbn import _checks
 from jaxbn.functional import Method, batch_norm, batch_normalize
-from jaxbn.stats import from_variables, init_stats, to_variables
+from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
 
 class BatchNorm(nn.Module):
@@ -124,16 +124,16 @@ class BatchNorm(nn.Module):
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        start = init_stats(
-            features,
-            counted=self.momentum is None or self.debias,
-            accumulate=self.accumulate,
-            dtype=jnp.promote_types(stats_dtype, jnp.complex64) if jnp.iscomplexobj(x) else stats_dtype,
-        )
-        variables = {
-            name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in to_variables(start).items()
-        }
+        if jnp.iscomplexobj(x):
+            stats_dtype = jnp.promote_types(stats_dtype, jnp.complex64)
+        # What waits is left alone in evaluation, so that a checkpoint made without it serves there.
+        accumulate = 1 if use_running_average and not self.is_initializing() else self.accumulate
+        options = {"counted": self.momentum is None or self.debias, "accumulate": accumulate}
+
+        def start(name):
+            return to_variables(init_stats(features, **options, dtype=stats_dtype))[name]
+
+        variables = {name: self.variable("batch_stats", name, start, name) for name in variable_names(**options)}
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         if self.is_initializing() and not use_running_average:
@@ -143,7 +143,7 @@ class BatchNorm(nn.Module):
         else:
             y, stats = batch_norm(
                 x,
-                from_variables({n: v.value for n, v in variables.items()}, accumulate=self.accumulate),
+                from_variables({n: v.value for n, v in variables.items()}, accumulate=accumulate),
                 scale,
                 bias,
                 use_running_average=use_running_average,

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn.functional import Method, batch_norm, batch_normalize
-from jaxbn.stats import from_variables, init_stats, to_variables
+from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
 
 class BatchNorm(nnx.Module):
@@ -110,9 +110,8 @@ class BatchNorm(nnx.Module):
         accumulate: int = 1,
     ):
         features = (num_features,)
-        for name, value in to_variables(
-            init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
-        ).items():
+        start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
+        for name, value in to_variables(start).items():
             setattr(self, name, nnx.BatchStat(value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
@@ -166,7 +165,8 @@ class BatchNorm(nnx.Module):
                 "pass it to the constructor or the call, or use train(), eval() or nnx.view."
             ),
         )
-        variables = {name: v for name, v in vars(self).items() if isinstance(v, nnx.BatchStat)}
+        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
+        variables = {name: getattr(self, name) for name in names}
         stats = {name: v[...] for name, v in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]

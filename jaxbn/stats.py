@@ -126,8 +126,8 @@ def moments(
     """
     x, _, reduced = _checks.inputs(x, axis)
     mask = _checks.mask(mask, x)
-    _checks.axis_names(axis_name, axis_index_groups)
-    return round_mean(measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=0.0))
+    devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
+    return round_mean(measure(x, mask, reduced, devices, negligible=0.0))
 
 
 def round_mean(measured: Measured) -> Moments:
@@ -166,17 +166,11 @@ def combine(a: Moments, b: Moments) -> Moments:
     return Moments(mean, var, count)
 
 
-def pool(
-    batches: Moments,
-    *,
-    axis_name: AxisNames | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> Moments:
+def pool(batches: Moments, devices: Devices) -> Moments:
     """Combines the moments of many batches, stacked on the first axis, on all devices: [B, C] to [C].
 
     The same as :func:`combine` over them in any order, without a chain of B additions.
     """
-    devices = Devices.of(axis_name, axis_index_groups)
     count, weighted = devices.own(*devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0)))
     m = jnp.maximum(count, 1)
     mean = weighted / m
@@ -270,8 +264,15 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
     return stats._replace(mean=move(stats.mean, moments.mean), var=move(stats.var, var))
 
 
+def variable_names(*, counted: bool, accumulate: int) -> tuple[str, ...]:
+    """Returns the names of the variables in which a layer keeps what :func:`init_stats` makes."""
+    running = CountedStats._fields if counted else BatchStats._fields
+    waiting = (*Moments._fields, "batches") if accumulate > 1 else ()
+    return (*running, *(_PENDING + name for name in waiting))
+
+
 def to_variables(stats: AnyStats) -> dict[str, jax.Array]:
-    """Returns the arrays of running statistics under the names that they have as variables of a layer."""
+    """Returns the arrays of running statistics by :func:`variable_names`."""
     if not isinstance(stats, AccumulatedStats):
         return stats._asdict()
     waiting = {**stats.pending._asdict(), "batches": stats.batches}

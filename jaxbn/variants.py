@@ -4,10 +4,12 @@ Each has the signature of :func:`jaxbn.batch_normalize`, and enters a layer or :
 Options of its own are bound first: ``method=functools.partial(ghost_normalize, group_size=16)``.
 """
 
+import functools
 import math
 import operator
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def ghost_normalize(
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, epsilon, scale=scale, bias=bias)
     mask = _checks.mask(mask, x)
-    _checks.axis_names(axis_name, axis_index_groups)
+    devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
     if axes[0] == 0:
         raise ValueError(
             f"axis={axis} makes the first axis of an input of shape {x.shape} a feature axis, but ghost batch norm "
@@ -82,25 +84,26 @@ def ghost_normalize(
             f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
             "choose a divisor, or pad the batch and pass a mask."
         )
-    sharding = jax.typeof(x).sharding
-    if sharding.spec and sharding.spec[0] is not None:  # explicit axes cannot say how groups that span devices lie
-        of_features = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[i] for i in axes)))
-        options = {"group_size": group_size, "axis": axis, "epsilon": epsilon}
-        options |= {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-        return auto_axes(
-            lambda x, scale, bias, mask: ghost_normalize(x, scale, bias, mask=mask, **options),
-            out_sharding=(sharding, Moments(of_features, of_features, of_features)),
-        )(x, scale, bias, mask)
-    groups = x.shape[0] // group_size
     if x.size and group_size * math.prod(x.shape[i] for i in reduced[1:]) == 1:
         warnings.warn(
             f"group_size=1 leaves one value per group and feature of an input of shape {x.shape}, so that training "
             "normalises it to 0; use a group_size of at least two.",
             stacklevel=2,
         )
+    normalize = functools.partial(_normalize_groups, size=group_size, reduced=reduced, epsilon=epsilon, devices=devices)
+    sharding = jax.typeof(x).sharding
+    if sharding.spec and sharding.spec[0] is not None:  # explicit axes cannot say how groups that span devices lie
+        of_features = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[i] for i in axes)))
+        explicit = sharding.mesh.explicit_axes
+        normalize: Any = auto_axes(normalize, axes=explicit, out_sharding=(sharding, of_features))
+    return normalize(x, scale, bias, mask)
 
-    def split(v):  # [N, ...] to [groups, group_size, ...]; the group becomes one more feature axis
-        return v.reshape((1, *v.shape) if v.shape[0] == 1 else (groups, group_size, *v.shape[1:]))
+
+def _normalize_groups(x, scale, bias, mask, *, size, reduced, epsilon, devices) -> tuple[jax.Array, Moments]:
+    groups = x.shape[0] // size
+
+    def split(v):  # [N, ...] to [groups, size, ...]; the group becomes one more feature axis
+        return v.reshape((1, *v.shape) if v.shape[0] == 1 else (groups, size, *v.shape[1:]))
 
     def repeat(parameter):
         return None if parameter is None else jnp.broadcast_to(parameter, (groups, *jnp.shape(parameter)))
@@ -108,8 +111,7 @@ def ghost_normalize(
     grouped, mask, reduced = split(x), None if mask is None else split(mask), tuple(i + 1 for i in reduced)
     batch = measure(grouped, mask, reduced, Devices(), negligible=epsilon)
     y = apply_measured(grouped, mask, batch, repeat(scale), repeat(bias), reduced, epsilon)
-    moments = pool(round_mean(batch), axis_name=axis_name, axis_index_groups=axis_index_groups)
-    return y.reshape(x.shape), moments
+    return y.reshape(x.shape), pool(round_mean(batch), devices)
 
 
 def batch_renormalize(
@@ -169,9 +171,9 @@ def batch_renormalize(
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     mask = _checks.mask(mask, x)
-    _checks.axis_names(axis_name, axis_index_groups)
+    devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
     _checks.several_values(x.shape, reduced, axis_name)
-    batch = measure(x, mask, reduced, Devices.of(axis_name, axis_index_groups), negligible=epsilon)
+    batch = measure(x, mask, reduced, devices, negligible=epsilon)
     moments = round_mean(batch)
     sigma, running_sigma = jnp.sqrt(batch.var + epsilon), jnp.sqrt(stats.var + epsilon)
     r = lax.stop_gradient(jnp.clip(sigma / running_sigma, 1 / jnp.asarray(r_max), r_max))

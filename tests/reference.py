@@ -85,9 +85,9 @@ def ghost(x, scale=None, bias=None, *, group_size, axis=-1, epsilon=1e-5, mask=N
     return np.concatenate([batch_norm(x[part], scale, bias, mask=mask[part], **options)[0] for part in parts])
 
 
-def renorm(x, running_mean, running_var, scale=None, bias=None, *, r_max, d_max, axis=-1, epsilon=1e-5):
+def renorm(x, running_mean, running_var, scale=None, bias=None, *, r_max, d_max, axis=-1, epsilon=1e-5, mask=None):
     """Returns the batch-renormalised batch, r and d (arXiv:1702.03275, algorithm 1)."""
-    mean, var, _ = moments(x, axis=axis)
+    mean, var, _ = moments(x, axis=axis, mask=mask)
     sigma, running_sigma = np.sqrt(var + epsilon), np.sqrt(np.asarray(running_var) + epsilon)
     r = np.clip(sigma / running_sigma, 1 / r_max, r_max)
     d = np.clip((mean - running_mean) / running_sigma, -d_max, d_max)
@@ -96,14 +96,14 @@ def renorm(x, running_mean, running_var, scale=None, bias=None, *, r_max, d_max,
     return normalize(x, mean, var, gamma * r, gamma * d + beta, axis=axis, epsilon=epsilon), r, d
 
 
-def renorm_gradients(x, running_mean, running_var, scale, bias, dy, *, r_max, d_max, axis=-1, epsilon=1e-5):
+def renorm_gradients(x, running_mean, running_var, scale, bias, dy, *, r_max, d_max, axis=-1, epsilon=1e-5, mask=None):
     """Returns dx, dscale, dbias of renorm; r and d are constants there (arXiv:1702.03275, section 3).
 
     y = gamma (r z + d) + beta with z the normalised x: batch norm with the scale gamma r, and a shift.
     """
-    _, r, d = renorm(x, running_mean, running_var, r_max=r_max, d_max=d_max, axis=axis, epsilon=epsilon)
+    _, r, d = renorm(x, running_mean, running_var, r_max=r_max, d_max=d_max, axis=axis, epsilon=epsilon, mask=mask)
     gamma = np.ones_like(r) if scale is None else scale
-    dx, along_z, dbias = gradients(x, gamma * r, bias, dy, axis=axis, epsilon=epsilon)
+    dx, along_z, dbias = gradients(x, gamma * r, bias, dy, axis=axis, epsilon=epsilon, mask=mask)
     return dx, r * along_z + d * dbias, dbias
 
 

@@ -152,6 +152,28 @@ def test_nnx_layer_under_jit_moves_once_a_step():
     chex.assert_trees_all_close((layer.mean[...], layer.var[...]), expected_after(2), **CLOSE)
 
 
+def test_parts_that_are_spread_over_devices_count_whole():
+    stats = jaxbn.init_stats(3, accumulate=PARTS)
+
+    def on_a_device(stats, x, mask):
+        return jaxbn.batch_norm(
+            x, stats, use_running_average=False, momentum=0.9, unbiased=True, mask=mask, axis_name="d"
+        )
+
+    step = jax.jit(jax.vmap(on_a_device, in_axes=(None, 0, 0), out_axes=(0, None), axis_name="d"))
+    for x, mask in zip(X.reshape(-1, 8, 3), MASK.reshape(-1, 8, 1), strict=True):
+        _, stats = step(stats, x.reshape(4, 2, 3), mask.reshape(4, 2, 1))
+    chex.assert_trees_all_close(tuple(stats.running), expected_after(2), **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen": True}])
+def test_a_model_that_accumulates_evaluates_a_checkpoint_of_one_that_does_not(options):
+    variables = jaxbn.linen.BatchNorm(use_running_average=False).init(jax.random.key(0), X[0, 0])
+    layer = jaxbn.linen.BatchNorm(use_running_average=True, accumulate=PARTS, **options)
+    expected = jaxbn.linen.BatchNorm(use_running_average=True).apply(variables, X[0, 0])
+    np.testing.assert_array_equal(layer.apply(variables, X[0, 0]), expected)
+
+
 def test_layers_that_do_not_accumulate_have_no_variables_for_it():
     variables = jaxbn.linen.BatchNorm(use_running_average=False).init(jax.random.key(0), X[0, 0])
     assert set(variables["batch_stats"]) == {"mean", "var"}

@@ -22,7 +22,7 @@ from tests import parallel
 
 ROOT = Path(__file__).parent.parent
 README, PARALLEL = ROOT / "README.md", ROOT / "docs" / "parallel.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, PARALLEL]
 MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
 FUNCTIONS = [name for name in jaxbn.__all__ if inspect.isfunction(getattr(jaxbn, name))]
 TUPLES = [name for name in jaxbn.__all__ if isinstance(getattr(jaxbn, name), type)]
@@ -111,14 +111,10 @@ def test_the_nnx_layer_documents_its_arguments_in_their_order():
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_a_page_run(page):
+    assert python_blocks(page)
     scope = {"__name__": page.stem}
     for block in python_blocks(page):  # in one scope: a later block may use what an earlier one made
         exec(compile(block, page.name, "exec"), scope)
-
-
-@pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
-def test_the_readme_has_examples():
-    assert python_blocks(README)
 
 
 @pytest.mark.skipif(not PARALLEL.is_file(), reason="the pages are not in this distribution")

@@ -436,3 +436,18 @@ def test_partitioning_of_initializers_is_flaxs():
     found = specs(BatchNorm)
     assert found == specs(nnx.BatchNorm)
     assert found["scale"] == jax.sharding.PartitionSpec("model")
+
+
+def test_a_subclass_may_have_statistics_of_its_own():
+    class Counting(BatchNorm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.calls = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return super().__call__(x)
+
+    layer = Counting(X.shape[-1], rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(layer(X), BatchNorm(X.shape[-1], rngs=nnx.Rngs(0))(X))
+    assert layer.calls[...] == 1

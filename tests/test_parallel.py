@@ -61,9 +61,8 @@ def normalized(x, dy, mask):
 
 
 def renormalized(x, dy, mask):
-    assert mask.all()
-    gradients = reference.renorm_gradients(x, *STATS, SCALE, BIAS, dy, **LIMITS)
-    return reference.renorm(x, *STATS, SCALE, BIAS, **LIMITS)[0], gradients
+    gradients = reference.renorm_gradients(x, *STATS, SCALE, BIAS, dy, **LIMITS, mask=mask)
+    return reference.renorm(x, *STATS, SCALE, BIAS, **LIMITS, mask=mask)[0], gradients
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +102,7 @@ ALL = Way({}, {})
 ALONE = Way({"axis_name": None}, None, together=[(d,) for d in range(DEVICES)], varying=("d",))
 INNER = Way({"axis_name": "b"}, ghost(8), axes=GRID, together=PAIRS, varying=("a",))
 HALVES = groups((4, 5, 6, 7), (0, 1, 2, 3), under_jit=ghost(16))
+GHOST_IN_HALVES = dataclasses.replace(HALVES, options=HALVES.options | ghost(2), under_jit=None, group_size=2)
 UNEQUAL_GROUPS = groups((0, 3, 5), (1,), (2, 4, 6, 7))
 CASES = {  # name: who is normalised together, x, mask
     "plain": (ALL, X, None),
@@ -114,11 +114,12 @@ CASES = {  # name: who is normalised together, x, mask
     "a group with a large mean": (HALVES, HALF_FAR, None),
     "groups of unequal size": (UNEQUAL_GROUPS, X, None),
     "a group without a valid example": (UNEQUAL_GROUPS, X, rows(4, 0, 4, 1, 2, 0, 4, 1)),
-    "two axes": (Way({}, {}, axes=GRID), X, None),
+    "two axes, and a mask": (Way({}, {}, axes=GRID), X, UNEQUAL),
     "groups by the inner of two axes": (INNER, X, None),
     "no axis name": (ALONE, X, None),
-    "ghost": (Way(ghost(2), ghost(2), group_size=2), X, None),
-    "renorm": (Way(RENORM, RENORM, oracle=renormalized), X, None),
+    "ghost, and a mask": (Way(ghost(2), ghost(2), group_size=2), X, UNEQUAL),
+    "ghost, and groups for the statistics": (GHOST_IN_HALVES, X, UNEQUAL),
+    "renorm, and a mask": (Way(RENORM, RENORM, oracle=renormalized), X, UNEQUAL),
 }
 WITHOUT_DEVICES = {
     "jit, Auto": functools.partial(parallel.under_jit, axis_type="Auto"),
@@ -207,6 +208,50 @@ def test_on_every_api_a_batch_over_devices_is_normalised_as_if_in_one_piece(api,
     found = errors(api, case)
     wrong = {name: f"{error:.1e}" for name, error in found.items() if not error <= TOLERANCE}
     assert not wrong, f"relative errors above {TOLERANCE:.1e}: {wrong}"
+
+
+PAIRED = [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [tuple(map(tuple, PAIRED)), np.array(PAIRED), [range(2), range(2, 4)], "iterators"],
+    ids=lambda given: type(given).__name__,
+)
+@pytest.mark.parametrize("method", [jaxbn.batch_normalize, functools.partial(jaxbn.ghost_normalize, group_size=2)])
+def test_groups_may_be_any_sequences_or_iterators(given, method):
+    def moments_of(groups):
+        normalize = functools.partial(method, axis_name="d")
+        return jax.vmap(lambda x: normalize(x, axis_index_groups=groups)[1], axis_name="d")(X.reshape(4, 8, 3, 4))
+
+    given = zip(*[iter(range(4))] * 2, strict=True) if isinstance(given, str) else given
+    chex.assert_trees_all_equal(moments_of(given), moments_of(PAIRED))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_second_derivatives_with_groups_are_those_of_the_groups_alone(check_vma):
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
+    groups = [[0, 3, 5], [1, 2, 4, 6, 7]]
+
+    def loss(x, options):
+        y, _ = jaxbn.batch_normalize(x, SCALE, BIAS, **options)
+        return (jnp.sin(y) * np.arange(1, 5, dtype=np.float32)).sum()
+
+    def product(x, v, **options):
+        return jax.jvp(jax.grad(lambda x: loss(x, options)), (x,), (v,))[1]
+
+    over_devices = jax.shard_map(
+        functools.partial(product, axis_name="d", axis_index_groups=groups),
+        mesh=mesh,
+        in_specs=P("d"),
+        out_specs=P("d"),
+        check_vma=check_vma,
+    )
+    found = jax.jit(over_devices)(X, WEIGHTS)
+    for group in groups:
+        part = EXAMPLES[group].ravel()
+        expected = jax.jit(product)(X[part], WEIGHTS[part])
+        np.testing.assert_allclose(found[part], expected, rtol=0, atol=TOLERANCE * abs(expected).max())
 
 
 # What the page on parallel APIs says besides

@@ -1,6 +1,7 @@
 """The demo of synchronised batch norm: what it trains is what it says, and its numbers are measured."""
 
 import functools
+from pathlib import Path
 
 import chex
 import jax
@@ -8,9 +9,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh
+from PIL import Image
 from rich.console import Console
 
 from experiments import distributed, results, sync_demo
+from experiments.measures import spread
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "docs" / "sync_demo"  # where the README and the documentation show it
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (64, 8, 8, 1), dtype=np.uint8)
 LABELS = (IMAGES.mean((1, 2, 3)) > 127).astype(np.int32)
@@ -88,3 +94,12 @@ def test_demo_measures_every_arm_and_seed_and_draws_a_figure(shown):
     without, together = (sync_demo.values(measured, arm, 2, "collectives")[0] for arm in sync_demo.ARMS)
     assert together - without == 2 * len(sync_demo.CHANNELS)
     assert "Because." in text and "mean ± std over 2 seed(s)" in text and "8 ('jaxbn', 'Flax')" in text
+
+
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="the documentation is not in this distribution")
+def test_committed_figure_and_the_numbers_of_the_readme_are_those_of_the_committed_results():
+    measured = results.read(COMMITTED / "measured.jsonl")
+    expected = f"results {results.digest({'': [measured]})}"
+    assert Image.open(COMMITTED / "sync_demo.png").text["Description"] == expected
+    accuracies = [spread(100 * sync_demo.values(measured, arm, 2, "test_accuracy")).text() for arm in sync_demo.ARMS]
+    assert "{} % against {} %".format(*accuracies) in " ".join((ROOT / "README.md").read_text().split())
