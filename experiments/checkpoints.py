@@ -7,6 +7,7 @@ folder that all of them see.
 """
 
 import dataclasses
+import uuid
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,12 +32,9 @@ class Checkpoints:
         self._config = config
         self._manager = None
         if folder is not None:
+            _must_be_shared(folder)
             options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-            distributed.agree(
-                {"folder": folder.is_dir(), "newest checkpoint": self._manager.latest_step()},
-                remedy=f"{folder} must be on a disk that all processes share; choose another place for this run.",
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -73,3 +71,21 @@ class Checkpoints:
         saved = {"config": dataclasses.asdict(self._config), "progress": progress}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(saved))
         self._manager.save(step, args=arguments)
+
+
+def _must_be_shared(folder):
+    """Refuses a folder in which the other processes do not see what process 0 has written."""
+    if distributed.process_count() == 1:
+        return
+
+    def leave_a_mark():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / f".mark-{uuid.uuid4().hex}"
+        mark.touch()
+        return mark.name
+
+    mark = folder / distributed.from_primary(leave_a_mark)
+    remedy = f"{folder} must be on a disk that all processes share; choose another place for this run."
+    distributed.agree({"sees the folder of process 0": mark.exists()}, remedy=remedy)
+    if distributed.is_primary():
+        mark.unlink()

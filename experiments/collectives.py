@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
     Attributes:
       name: XLA's name of the operation.
-      bytes: of its result on one device.
+      bytes: of its result on one device; of an all-reduce, that is also what the device hands over.
       conditional: whether it stands in a branch of a conditional.
     """
 
@@ -145,8 +145,13 @@ def error_of_variance(layer: Callable[..., nn.Module], api: str, valid: tuple[in
       layer: as in `compile_layer`.
       api: one of `RECIPES`.
       valid: numbers of valid examples on neighbouring devices, repeated over all of them.
-      devices: number of devices.
+      devices: number of devices, a multiple of that of the numbers.
+
+    Raises:
+      ValueError: for another number of devices.
     """
+    if devices % len(valid):
+        raise ValueError(f"devices={devices}; a multiple of {len(valid)} is accepted; choose one of those.")
     generator = np.random.default_rng(0)
     x = generator.normal(size=(devices * SHAPE[0], *SHAPE[1:])).astype(np.float32)
     examples = np.arange(SHAPE[0]) < np.resize(valid, devices)[:, None]

@@ -10,6 +10,8 @@ import functools
 import itertools
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -69,28 +71,39 @@ def initialize(devices: int | None = None) -> None:
     joining = from_environment(os.environ)
     if joining is not None and runtime.global_state.client is None:
         _join(joining)
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)  # what it would have printed is not true any more
     count = runtime.global_state.num_processes
     if devices is not None:
         _set_cpu_devices(devices, count)
     if count > 1 and _watch is None:
         number = runtime.global_state.process_id
-        say_last_words(f"Process {number} ends: JAX's runtime has lost another process; see above. {CONTINUES}")
+        say_last_words(
+            f"Process {number} ends: JAX's runtime has aborted it; see above. Mostly another one is lost. {CONTINUES}"
+        )
         _watch = Watch(runtime.global_state.client, number, count)
 
 
 def from_environment(environment: dict[str, str]) -> dict[str, Any] | None:
     """Returns the arguments of `jax.distributed.initialize`, empty where JAX detects them; None for one process.
 
+    `JAX_NUM_PROCESSES=1` is one process, whatever else is set.
+
     Raises:
       ValueError: variables of a launcher are missing or wrong.
     """
+    if environment.get(LAUNCHERS[0].count) == "1":
+        return None
     detected = cluster(environment)
     for launcher in LAUNCHERS:
         names = launcher.variables()
         found = [name for name in names if environment.get(name)]
+        if environment.get(launcher.count) == "1":
+            continue
         if len(found) == len(names):
             return _arguments(launcher, environment)
-        if found and not detected:
+        # The other names are in use for other things too; a number of processes and an address are meant.
+        meant = launcher is LAUNCHERS[0] or {launcher.address, launcher.count} <= {*found}
+        if found and meant and not detected:
             missing = ", ".join(name for name in names if name not in found)
             raise ValueError(
                 f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set, but not {missing}; {launcher.name} sets "
@@ -108,7 +121,9 @@ def cluster(environment: dict[str, str]) -> str | None:
         return "Open MPI"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
-    return "TPU" if running_in_cloud_tpu_vm else None
+    platforms, hosts = environment.get("JAX_PLATFORMS"), environment.get("TPU_WORKER_HOSTNAMES")
+    alone = (platforms and "tpu" not in platforms) or (hosts and "," not in hosts)
+    return "TPU" if running_in_cloud_tpu_vm and not alone else None
 
 
 def _arguments(launcher, environment):
@@ -156,10 +171,11 @@ def _join(arguments):
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             raise ValueError(
                 f"{cluster(os.environ) or 'A launcher'} has started this process, but JAX has not found the others "
-                f"({error}); set {', '.join(LAUNCHERS[0].variables())} in each of them."
+                f"({error}); set {', '.join(LAUNCHERS[0].variables())} in each of them, or {LAUNCHERS[0].count}=1 to "
+                "train alone."
             ) from error
 
 
@@ -252,7 +268,7 @@ def agree(facts: dict[str, Any], *, remedy: str) -> None:
         return
     client, key = runtime.global_state.client, f"jaxbn/facts/{next(_turn)}/"
     client.key_value_set(f"{key}{runtime.global_state.process_id}", json.dumps({k: str(v) for k, v in facts.items()}))
-    _wait(lambda: client.wait_at_barrier(key, WAIT_SECONDS * 1000))
+    client.wait_at_barrier(key, WAIT_SECONDS * 1000)
     known = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(key)}
     for number in range(1, process_count()):
         mine, first = known[number], known[0]
@@ -268,7 +284,7 @@ def from_primary(answer: Callable[[], Any]) -> Any:
     client, key = runtime.global_state.client, f"jaxbn/answer/{next(_turn)}"
     if is_primary():
         client.key_value_set(key, json.dumps(answer()))
-    return json.loads(_wait(lambda: client.blocking_key_value_get(key, WAIT_SECONDS * 1000)))
+    return json.loads(client.blocking_key_value_get(key, WAIT_SECONDS * 1000))
 
 
 def primary_first(work: Callable[[], Any]) -> Any:
@@ -278,15 +294,6 @@ def primary_first(work: Callable[[], Any]) -> Any:
     done = work() if is_primary() else None
     from_primary(lambda: True)
     return done if is_primary() else work()
-
-
-def _wait(question):
-    """The coordinator's answer; where it has none, another process has ended, which the watch finds out."""
-    try:
-        return question()
-    except jax.errors.JaxRuntimeError as error:
-        wait_for_the_cause(error)
-        raise
 
 
 def training() -> contextlib.AbstractContextManager:
@@ -319,9 +326,14 @@ def finish(status: int, reason: str) -> None:
     if status:
         say_last_words(reason, status)
         _watch.announce(reason)
+        sys.stdout.flush()
         os._exit(status)
-    _wait(lambda: runtime.global_state.client.wait_at_barrier("jaxbn/finish", WAIT_SECONDS * 1000))
+    try:
+        runtime.global_state.client.wait_at_barrier("jaxbn/finish", WAIT_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        wait_for_the_cause(error)
+        raise
     _watch.stop()
     _watch = None
-    time.sleep(0.1)
+    time.sleep(0.1)  # for an answer that the watch may still be waiting for
     jax.distributed.shutdown()

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from experiments.watch import CONTINUES, LOST
 
+CAUSE_SECONDS = 8.0  # for the process to end that has ended another one; longer than `Watch.announce` takes
 GRACE_SECONDS = 3.0  # for the others to end by themselves, and to say why
 REFUSED = 2  # exit status of a command that a user's mistake has ended
 
@@ -98,16 +99,18 @@ def _pass_on(number, lines):
 
 
 def _wait(processes) -> int | None:
-    """Waits for all; when one fails, ends the others and returns its number."""
+    """Waits for all; when one fails, ends the others and returns the number of the one that is the cause."""
+    failed_at = None
     while True:
         statuses = [process.poll() for process in processes]
-        if failed := [number for number, status in enumerate(statuses) if status]:
-            # One that ends because of another may be seen first: the cause has another status.
-            _end(processes)
-            causes = [number for number in failed if statuses[number] != LOST]
-            return (causes or failed)[0]
         if all(status == 0 for status in statuses):
             return None
+        # One that ends because of another, with the status LOST, may be seen before the cause is.
+        failed = sorted((status == LOST, number) for number, status in enumerate(statuses) if status)
+        failed_at = failed_at or (time.monotonic() if failed else None)
+        if failed and (None not in statuses or not failed[0][0] or time.monotonic() - failed_at > CAUSE_SECONDS):
+            _end(processes)
+            return failed[0][1]
         time.sleep(0.1)
 
 

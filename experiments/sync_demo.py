@@ -102,23 +102,32 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    rows = [row for n in PER_DEVICE for arm in ARMS for row in measure(arm, n, dataset, mesh, console)]
+    n, seeds = _size(dataset)
+    if n < max(PER_DEVICE) * mesh.size:
+        raise ValueError(
+            f"devices={mesh.size}, but with {max(PER_DEVICE)} images on each there are only {n} images to train on; "
+            f"choose at most {n // max(PER_DEVICE)} devices."
+        )
+    distributed.agree({"images": dataset.source}, remedy="start all processes with the same images.")
+    with distributed.training():
+        rows = [row for size in PER_DEVICE for arm in ARMS for row in measure(arm, size, dataset, mesh, console)]
     if distributed.is_primary():
         path = out / "measured.jsonl"
         config = {"per_device": PER_DEVICE, "epochs": EPOCHS, "rate": RATE, "channels": CHANNELS, "devices": mesh.size}
+        config |= {"train_images": n, "seeds": seeds}
         head = {"config": config, "images": dataset.provenance, **results.origin()}
         results.write(path, head, rows)
         measured = results.read(path)
         console.print(table(measured))
-        console.print(collectives.what_each_api_does(jax.local_device_count(), layers=("jaxbn", "Flax")))
+        if jax.local_device_count() % 4 == 0:  # which its unequal numbers of examples need
+            console.print(collectives.what_each_api_does(jax.local_device_count(), layers=("jaxbn", "Flax")))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=results.digest({"": [measured]}))
         console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
 
 
 def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Console) -> list[dict]:
     """Trains one arm with every seed; returns a row for each."""
-    several = distributed.process_count() > 1
-    seeds, n = (1, TRAIN_IMAGES // 4) if several else (SEEDS, TRAIN_IMAGES)
+    n, seeds = _size(dataset)
     images, labels = dataset.train_images[:n], dataset.train_labels[:n]
     batch = per_device * mesh.size
     steps = len(images) // batch
@@ -141,6 +150,7 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
         clock = time.perf_counter()
         for i in range(len(order)):
             state = distributed.one_at_a_time(compiled(state, train_set, order, np.int32(i)), mesh)
+            distributed.moved()
         jax.block_until_ready(state)
         seconds = time.perf_counter() - clock
         probed = range(min(PROBES, len(order)))
@@ -163,6 +173,12 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
             highlight=False,
         )
     return rows
+
+
+def _size(dataset):
+    """The number of training images, and that of seeds."""
+    n, seeds = (TRAIN_IMAGES, SEEDS) if distributed.process_count() == 1 else (TRAIN_IMAGES // 4, 1)
+    return min(n, len(dataset.train_images)), seeds
 
 
 def make_programs(net: Net, optimizer: optax.GradientTransformation, mesh: Mesh) -> Programs:
@@ -224,8 +240,9 @@ def executed(compiled: str) -> int:
 
 def table(measured: dict) -> Table:
     """Returns the result as means over the seeds."""
-    config, seeds = measured["header"]["config"], len({row["seed"] for row in measured["rows"]})
-    printed = Table(title=f"{config['devices']} devices, {config['epochs']} epochs; mean ± std over {seeds} seed(s)")
+    config = measured["header"]["config"]
+    trained = f"{config['devices']} devices, {config['epochs']} epochs of {config['train_images']:,} images"
+    printed = Table(title=f"{trained}; mean ± std over {config['seeds']} seed(s)")
     columns = ("images per device", "statistics", "test accuracy, %", "spread of means, std", "spread of variances, %")
     for column in (*columns, "collectives per step", "ms per step"):
         printed.add_column(column, justify="left" if column == "statistics" else "right")

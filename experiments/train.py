@@ -1,6 +1,7 @@
 """The training loop: every run of every study goes through `fit`.
 
-Conventions: the loop is Python, and between two rows it never waits for the device. All randomness comes from
+Conventions: the loop is Python, and between two rows it never waits for the device (but see
+`distributed.one_at_a_time`). All randomness comes from
 `Config.seed`, the epoch and the step, so that a continued run needs nothing but the state. Accuracies are fractions,
 losses are mean cross-entropies in nats, times are seconds. Every process runs the same loop on the same data; what they
 decide alike (where to continue, whether the run has diverged) they take from arrays that all of them hold.
@@ -113,7 +114,7 @@ def fit(
     shapes = dataset.train_images.shape, dataset.test_images.shape
     programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
     compiling = time.perf_counter() - clock
-    with Checkpoints(checkpoint_dir, config) as checkpoints, distributed.training():
+    with distributed.training(), Checkpoints(checkpoint_dir, config) as checkpoints:
         state, order_key, augment_key = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
         rows, training, earlier = [], 0.0, 0.0
         if restored := checkpoints.restore(state):

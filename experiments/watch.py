@@ -83,7 +83,9 @@ class Watch:
                 ended = self._numbered(ENDED)
                 self._answered = now = time.monotonic()
                 for other, (value, _) in self._heard.items():
-                    if other in ended:
+                    if ended.get(other):
+                        # Without a reason, since it is no cause; the one that ended waits for this.
+                        self._client.key_value_set(f"{ENDED}{self._number}", "", allow_overwrite=True)
                         if self._number == 0:  # without the coordinator, JAX would abort the other one on its way out
                             time.sleep(BEAT_SECONDS)
                         self._end(f"process {other} has ended. {ended[other]}")

@@ -42,9 +42,42 @@ def test_address_alone_is_for_jax_where_it_detects_the_rest():
     assert from_environment(SLURM | {"JAX_COORDINATOR_ADDRESS": "host:1"}) == {}
 
 
-@pytest.mark.parametrize("environment", [JAX, JAXJOB, TORCH], ids=["JAX", "JAXJob", "torch"])
-def test_missing_variable_is_named(environment):
-    for name in environment:
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "0"},
+        {"NUM_PROCESSES": "8"},
+        {"MASTER_ADDR": "left.over"},
+        TORCH | {"WORLD_SIZE": "1", "RANK": "0"},
+        JAX | {"JAX_NUM_PROCESSES": "1"},
+        KUBERNETES | {"JAX_NUM_PROCESSES": "1"},
+    ],
+)
+def test_common_names_and_a_company_of_one_leave_a_process_alone(environment):
+    assert from_environment(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, "TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JAX_PLATFORMS": "cpu"}, None),
+    ],
+)
+def test_tpu_machine_has_company_unless_it_says_otherwise(monkeypatch, changed, expected):
+    monkeypatch.setattr(distributed, "running_in_cloud_tpu_vm", True)
+    assert distributed.cluster(changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "needed"),
+    [(JAX, JAX), (JAXJOB, ("COORDINATOR_PORT", "PROCESS_ID")), (TORCH, ("MASTER_PORT", "RANK"))],
+    ids=["JAX", "JAXJob", "torch"],
+)
+def test_missing_variable_is_named(environment, needed):
+    for name in needed:
         partly = {key: value for key, value in environment.items() if key != name}
         with pytest.raises(ValueError, match=rf"are set, but not {name};.* set them .* or none of them"):
             from_environment(partly)
@@ -192,12 +225,16 @@ def test_silent_process_ends_the_others_by_its_name(watched):
     assert message.endswith(watch.CONTINUES)
 
 
-def test_process_that_is_heard_of_ends_nothing(watched):
-    coordinator, _, ended = watched()
-    for beat in range(60):
-        coordinator.values[f"{watch.ALIVE}1"] = str(beat)
-        time.sleep(0.02)
-    assert not ended and coordinator.values[f"{watch.ALIVE}0"] != "1"
+def test_process_that_is_heard_of_ends_nothing(watched, monkeypatch):
+    monkeypatch.setattr(watch, "SILENCE_SECONDS", 60)
+    coordinator, watching, ended = watched()
+    heard = watching._heard[1][1]
+    coordinator.values[f"{watch.ALIVE}1"] = "1"
+    deadline = time.monotonic() + 30
+    while watching._heard[1][1] == heard and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watching._heard[1][1] > heard and not ended
+    assert f"{watch.ALIVE}0" in coordinator.values
 
 
 def test_coordinator_that_does_not_answer_ends_the_others(watched):
@@ -210,6 +247,7 @@ def test_process_that_ends_tells_the_others_why(watched):
     coordinator, _, ended = watched()
     coordinator.values[f"{watch.ENDED}1"] = "Error: no images."
     assert wait_for(ended) == "Process 0 ends: process 1 has ended. Error: no images."
+    assert coordinator.values[f"{watch.ENDED}0"] == ""  # which no third process takes for a cause
 
 
 def test_training_that_does_not_move_ends_the_process(watched, monkeypatch):

@@ -198,7 +198,7 @@ def test_process_ends_by_itself_when_the_other_is_lost(start_pair, tmp_path, los
     *_, last = printed.splitlines()
     assert last.startswith(f"Process {1 - lost} ends: ") and last.endswith(CONTINUES)
     # JAX's own runtime ends a process at once when the connection to the coordinator breaks.
-    named = "JAX's runtime has lost another process" if (lost, sent) == (0, signal.SIGKILL) else f"process {lost} for"
+    named = "JAX's runtime has aborted it" if (lost, sent) == (0, signal.SIGKILL) else f"process {lost} for"
     assert named in last
 
 
@@ -248,6 +248,25 @@ def test_process_that_is_alive_and_stuck_ends_all(start_pair, tmp_path):
     statuses, printed = zip(*(process.wait(timeout=BOUND + 60) for process in pair), strict=True)
     assert statuses == (LOST, LOST)
     assert "no step, evaluation or checkpoint has ended for 10 s" in "".join(printed)
+
+
+@slow
+def test_mistake_that_process_0_alone_finds_is_what_the_launcher_reports(start, tmp_path):
+    (tmp_path / "result.jsonl").write_text("no result")
+    status, printed = start(*TRAIN, "--devices", 2, "--launch", 2, "--out", tmp_path).wait(timeout=BOUND)
+    assert status == launch.REFUSED, printed
+    assert "is not a result file" in printed
+    assert printed.endswith("Process 0 has ended with exit status 2, and so have the others; its error is above.\n")
+
+
+@slow
+def test_folder_that_is_not_shared_is_refused(start_pair, tmp_path):
+    pair = start_pair(*([*TRAIN, "--devices", 2, "--out", tmp_path / name] for name in ("here", "there")))
+    (tmp_path / "there" / "result.unfinished").mkdir(parents=True)
+    for process in pair:
+        status, printed = process.wait(timeout=BOUND + 60)
+        assert status == launch.REFUSED, printed
+    assert "must be on a disk that all processes share" in printed
 
 
 @slow
