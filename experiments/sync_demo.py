@@ -108,7 +108,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
             f"devices={mesh.size}, but with {max(PER_DEVICE)} images on each there are only {n} images to train on; "
             f"choose at most {n // max(PER_DEVICE)} devices."
         )
-    distributed.agree({"images": dataset.source}, remedy="start all processes with the same images.")
+    distributed.agree({"images": dataset.provenance}, remedy="start all processes with the same images.")
     with distributed.training():
         rows = [row for size in PER_DEVICE for arm in ARMS for row in measure(arm, size, dataset, mesh, console)]
     if distributed.is_primary():

@@ -76,7 +76,8 @@ class BatchNorm(nnx.Module):
         which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
       frozen: evaluate always, also after ``train()``; for fine-tuning.
       accumulate: number of calls in training that make one optimizer step, as in ``optax.MultiSteps``; the running
-        statistics move once in so many calls, by the moments of all of them, which wait in ``pending_...`` variables.
+        statistics move once in so many calls, by the moments of all of them, which wait in variables ``pending_...``
+        that a checkpoint made without it lacks.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.

@@ -36,5 +36,6 @@ def temporaries(norm):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers lay out memory in other ways")
+@pytest.mark.slow
 def test_a_training_step_of_resnet20_needs_no_more_memory_than_without_a_norm():
     assert temporaries("batch") <= 1.02 * temporaries("none")

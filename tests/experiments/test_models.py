@@ -54,7 +54,13 @@ class Narrow:
         )
 
 
-@pytest.fixture(scope="module", params=EVERY_NET_AND_NORM, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair[0] == "inception"))
+        for pair in EVERY_NET_AND_NORM
+    ],
+)
 def narrow(request):
     """Every net with every norm; a parameter of the fixture, so that tests of the same net follow one another."""
     return Narrow(*request.param)
@@ -110,7 +116,7 @@ def test_in_evaluation_the_other_images_of_a_batch_do_not_matter(narrow):
     np.testing.assert_array_equal(narrow.evaluate(narrow.x)[0], narrow.evaluate(others)[0])
 
 
-@pytest.mark.parametrize("net", ["cnn7", "resnet20", pytest.param("inception", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("net", ["cnn7", *(pytest.param(net, marks=pytest.mark.slow) for net in NETS[1:])])
 def test_masked_images_change_neither_the_other_logits_nor_the_statistics(net):
     narrow = Narrow(net, "batch")
     module = models.build(Config(net=net, norm="batch", width=1 / 16), num_classes=7)
