@@ -68,11 +68,10 @@ def test_figure_has_a_line_for_each_arm(arms, runs):
     assert {text.get_text() for text in demo.plot(arms, runs).axes[0].texts} == set(arms)
 
 
-def test_demo_runs_from_start_to_end_and_again(no_cifar10, monkeypatch, tmp_path, capsys, tiny, blobs):
+def test_demo_runs_from_start_to_end(no_cifar10, monkeypatch, tmp_path, capsys, tiny, blobs):
     monkeypatch.setattr(demo, "choose_data", lambda _: (blobs._replace(name="digits"), "Made up."))
     monkeypatch.setitem(demo.CONFIGS, "digits", tiny)
-    for _ in range(2):
-        demo.run(data_dir=None, out=tmp_path / "out")
+    demo.run(data_dir=None, out=tmp_path / "out")
     printed = capsys.readouterr().out
-    assert printed.count("Figure: ") == 2 and "made up for tests. Made up." in printed
+    assert "Figure: " in printed and "made up for tests. Made up." in printed
     assert Image.open(tmp_path / "out" / "accuracy.png").size > (300, 300)
