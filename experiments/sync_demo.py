@@ -119,8 +119,10 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         results.write(path, head, rows)
         measured = results.read(path)
         console.print(table(measured))
-        if jax.local_device_count() % 4 == 0:  # which its unequal numbers of examples need
-            console.print(collectives.what_each_api_does(jax.local_device_count(), layers=("jaxbn", "Flax")))
+        # Its unequal numbers of examples need four devices, and pmap compiles for the devices of one process only where
+        # there is no other process.
+        if mesh.size % 4 == 0 and distributed.process_count() == 1:
+            console.print(collectives.what_each_api_does(mesh.size, layers=("jaxbn", "Flax")))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=results.digest({"": [measured]}))
         console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
 

@@ -27,6 +27,8 @@ CHANGED = "{}; import runpy, sys; sys.argv[0] = 'experiments'; runpy.run_module(
 SMOOTH = "import flax.linen as nn; nn.relu = nn.silu"
 STUCK = "import time; from experiments import train; train.evaluate = lambda *_: time.sleep(600)"
 
+SMALL = "from experiments import sync_demo as d; d.PER_DEVICE, d.EPOCHS, d.TRAIN_IMAGES = (2,), 1, 128"
+
 slow = pytest.mark.slow
 
 
@@ -257,6 +259,16 @@ def test_mistake_that_process_0_alone_finds_is_what_the_launcher_reports(start, 
     assert status == launch.REFUSED, printed
     assert "is not a result file" in printed
     assert printed.endswith("Process 0 has ended with exit status 2, and so have the others; its error is above.\n")
+
+
+@slow
+def test_sync_demo_runs_in_two_processes_and_the_first_one_reports(start_pair, tmp_path):
+    arguments = ["sync-demo", "--devices", 4, "--out", tmp_path]
+    first, second = (process.wait() for process in start_pair(arguments, arguments, (SMALL, SMALL)))
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert "4 devices of 2 process(es)" in first[1] and "mean ± std over 1 seed(s)" in first[1]
+    assert "images" not in second[1]
+    assert (tmp_path / "sync_demo.png").is_file() and (tmp_path / "measured.jsonl").is_file()
 
 
 @slow

@@ -76,6 +76,7 @@ def shown(tmp_path, blobs, monkeypatch):
     """What a small demo prints, and the run that it has written."""
     for name, value in {"PER_DEVICE": (2,), "EPOCHS": 1, "SEEDS": 2}.items():
         monkeypatch.setattr(sync_demo, name, value)
+    monkeypatch.setattr(distributed, "mesh", lambda: mesh(8))
     monkeypatch.setattr(sync_demo.demo, "choose_data", lambda data_dir: (blobs, "Because."))
     monkeypatch.setattr(sync_demo.collectives, "what_each_api_does", lambda devices, layers: f"{devices} {layers}")
     console = Console(width=120, record=True)
@@ -93,6 +94,7 @@ def test_demo_measures_every_arm_and_seed_and_draws_a_figure(shown):
     # Each layer adds a collective to the forward pass and one to the backward pass.
     without, together = (sync_demo.values(measured, arm, 2, "collectives")[0] for arm in sync_demo.ARMS)
     assert together - without == 2 * len(sync_demo.CHANNELS)
+    assert all((row["spread_of_mean"] > 0.01) == (row["arm"] == "per device") for row in measured["rows"])
     assert "Because." in text and "mean ± std over 2 seed(s)" in text and "8 ('jaxbn', 'Flax')" in text
 
 
