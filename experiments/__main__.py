@@ -6,7 +6,7 @@ Convention: a command imports what it needs when it runs, so that help comes at 
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -79,12 +79,9 @@ def run_command(
         devices: CPU devices.
         launch: Local processes.
     """
-    if launch != 1:
-        _launch(launch)
-    from experiments import distributed
+    _take_part(devices, launch)
     from experiments import study as studies
 
-    distributed.initialize(devices)
     for module in studies.select(study):
         studies.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
 
@@ -99,11 +96,9 @@ def train_command(
     launch: Launch = 1,
 ) -> None:
     """Train a single net of your choice. Stopped at any moment, the same command continues."""
-    if launch != 1:
-        _launch(launch)
+    _take_part(devices, launch)
     from experiments import distributed, study
 
-    distributed.initialize(devices)
     path = out / "result.jsonl"
     study.train_missing([(f"{config.net} {config.norm}", path, config)], data_dir=data_dir)
     if distributed.is_primary():
@@ -119,11 +114,7 @@ def sync_demo_command(
     launch: Launch = 1,
 ) -> None:
     """Compare statistics per device with those of all devices together, on as many CPU devices as you like."""
-    if launch != 1:
-        _launch(launch)
-    from experiments import distributed
-
-    distributed.initialize(devices)
+    _take_part(devices, launch)
     from experiments import sync_demo
 
     sync_demo.run(data_dir=data_dir, out=out)
@@ -187,11 +178,15 @@ def table_command(
     print(f"Written to {out}")
 
 
-def _launch(count: int) -> NoReturn:
-    """Runs this command in `count` processes, and exits with their status."""
-    from experiments import launch
+def _take_part(devices: int | None, processes: int) -> None:
+    """Joins the run of several processes, if it is one; or starts so many of them, and exits with their status."""
+    if processes != 1:
+        from experiments import launch
 
-    sys.exit(launch.run(count, launch.without_option(sys.argv[1:])))
+        sys.exit(launch.run(processes, launch.without_option(sys.argv[1:])))
+    from experiments import distributed
+
+    distributed.initialize(devices)
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ mean beyond two standard deviations) are counted apart from those that every ste
 hands over.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ def collectives(compiled: str) -> list[Collective]:
     return walk(entry, False)
 
 
+@functools.cache
 def compile_layer(
     layer: Callable[..., nn.Module], api: str, *, devices: int, backward: bool = False, masked: bool = False
 ) -> jax.stages.Compiled:
@@ -127,13 +129,13 @@ def compile_layer(
         if api != "jit":  # statistics of groups differ from device to device, so they come out side by side
             run = jax.shard_map(run, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=api == "shard_map")
         program = jax.jit(run)
-    shape = jax.eval_shape(lambda: split(jnp.zeros((devices * SHAPE[0], *SHAPE[1:])), api, devices)).shape
+    shape = split(np.empty((devices * SHAPE[0], *SHAPE[1:])), api, devices).shape
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     mask = jax.ShapeDtypeStruct((*shape[:-3], 1, 1, 1), jnp.bool_, sharding=sharding)
     return program.lower(x, x, *[mask] * masked).compile()
 
 
-def split(batch: jax.Array, api: str, devices: int) -> jax.Array:
+def split(batch: np.ndarray, api: str, devices: int) -> np.ndarray:
     """Returns a batch as the API takes it: with an axis for the devices under pmap and vmap."""
     return batch.reshape(devices, -1, *batch.shape[1:]) if api in ("pmap", "vmap") else batch
 
@@ -158,9 +160,8 @@ def error_of_variance(layer: Callable[..., nn.Module], api: str, valid: tuple[in
     exact = x[examples.ravel()].var((0, 1, 2), dtype=np.float64)
     arguments = [split(a, api, devices) for a in (x, x, examples.reshape(-1, 1, 1, 1))]
     _, moments = compile_layer(layer, api, devices=devices, masked=True)(*arguments)
-    var = np.asarray(moments["var"]).reshape(
-        -1, FEATURES
-    )  # NumPy's maximum is NaN where one value is; XLA's may not be
+    # In NumPy, whose maximum is NaN where one value is; over devices XLA's may not be.
+    var = np.asarray(moments["var"]).reshape(-1, FEATURES)
     return float(100 * abs(var / exact - 1).max())
 
 
@@ -212,9 +213,14 @@ def growth() -> Table:
     return table
 
 
+def executed(found: list[Collective]) -> list[Collective]:
+    """Returns the collectives that every step executes."""
+    return [collective for collective in found if not collective.conditional]
+
+
 def executed_bytes(found: list[Collective]) -> int:
     """Returns the bytes of the collectives that every step executes."""
-    return sum(collective.bytes for collective in found if not collective.conditional)
+    return sum(collective.bytes for collective in executed(found))
 
 
 def _in_groups(devices):
@@ -229,8 +235,8 @@ def _cost(layer, devices):
 
 
 def _count(found):
-    conditional = sum(collective.conditional for collective in found)
-    return f"{len(found) - conditional}" + (f" (+{conditional})" if conditional else "")
+    always = len(executed(found))
+    return f"{always}" + (f" (+{len(found) - always})" if len(found) > always else "")
 
 
 def _percent(error):

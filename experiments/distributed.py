@@ -114,8 +114,8 @@ def from_environment(environment: dict[str, str]) -> dict[str, Any] | None:
 
 def cluster(environment: dict[str, str]) -> str | None:
     """Returns the name of the cluster whose processes JAX is to detect, or None."""
-    size = functools.partial(environment.get, "SLURM_NTASKS", "1")
-    if "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_STEP_NUM_TASKS", size()) != "1":
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_NODELIST" in environment and tasks != "1":
         return "Slurm"
     if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         return "Open MPI"

@@ -151,9 +151,7 @@ def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progr
 
     Every process calls it; process 0 writes.
     """
-    dataset = distributed.primary_first(
-        lambda: _load(config.data, config.image_size, config.train_images, data_dir),
-    )
+    dataset = distributed.primary_first(lambda: _load(config.data, config.image_size, config.train_images, data_dir))
     trained = train.fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress)
     if not distributed.is_primary():
         return

@@ -166,7 +166,7 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
             "test_accuracy": int(programs.correct(state, test_set, mask)) / len(dataset.test_labels),
             "spread_of_mean": of_mean,
             "spread_of_var": of_var,
-            "collectives": executed(compiled.as_text()),
+            "collectives": len(collectives.executed(collectives.collectives(compiled.as_text()))),
             "milliseconds": 1000 * seconds / len(order),
         }
         rows.append(row)
@@ -226,18 +226,12 @@ def apart(mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
     That is the standard deviation of the mean over the devices, in standard deviations of the feature, and that of the
     variance, relative to the variance.
     """
-    deviation = functools.partial(_deviation, axis_name=AXIS)
     typical = lax.pmean(var, AXIS)
-    return (deviation(mean) / jnp.sqrt(typical)).mean(), (deviation(var) / typical).mean()
+    return (_deviation(mean) / jnp.sqrt(typical)).mean(), (_deviation(var) / typical).mean()
 
 
-def _deviation(value, axis_name):
-    return jnp.sqrt(lax.pmean(jnp.square(value - lax.pmean(value, axis_name)), axis_name))
-
-
-def executed(compiled: str) -> int:
-    """Returns the number of collectives that every execution of a compiled program enters."""
-    return sum(not collective.conditional for collective in collectives.collectives(compiled))
+def _deviation(value):
+    return jnp.sqrt(lax.pmean(jnp.square(value - lax.pmean(value, AXIS)), AXIS))
 
 
 def table(measured: dict) -> Table:

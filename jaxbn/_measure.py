@@ -31,9 +31,13 @@ class Devices(NamedTuple):
     groups: tuple[tuple[int, ...], ...] = ()
 
     def total(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
-        """Adds arrays of one shape over the devices, in one collective; :meth:`own` chooses from what comes back.
+        """Adds arrays of one shape over the devices, or over the group of this device, in one collective."""
+        return self.own(*self.totals(*sums))
 
-        Where JAX cannot add within groups, that is the totals of all groups, stacked on a new first axis.
+    def totals(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
+        """Adds as :meth:`total` does, but leaves the choice of this device's group to :meth:`own`.
+
+        Where JAX cannot add within groups, the totals of all groups come back, stacked on a new first axis.
         """
         if not self.names:
             return sums
@@ -47,7 +51,7 @@ class Devices(NamedTuple):
         return tuple(lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(s) else next(parts) for s in sums)
 
     def own(self, *totals: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns what :meth:`total`, or a function of it, holds for the group of this device."""
+        """Returns what :meth:`totals`, or a function of it, holds for the group of this device."""
         return totals if self._adds_within_groups() else tuple(total[self._group()] for total in totals)
 
     def _group(self):
@@ -121,7 +125,7 @@ def _measure(x, mask, count, negligible, reduced, devices):
     """Returns mean, residue, variance and count: raw sums in one reading of x, centred sums only where those cancel."""
     expand = functools.partial(jnp.expand_dims, axis=reduced)
     wide = widen(x)
-    count, raw, squares = devices.total(count, _sum(wide, reduced, mask), _sum(abs2(wide), reduced, mask))
+    count, raw, squares = devices.totals(count, _sum(wide, reduced, mask), _sum(abs2(wide), reduced, mask))
     m = jnp.maximum(count, 1)
     mean = raw / m
     var = jnp.maximum(squares / m - abs2(mean), 0)
@@ -131,8 +135,7 @@ def _measure(x, mask, count, negligible, reduced, devices):
 
     def again(x):
         centred = widen(x) - expand(mean)  # widened in here: outside, the wide copy of x would be written to memory
-        sums = devices.total(_sum(centred, reduced, mask), _sum(abs2(centred), reduced, mask))
-        raw, squares = devices.own(*sums)
+        raw, squares = devices.total(_sum(centred, reduced, mask), _sum(abs2(centred), reduced, mask))
         residue = raw / m
         high = mean + residue
         return high, residue - (high - mean), jnp.maximum(squares / m - abs2(residue), 0)
@@ -162,7 +165,6 @@ def _mean_and_var_dot(x, mask, mean, residue, count, x_dot, reduced, devices):
     x_dot = widen(x_dot)
     centred = (widen(fill(x, mask)) - expand(mean)) - expand(residue)
     sums = devices.total(_sum(x_dot, reduced, mask), _sum((jnp.conj(centred) * x_dot).real, reduced, mask))
-    sums = devices.own(*sums)
     m = jnp.maximum(count, 1)
     return sums[0] / m, 2 * sums[1] / m
 

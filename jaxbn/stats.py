@@ -171,11 +171,11 @@ def pool(batches: Moments, devices: Devices) -> Moments:
 
     The same as :func:`combine` over them in any order, without a chain of B additions.
     """
-    count, weighted = devices.own(*devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0)))
+    count, weighted = devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0))
     m = jnp.maximum(count, 1)
     mean = weighted / m
     spread = (batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0)
-    (spread,) = devices.own(*devices.total(spread))
+    (spread,) = devices.total(spread)
     return Moments(mean, spread / m, count)
 
 
