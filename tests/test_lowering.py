@@ -132,7 +132,8 @@ def test_a_step_lowers_for_cpu_gpu_and_tpu(net, step):
 
 @pytest.mark.parametrize("step", ["train", "eval"])
 @pytest.mark.parametrize("net", NETS)
-def test_a_lowered_step_holds_no_custom_call_of_one_platform(net, step):
+def test_a_lowered_step_calls_no_code_of_one_platform(net, step):
+    # The text tells where each operation was traced, and so may hold this test's name.
     _, _, exported = program(net, step)
     assert "custom_call" not in exported.mlir_module()
 
