@@ -20,6 +20,7 @@ EXPERIMENTS = ROOT / "experiments"
 # A module imports only modules of a lower rank.
 RANKS = {
     "_checks": 0,
+    "_graph": 0,
     "padding": 0,
     "_measure": 1,
     "stats": 2,
@@ -27,6 +28,10 @@ RANKS = {
     "variants": 4,
     "linen": 4,
     "nnx": 4,
+    "_models": 5,
+    "calibrate": 6,
+    "surgery": 7,
+    "diagnose": 7,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "promote_types", "stop_gradient"}
