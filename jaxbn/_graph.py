@@ -59,10 +59,10 @@ class Graph(NamedTuple):
         """Returns the operation that makes a value; None for an argument or a constant."""
         return next((operation for operation in self.operations if value in operation.outputs), None)
 
-    def readers(self, value: int) -> int:
-        """Returns how often a value is read, by operations and as a result of the program."""
-        reads = sum(operation.inputs.count(value) for operation in self.operations)
-        return reads + self.outputs.count(value)
+    def readers(self, value: int) -> list[Operation | None]:
+        """Returns the operations that read a value, and None for each time that the program returns it."""
+        found = [operation for operation in self.operations for read in operation.inputs if read == value]
+        return [*found, *[None] * self.outputs.count(value)]
 
 
 def mark(x: jax.Array, name: str) -> jax.Array:

@@ -1,28 +1,32 @@
-"""Any linen or nnx model, run with its layers intercepted, or with some of them exchanged for others.
+"""Any linen or nnx model, run with its layers intercepted.
 
 A layer's path is its place in the model, as in "Block_0/BatchNorm_0".  A model is split into its definition (a linen
 module, or the GraphDef of an nnx module) and its arrays (the variables, or the State), so that whatever is computed
 with it is a pure function of arrays.  Batch norms are Flax's or ours; a subclass that computes something else is none.
 """
 
-import dataclasses
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
+import flax.errors
 import flax.linen
 import jax
 from flax import nnx
 from flax.core import unfreeze
+from flax.core.meta import unbox
+from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn.functional import batch_norm
 from jaxbn.stats import BatchStats
 
 BATCH_NORMS = (flax.linen.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn.nnx.BatchNorm)
 _RUN = itertools.count()  # numbers the runs
-_under_way = []  # (edits, layers put in) of each Edited that is being called
+edits_under_way = []  # (edits by path, layers put in) of each edited linen model that is being called
 
 
 class Model(NamedTuple):
@@ -38,18 +42,20 @@ class Call(NamedTuple):
     Attributes:
       path: of the layer.
       index: number of this call among those of the same layer.
+      earlier: records of earlier calls of the same layer.
       layer: the bound linen module or the nnx module.
       args: positional arguments.
       kwargs: keyword arguments.
-      proceed: makes the call as it is.
+      proceed: makes the call, with these or other arguments.
     """
 
     path: str
     index: int
+    earlier: tuple
     layer: Any
     args: tuple
     kwargs: dict
-    proceed: Callable[[], Any]
+    proceed: Callable[..., Any]
 
 
 class Norm(NamedTuple):
@@ -62,7 +68,7 @@ class Norm(NamedTuple):
       stats: running statistics, shape [C].
       scale: shape [C], or None.
       bias: shape [C], or None.
-      options: arguments with which our layer of the same framework does what this one does.
+      options: as :func:`settings` returns them.
     """
 
     x: jax.Array
@@ -73,19 +79,9 @@ class Norm(NamedTuple):
     bias: jax.Array | None
     options: dict[str, Any]
 
-
-class NewLayer(NamedTuple):
-    """A layer to put in the place of another.
-
-    Attributes:
-      make: returns it; a linen module is made with ``parent=``, an nnx module without arguments.
-      params: its parameters by name.
-      batch_stats: its statistics by name.
-    """
-
-    make: Callable[..., Any]
-    params: dict[str, jax.Array]
-    batch_stats: dict[str, jax.Array]
+    def without_arrays(self) -> Self:
+        """Returns it with shapes and dtypes for its arrays, which are tracers."""
+        return shapes(self._replace(options=None))._replace(options=self.options)
 
 
 Handler = Callable[[Call], tuple[Any, Any]]  # returns the output of a call, and what to record of it or None
@@ -123,7 +119,7 @@ def join(model: Model) -> tuple[Any, Any]:
     """Undoes :func:`split`: the linen module and its variables, or an nnx module and None."""
     if isinstance(model.definition, flax.linen.Module):
         return model.definition, model.arrays
-    return nnx.merge(*model), None
+    return _merged(model), None
 
 
 def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> tuple[Any, dict]:
@@ -146,9 +142,9 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
     """
     numbers = {}
 
-    def handled(path, layer, args, kwargs, proceed):
+    def handled(path, *rest):
         number = numbers.setdefault(path, itertools.count())
-        return handle(Call(path, next(number), layer, args, kwargs, proceed))
+        return handle(Call(path, next(number), *rest))
 
     if isinstance(model.definition, flax.linen.Module):
         return _run_linen(model, batch, call, handled, kinds)
@@ -163,42 +159,47 @@ def norm_of(call: Call) -> Norm:
 
     layer = call.layer
     x, use_running_average, mask = given(*call.args, **call.kwargs)
+    mode = layer.use_running_average if use_running_average is None else use_running_average
     if isinstance(layer, flax.linen.Module):
-        mode = layer.use_running_average if use_running_average is None else use_running_average
-        stats = (layer.get_variable("batch_stats", name) for name in BatchStats._fields)
-        scale, bias = (layer.get_variable("params", name) for name in ("scale", "bias"))
-        names = [field.name for field in dataclasses.fields(jaxbn.linen.BatchNorm)]
+        mean, var = (unbox(layer.get_variable("batch_stats", name)) for name in BatchStats._fields)
+        scale, bias = (unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
     else:
-        mode = layer.use_running_average if use_running_average is None else use_running_average
-        stats = (getattr(layer, name)[...] for name in BatchStats._fields)
+        mean, var = (getattr(layer, name)[...] for name in BatchStats._fields)
         scale, bias = (None if v is None else v[...] for v in (layer.scale, layer.bias))
-        names = list(vars(layer))
     frozen = getattr(layer, "frozen", False)
-    unset = ("parent", "name", "use_running_average", *BatchStats._fields, "scale", "bias", "steps")
-    options = {n: getattr(layer, n) for n in names if n not in unset and n[0] != "_" and hasattr(layer, n)}
-    return Norm(x, mask, frozen or mode, BatchStats(*stats), scale, bias, options)
+    return Norm(x, mask, frozen or mode, BatchStats(mean, var), scale, bias, settings(layer))
 
 
-def exchange(model: Model, layers: Mapping[str, NewLayer]) -> Model:
-    """Returns the model with other layers at these paths; the one that was given stays as it is."""
-    if isinstance(model.definition, flax.linen.Module):
-        definition, before = model.definition, {}
-        if isinstance(definition, Edited):
-            definition, before = definition.model, dict(definition.edits)
-        edits = before | {path: layer.make for path, layer in layers.items()}
-        return Model(_edited_class(type(definition))(definition, tuple(edits.items())), _with_arrays(model, layers))
-    edited = nnx.merge(*model)  # of arrays that are the model's own: replaced in it, never written to
-    for path, layer in _modules(edited):
-        if path in layers:
-            new = layers[path].make()
-            for kind, values in ((nnx.Param, layers[path].params), (nnx.BatchStat, layers[path].batch_stats)):
-                for name, value in values.items():
-                    setattr(new, name, kind(value))
-            # The object itself changes, so that all that refer to it see the new layer, wherever they keep it.
-            layer.__dict__.clear()
-            layer.__dict__.update(vars(new))
-            layer.__class__ = type(new)
-    return Model(*nnx.split(edited))
+def settings(layer: Any) -> dict[str, Any]:
+    """Returns the arguments with which our batch norm of the same framework does what this one does."""
+    ours = jaxbn.linen.BatchNorm if isinstance(layer, flax.linen.Module) else jaxbn.nnx.BatchNorm
+    names = [name for name in inspect.signature(ours.__init__).parameters if name not in ("parent", "name")]
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+
+
+def evaluate(call: Call) -> jax.Array:
+    """Returns what a batch norm would in evaluation, whatever its mode."""
+    return evaluated(norm_of(call))
+
+
+def evaluated(norm: Norm) -> jax.Array:
+    """Returns the inputs of a batch norm, normalised with its running statistics."""
+    y, _ = batch_norm(
+        norm.x,
+        norm.stats,
+        norm.scale,
+        norm.bias,
+        use_running_average=True,
+        epsilon=norm.options["epsilon"],
+        axis=norm.options["axis"],
+        mask=norm.mask,
+    )
+    return y if norm.options["dtype"] is None else y.astype(norm.options["dtype"])
+
+
+def shapes(tree: Any) -> Any:
+    """Returns a pytree with shapes and dtypes for its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, tree)
 
 
 def with_stats(model: Model, stats: Mapping[str, BatchStats]) -> Model:
@@ -208,108 +209,90 @@ def with_stats(model: Model, stats: Mapping[str, BatchStats]) -> Model:
         for path, new in stats.items():
             _at(arrays["batch_stats"], path).update(new._asdict())
         return Model(model.definition, arrays)
-    changed = nnx.merge(*model)
-    for path, layer in _modules(changed):
+    changed = _merged(model)
+    for path, layer in modules_in(changed):
         for name, value in stats[path]._asdict().items() if path in stats else ():
             getattr(layer, name).set_value(value)
     return Model(*nnx.split(changed))
 
 
-class Edited(flax.linen.Module):
-    """A linen model with other layers at some paths, and the variable tree of the model.
-
-    Attributes:
-      model: the model as it was.
-      edits: pairs of a path and a function that makes the layer there, given ``parent``.
-    """
-
-    model: flax.linen.Module
-    edits: tuple[tuple[str, Callable], ...]
-
-    def setup(self):
-        """Gives the model's variables no further level."""
-        flax.linen.share_scope(self, self.model)
-
-    def __call__(self, *args, **kwargs):
-        """Calls the model."""
-        return self._through("__call__", *args, **kwargs)
-
-    def _through(self, method, *args, **kwargs):
-        edits = {"/".join((*self.path, path)).strip("/"): make for path, make in self.edits}
-        put_in = []
-
-        def intercept(proceed, args, kwargs, context):
-            make = edits.get("/".join(context.module.path))
-            if make is None or context.method_name != "__call__" or any(context.module is new for new in put_in):
-                return proceed(*args, **kwargs)
-            new = make(parent=context.module.scope)
-            put_in.append(new)
-            return new(*args, **kwargs)
-
-        _under_way.append((edits, put_in))
-        try:
-            with flax.linen.intercept_methods(intercept):
-                return getattr(self.model, method)(*args, **kwargs)
-        finally:
-            _under_way.pop()
+def arrays_of(model: Model, path: str) -> dict[str, Any]:
+    """Returns the parameters and statistics of one layer by name; None for what it does without."""
+    if isinstance(model.definition, flax.linen.Module):
+        trees = [_at(model.arrays.get(collection, {}), path) for collection in ("params", "batch_stats")]
+        return {name: unbox(value) for tree in trees for name, value in tree.items()}
+    variables = vars(modules(model)[path]).items()
+    return {name: value[...] for name, value in variables if isinstance(value, nnx.Variable)}
 
 
-@functools.cache
-def _edited_class(cls):
-    """Returns Edited with the other public methods of a model's class, for ``apply(..., method="encode")``."""
+def modules(model: Model) -> dict[str, nnx.Module]:
+    """Returns the modules in an nnx model by path; none of a linen model, whose modules exist while it is called."""
+    return {} if isinstance(model.definition, flax.linen.Module) else dict(modules_in(nnx.merge(*model)))
 
-    def through(name):
-        return lambda self, *args, **kwargs: self._through(name, *args, **kwargs)
 
-    names = [name for name in dir(cls) if name[0] != "_" and not hasattr(flax.linen.Module, name)]
-    methods = {name: through(name) for name in names if callable(getattr(cls, name)) and name != "setup"}
-    return type(f"Edited{cls.__name__}", (Edited,), {**methods, "__doc__": Edited.__doc__})
+def sharing(model: Model) -> dict[str, str]:
+    """Returns the modules of an nnx model that have a variable of another module, with the path of that."""
+    owners, shared = {}, {}
+    for path, layer in modules(model).items():
+        for value in vars(layer).values():
+            if isinstance(value, nnx.Variable) and owners.setdefault(id(value), path) != path:
+                shared |= {path: owners[id(value)], owners[id(value)]: path}
+    return shared
 
 
 def _run_linen(model, batch, call, handled, kinds):
-    # Blocks under nn.jit are not traced again, and so not intercepted, if nothing about the call has changed.
+    # Blocks under nn.jit are not traced again, and so not intercepted, if nothing about the call has changed.  Two of
+    # one kind share their trace even within a run: what is recorded must be a function of the layer's arrays.
     collection = f"intercepted_{next(_RUN)}"
 
     def intercept(proceed, args, kwargs, context):
         layer, path = context.module, "/".join(context.module.path)
         # An edited model exchanges the layer next, and what it puts in comes by here again.
-        exchanged = any(path in edits and all(layer is not new for new in put_in) for edits, put_in in _under_way)
+        exchanged = any(path in edits and all(layer is not new for new in put_in) for edits, put_in in edits_under_way)
         if context.method_name != "__call__" or exchanged or not _is_one_of(layer, kinds):
             return proceed(*args, **kwargs)
-        y, record = handled(path, layer, args, kwargs, functools.partial(proceed, *args, **kwargs))
+        y, record = handled(path, layer.get_variable(collection, "calls", ()), layer, args, kwargs, proceed)
         if record is not None and not layer.sow(collection, "calls", record):
             raise _in_a_loop(path)
         return y
 
     with flax.linen.intercept_methods(intercept):
         y, recorded = model.definition.apply(model.arrays, batch, method=call, mutable=[collection])
-    return y, dict(_leaves(recorded.get(collection, {}), "calls"))
+    calls = flatten_dict(recorded.get(collection, {}))
+    return y, {"/".join(path): records for (*path, _), records in calls.items()}
 
 
 def _run_nnx(model, batch, call, handled, kinds):
-    module = nnx.merge(*model)
-    layers = [(path, layer) for path, layer in _modules(module) if _is_one_of(layer, kinds)]
+    module = _merged(model)
+    layers = [(path, layer) for path, layer in modules_in(module) if _is_one_of(layer, kinds)]
     for path, layer in layers:
         layer.__class__ = _intercepted_class(type(layer), path, handled)
     y = call(module, batch)
     return y, {path: layer.calls.get_value() for path, layer in layers if hasattr(layer, "calls")}
 
 
+def _merged(model):
+    """Returns an nnx module with variables of its own: those of the one that was split stay as they are."""
+    return nnx.merge(*model, copy=True)
+
+
 def _intercepted_class(cls, path, handled):
     """Returns a class that is ``cls`` but for its call; nnx offers no interceptors."""
 
     def __call__(self, *args, **kwargs):
-        proceed = functools.partial(cls.__call__, self, *args, **kwargs)
-        y, record = handled(path, self, args, kwargs, proceed)
+        earlier = self.calls.get_value() if hasattr(self, "calls") else ()
+        y, record = handled(path, earlier, self, args, kwargs, functools.partial(cls.__call__, self))
         if record is not None:
-            earlier = self.calls.get_value() if hasattr(self, "calls") else ()
-            self.calls = nnx.Intermediate((*earlier, record))
+            try:
+                self.calls = nnx.Intermediate((*earlier, record))
+            except flax.errors.TraceContextError:
+                raise _in_a_loop(path) from None
         return y
 
     return type(cls.__name__, (cls,), {"__call__": __call__})
 
 
-def _modules(module):
+def modules_in(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yields the path and the object of an nnx module and of all in it, each once."""
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
@@ -327,41 +310,8 @@ def _in_a_loop(path):
     )
 
 
-def _with_arrays(model, layers):
-    """Returns the variables of a linen model with those of new layers in place of the old."""
-    variables = jax.tree.map(lambda leaf: leaf, model.arrays)
-    for path, layer in layers.items():
-        for collection, values in (("params", layer.params), ("batch_stats", layer.batch_stats)):
-            *above, name = path.split("/") if path else [""]
-            parent = variables.setdefault(collection, {})
-            for step in above:
-                parent = parent.setdefault(step, {})
-            if not path:
-                variables[collection] = dict(values)
-            elif values:
-                parent[name] = dict(values)
-            else:
-                parent.pop(name, None)
-    return {collection: _pruned(tree) for collection, tree in variables.items()}
-
-
-def _pruned(tree):
-    """Returns nested dicts without empty ones, as ``init`` makes them."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {name: below for name, value in tree.items() if (below := _pruned(value)) != {} or value is None}
-
-
 def _at(tree, path):
+    """Returns what nested dicts hold at a path, or nothing."""
     for step in path.split("/") if path else ():
-        tree = tree[step]
+        tree = tree.get(step, {})
     return tree
-
-
-def _leaves(tree, name, path=()):
-    """Yields the path and the value of everything called ``name`` in nested dicts."""
-    for key, value in tree.items():
-        if key == name and not isinstance(value, Mapping):
-            yield "/".join(path), value
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, name, (*path, key))

@@ -208,6 +208,47 @@ def batch_norm(
     return y, update_stats(stats, moments, momentum=momentum, unbiased=unbiased)
 
 
+def affine(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axes = -1,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """Scales and shifts each feature: what batch norm is in evaluation, with its statistics gone into two arrays.
+
+    y = scale * x + bias.  The same as :func:`normalize` with scale = gamma / sqrt(var + epsilon) and
+    bias = beta - mean gamma / sqrt(var + epsilon), but for rounding where the mean is large.
+
+    >>> jaxbn.affine(jnp.array([[1.], [3.]]), jnp.array([2.]), jnp.array([-4.]))
+    Array([[-2.],
+           [ 2.]], dtype=float32)
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      scale: factor per feature, shape [C]; None for 1.
+      bias: shift per feature, shape [C]; None for 0.
+      axis: feature axis or axes of ``x``.
+      mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+
+    Returns:
+      y, shape [..., C].
+
+    Raises:
+      ValueError: for an argument that does not fit ``x``; the message says what would.
+    """
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, 1.0, scale=scale, bias=bias)
+    expand = functools.partial(jnp.expand_dims, axis=reduced)
+    y = widen(fill(x, _checks.mask(mask, x)))
+    if scale is not None:
+        y = y * expand(widen(jnp.asarray(scale)))
+    if bias is not None:
+        y = y + expand(widen(jnp.asarray(bias)))
+    return y.astype(result_dtype(x, scale, bias))
+
+
 def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> jax.Array:
     """Normalises x, shape [..., C], with moments that were measured on it; its arguments have been checked."""
     rsqrt = jnp.where(batch.count > 0, lax.rsqrt(batch.var + epsilon), 0)

@@ -14,7 +14,7 @@ from flax.typing import Dtype, Initializer
 from jax.nn import initializers
 
 from jaxbn import _checks
-from jaxbn.functional import Method, batch_norm, batch_normalize
+from jaxbn.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
 
@@ -160,4 +160,70 @@ class BatchNorm(nn.Module):
             if not use_running_average:
                 for name, value in to_variables(stats).items():
                     variables[name].value = value
+        return y if self.dtype is None else y.astype(self.dtype)
+
+
+class Affine(nn.Module):
+    """What is left of a batch norm whose statistics have gone into its scale and bias: y = scale * x + bias.
+
+    It is called as batch norm is, and behaves the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
+    puts it in the place of trained batch norms.
+
+    >>> layer = jaxbn.linen.Affine()
+    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 3)))
+    >>> jax.tree.map(jnp.shape, variables)
+    {'params': {'bias': (3,), 'scale': (3,)}}
+
+    Attributes:
+      axis: feature axis or axes of the input.
+      dtype: dtype of the result; by default what input and parameters promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether to add a bias.
+      use_scale: whether to multiply by a scale.
+      fixed: keep scale and bias in ``batch_stats``, out of the optimizer's sight, instead of ``params``.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+    """
+
+    axis: int | Sequence[int] = -1
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    fixed: bool = False
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scales and shifts ``x``.
+
+        Args:
+          x: inputs, shape [..., C]; floating-point or complex.
+          use_running_average: without effect.
+          mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+
+        Returns:
+          y, shape [..., C].
+
+        Raises:
+          ValueError: if an argument does not fit ``x``.
+        """
+        del use_running_average
+        features = [jnp.shape(x)[axis] for axis in _checks.feature_axes(jnp.shape(x), self.axis)]
+
+        def array(name, init):
+            if not self.fixed:
+                return self.param(name, init, features, self.param_dtype)
+            return self.variable("batch_stats", name, lambda: init(None, features, self.param_dtype)).value
+
+        scale = array("scale", self.scale_init) if self.use_scale else None
+        bias = array("bias", self.bias_init) if self.use_bias else None
+        y = affine(x, scale, bias, axis=self.axis, mask=mask)
         return y if self.dtype is None else y.astype(self.dtype)

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn.functional import Method, batch_norm, batch_normalize
+from jaxbn.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
 
@@ -208,3 +208,70 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
         if frozen is not None:
             self.frozen = frozen
+
+
+class Affine(nnx.Module):
+    """What is left of a batch norm whose statistics have gone into its scale and bias: y = scale * x + bias.
+
+    It is called as batch norm is, and behaves the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
+    puts it in the place of trained batch norms.
+
+    >>> layer = jaxbn.nnx.Affine(3)
+    >>> layer(jnp.ones((8, 3))).shape
+    (8, 3)
+
+    Args:
+      num_features: number of features C.
+      axis: feature axis of the input.
+      dtype: dtype of the result; by default what input and parameters promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether to add a bias.
+      use_scale: whether to multiply by a scale.
+      fixed: keep scale and bias in ``BatchStat`` variables, out of the optimizer's sight, instead of ``Param``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = -1,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        fixed: bool = False,
+    ):
+        kind = nnx.BatchStat if fixed else nnx.Param
+        self.scale = kind(jnp.ones(num_features, param_dtype)) if use_scale else nnx.data(None)
+        self.bias = kind(jnp.zeros(num_features, param_dtype)) if use_bias else nnx.data(None)
+        self.num_features = num_features
+        self.axis = axis
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scales and shifts ``x``.
+
+        Args:
+          x: inputs, shape [..., C]; floating-point or complex.
+          use_running_average: without effect.
+          mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+
+        Returns:
+          y, shape [..., C].
+
+        Raises:
+          ValueError: if an argument does not fit ``x``.
+        """
+        del use_running_average
+        x = jnp.asarray(x)
+        _checks.num_features(self.num_features, x, self.axis)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        y = affine(x, scale, bias, axis=self.axis, mask=mask)
+        return y if self.dtype is None else y.astype(self.dtype)

@@ -1,0 +1,270 @@
+"""Which batch norms can go into the linear layer before or after them, and the arithmetic that puts them there.
+
+In evaluation a batch norm is y = a x + s with a = gamma / sqrt(var + epsilon) and s = beta - mean a.  After a linear
+layer that multiplies by a kernel K and adds b, it becomes part of that layer: kernel a K, bias a b + s.  Before one, it
+becomes kernel K a, along the kernel's inputs, and bias b + K s; that is exact where every position of the output sees
+all of s, which zero padding prevents.  Arrays are NumPy's, in float64.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbn import _checks, _exchange, _graph, _models
+
+CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
+DENSE = (flax.linen.Dense, flax.linen.DenseGeneral, nnx.Linear, nnx.LinearGeneral)
+LINEAR = (*CONVOLUTIONS, *DENSE)
+# A constant that went through a layer counts as a constant where it varies by no more than the rounding of a sum.
+_ROUNDING = 1e-5
+
+
+class Seen(NamedTuple):
+    """A call of a batch norm or of a linear layer, as a trial run of the model saw it.
+
+    Attributes:
+      path: of the layer.
+      index: number of this call among those of the layer.
+      layer: the linen module, unbound, or the nnx module.
+      norm: what a batch norm has, with shapes for arrays; None for a linear layer.
+      x: shape and dtype of the inputs.
+      y: shape and dtype of the output.
+    """
+
+    path: str
+    index: int
+    layer: Any
+    norm: _models.Norm | None
+    x: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings of a batch norm; none of a linear layer."""
+        return {} if self.norm is None else self.norm.options
+
+    @property
+    def mark(self) -> str:
+        """What the call's values are called in the graph, after "in" and "out"."""
+        return f"{self.path}#{self.index}"
+
+
+class Pair(NamedTuple):
+    """A batch norm and the linear layer that takes it in.
+
+    Attributes:
+      norm: the call of the batch norm.
+      linear: the call of the layer.
+      before: whether the layer comes before the batch norm.
+    """
+
+    norm: Seen
+    linear: Seen
+    before: bool
+
+
+def look(model: _models.Model, sample: Any, call: Callable) -> tuple[list[Seen], _graph.Graph]:
+    """Returns the calls of batch norms and linear layers in order of execution, and what flows between them."""
+    seen, modules = [], _models.modules(model)
+
+    def handle(one):
+        mark = f"{one.path}#{one.index}"
+        (x, *rest), kwargs = one.args or one.kwargs.values(), one.kwargs if one.args else {}
+        x = jnp.asarray(x)
+        one = one._replace(args=(_graph.mark(x, f"in {mark}"), *rest), kwargs=kwargs)
+        norm = _models.norm_of(one) if isinstance(one.layer, _models.BATCH_NORMS) else None
+        y = one.proceed(*one.args, **one.kwargs) if norm is None else _models.evaluated(norm)
+        # Of an nnx model, the module itself: the one that is called here holds tracers.
+        layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else modules[one.path]
+        norm = None if norm is None else norm.without_arrays()
+        seen.append(Seen(one.path, one.index, layer, norm, *_models.shapes((x, y))))
+        return _graph.mark(y, f"out {mark}"), None
+
+    def run(arrays, sample):
+        return _models.run(model._replace(arrays=arrays), sample, call, handle, (*_models.BATCH_NORMS, *LINEAR))[0]
+
+    return seen, _graph.trace(run, model.arrays, sample)
+
+
+class Finder:
+    """Finds out which layer can take a batch norm in."""
+
+    def __init__(self, model: _models.Model, sample: Any, call: Callable):
+        self.model = model
+        self.seen, self._graph = look(model, sample, call)
+        self._marked = self._graph.marked()
+        self._calls = {one.mark: one for one in self.seen}
+        self._sharing = _models.sharing(model)
+
+    def norms(self) -> dict[str, list[Seen]]:
+        """Returns the calls of each batch norm, by path."""
+        norms = {}
+        for one in self.seen:
+            if one.norm is not None:
+                norms.setdefault(one.path, []).append(one)
+        return norms
+
+    def pairs(self, path: str) -> list[Pair] | str:
+        """Returns the layers that take in each call of a batch norm, or why there are none."""
+        found = []
+        for one in self.norms()[path]:
+            axis = one.options["axis"]
+            if _checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
+                return f"its features are on axis {axis}, those of a linear layer on the last one"
+            before = self._before(one)
+            if isinstance(before, Seen):
+                found.append(Pair(one, before, before=True))
+                continue
+            after = self._after(one)
+            if not isinstance(after, Seen):
+                return f"before it, {before}; after it, {after}"
+            found.append(Pair(one, after, before=False))
+        if len({pair.linear.path for pair in found}) < len(found):
+            return "it is called more than once beside the same layer"
+        return found
+
+    def _before(self, norm):
+        """Returns the layer whose output only this batch norm reads, or why there is none."""
+        if f"in {norm.mark}" not in self._marked:
+            return "a loop keeps its input"
+        value = self._marked[f"in {norm.mark}"].inputs[0]
+        while True:
+            operation, shared = self._graph.maker(value), len(self._graph.readers(value)) > 1
+            if operation is None:
+                return "its input is the model's input, with no layer before it"
+            if operation.mark is None and operation.primitive in _graph.HAND_ON and not shared:
+                value = operation.inputs[0]
+                continue
+            linear = self._linear(operation.mark, "out ")
+            if linear is None:
+                nearest = self._nearest(operation)
+                return f"{operation.name} stands between it and {nearest}" if nearest else f"{operation.name} makes it"
+            if shared:
+                return f"the output of {linear.path} is also used elsewhere"
+            return self._usable(linear)
+
+    def _after(self, norm):
+        """Returns the layer that is the only reader of this batch norm, or why there is none."""
+        if f"out {norm.mark}" not in self._marked:
+            return "a loop keeps its output"
+        value = self._marked[f"out {norm.mark}"].outputs[0]
+        while True:
+            operation, *others = self._graph.readers(value)
+            if others:
+                return "its output is used more than once"
+            if operation is None:
+                return "its output is the model's"
+            if operation.mark is None and operation.primitive in _graph.HAND_ON:
+                value = operation.outputs[0]
+                continue
+            linear = self._linear(operation.mark, "in ")
+            return f"{operation.name} follows" if linear is None else self._usable(linear)
+
+    def _linear(self, mark, side):
+        """Returns the call of a linear layer whose value an operation marks."""
+        found = self._calls.get(mark.removeprefix(side)) if mark and mark.startswith(side) else None
+        return found if found is not None and found.norm is None else None
+
+    def _usable(self, linear):
+        """Returns the layer if its kernel may change, or why not."""
+        calls = sum(one.path == linear.path for one in self.seen)
+        if calls > 1:
+            return f"{linear.path} is shared: it is called {calls} times"
+        if linear.path in self._sharing:
+            return f"{linear.path} shares its arrays with {self._sharing[linear.path]}"
+        if getattr(linear.layer, "batch_dims", None) or getattr(linear.layer, "batch_axis", None):
+            return f"{linear.path} has a kernel for each entry of an axis"
+        return linear
+
+    def _nearest(self, operation):
+        """Returns the path of the layer that an operation gets its first input from, over others perhaps."""
+        while operation is not None:
+            if operation.mark and operation.mark.startswith("out "):
+                return self._calls[operation.mark.removeprefix("out ")].path
+            operation = next(filter(None, map(self._graph.maker, operation.inputs)), None)
+        return None
+
+
+def fold(
+    model: _models.Model, pairs: list[Pair], arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]] | str:
+    """Folds the calls of one batch norm into the layers found for them.
+
+    Args:
+      model: the model.
+      pairs: of the batch norm.
+      arrays: kernels and biases of layers that have taken in another batch norm already, by path.
+
+    Returns:
+      Kernels and biases of the layers concerned, by path; or why it would not be exact.
+    """
+    folded = {}
+    for norm, linear, before in pairs:
+        a, s = affine_of(model, norm.path, norm.options["epsilon"])
+        given = _models.arrays_of(model, linear.path)
+        kernel, bias = arrays.get(linear.path, (given["kernel"], given.get("bias")))
+        kernel = np.asarray(kernel, np.float64)
+        bias = np.zeros(_out_shape(linear, kernel)) if bias is None else np.asarray(bias, np.float64)
+        result = (_into_outputs if before else _into_inputs)(linear, kernel, bias, a, s)
+        if isinstance(result, str):
+            return result
+        folded[linear.path] = result
+    return folded
+
+
+def affine_of(model: _models.Model, path: str, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scale a and the shift s that a batch norm is in evaluation, in float64, shape [C]."""
+    arrays = {name: np.asarray(value, np.float64) for name, value in _models.arrays_of(model, path).items()}
+    a = arrays.get("scale", 1.0) / np.sqrt(arrays["var"] + epsilon)
+    return a, arrays.get("bias", 0.0) - arrays["mean"] * a
+
+
+def _into_outputs(linear, kernel, bias, a, s):
+    """Returns a K and a b + s: the layer takes in the batch norm behind it."""
+    along_outputs = a[:, None] if getattr(linear.layer, "transpose_kernel", False) else a
+    return kernel * along_outputs, bias * a + s
+
+
+def _into_inputs(linear, kernel, bias, a, s):
+    """Returns K a and b + K s: the layer takes in the batch norm in front of it; or why that is not exact."""
+    layer, rank = linear.layer, len(linear.x.shape)
+    if not isinstance(layer, CONVOLUTIONS):
+        if [axis % rank for axis in np.atleast_1d(getattr(layer, "axis", -1))] != [rank - 1]:
+            return f"{linear.path} multiplies along other axes than that of the features"
+        along_inputs = a.reshape(-1, *(1,) * (kernel.ndim - 1))
+    elif getattr(layer, "transpose_kernel", False):
+        along_inputs = a
+    else:  # the inputs of a group are a row, which all outputs of the group share
+        groups = getattr(layer, "feature_group_count", 1)
+        along_inputs = np.repeat(a.reshape(groups, -1), kernel.shape[-1] // groups, axis=0).T
+    constant = _through(linear, kernel, s).reshape(-1, *bias.shape)
+    if np.ptp(constant, axis=0).max() > _ROUNDING * abs(constant).max():
+        return f"{linear.path} pads with zeros, which its shift would change"
+    return kernel * along_inputs, bias + constant.mean(0)
+
+
+def _out_shape(linear, kernel):
+    """Returns the shape of a layer's bias."""
+    if not isinstance(linear.layer, CONVOLUTIONS):
+        features = linear.layer.features if hasattr(linear.layer, "features") else linear.layer.out_features
+        return tuple(np.atleast_1d(features))
+    return (kernel.shape[-2 if getattr(linear.layer, "transpose_kernel", False) else -1],)
+
+
+def _through(linear, kernel, s):
+    """Returns what a layer without its bias makes of one example that is s everywhere."""
+    positions = kernel.ndim - 2 if isinstance(linear.layer, CONVOLUTIONS) else 0
+    shape = linear.x.shape[len(linear.x.shape) - 1 - positions :]
+    x = np.broadcast_to(s, (1, *shape)).astype(np.float32)
+    layer = _exchange.make_with({"use_bias": False, "dtype": None}, linear.layer)
+    kernel = jnp.asarray(kernel, jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        if isinstance(layer, flax.linen.Module):
+            return np.asarray(layer.apply({"params": {"kernel": kernel}}, x), np.float64)
+        layer.kernel, layer.bias = nnx.Param(kernel), nnx.data(None)
+        return np.asarray(layer(x), np.float64)

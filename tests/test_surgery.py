@@ -1,0 +1,381 @@
+"""Surgery on whole models, linen and nnx: what changes, what stays, and what is refused."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn import surgery
+from tests.test_folding import randomized, variables_of
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4, 4, 3)), jnp.float32)
+GHOST = functools.partial(jaxbn.ghost_normalize, group_size=4)
+ZEROS = nn.initializers.zeros  # random values are put in later
+
+
+class LinenNet(nn.Module):
+    """The train flag goes to the constructor of one batch norm, and to the call of the other."""
+
+    def setup(self):
+        self.conv = nn.Conv(4, (3, 3))
+        self.dense = nn.Dense(6)
+        self.second = nn.BatchNorm(momentum=0.9, epsilon=1e-3)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="first")(self.conv(x)))
+        return self.head(self.second(self.dense(x), not train))
+
+    def head(self, x):
+        return x.mean((1, 2))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self):
+        options = {"kernel_init": ZEROS, "rngs": nnx.Rngs(0)}
+        self.conv = nnx.Conv(3, 4, (3, 3), **options)
+        self.first = nnx.BatchNorm(4, rngs=options["rngs"])
+        self.rest = nnx.Sequential(
+            nnx.Linear(4, 6, **options), nnx.BatchNorm(6, momentum=0.9, epsilon=1e-3, rngs=options["rngs"])
+        )
+        self.again = nnx.Dict(first=self.first)  # the same object, kept in another place
+
+    def __call__(self, x):
+        return self.rest(nnx.relu(self.again["first"](self.conv(x)))).mean((1, 2))
+
+
+def linen_net():
+    return LinenNet(), variables_of(LinenNet(), X)
+
+
+def nnx_net():
+    net = NnxNet()
+    nnx.update(net, randomized(nnx.state(net)))
+    return net, None
+
+
+NETS = {"linen": linen_net, "nnx": nnx_net}
+PATHS = {"linen": ("first", "second"), "nnx": ("again/first", "rest/layers/1")}
+OPERATIONS = {
+    "replace": surgery.replace,
+    "synchronised": functools.partial(surgery.replace, axis_name="data"),
+    "ghost": functools.partial(surgery.replace, method=GHOST),
+    "renorm": functools.partial(surgery.replace, method=jaxbn.batch_renormalize),
+    "debias": functools.partial(surgery.replace, debias=True, steps=100),
+    "freeze": surgery.freeze,
+    "to_affine": surgery.to_affine,
+    "to_affine, fixed": functools.partial(surgery.to_affine, learnable=False),
+    "fold": surgery.fold,
+    "group norm": functools.partial(surgery.replace_by_group_norm, num_groups=2),
+}
+
+
+def output(net, variables, train=False):
+    """Returns the output and the statistics after it."""
+    if variables is None:
+        net = nnx.clone(net)
+        net.train() if train else net.eval()
+        return net(X), nnx.state(net, nnx.BatchStat)
+    y, updates = net.apply(variables, X, train, mutable=["batch_stats"])
+    return y, updates.get("batch_stats", {})
+
+
+def arrays(net, variables):
+    return jax.tree.map(np.array, nnx.state(net) if variables is None else variables)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
+
+
+@functools.cache
+def operated(framework, operation):
+    """Returns a net, its variables, a description and a copy of both from before an operation, and what it returned."""
+    net, variables = NETS[framework]()
+    description, copy = describe(net, variables), arrays(net, variables)
+    return net, variables, description, copy, OPERATIONS[operation](net, variables, X)
+
+
+def describe(net, variables):
+    return nnx.graphdef(net) if variables is None else repr(net)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("framework", NETS)
+def test_the_model_that_is_given_stays_as_it_is(framework, operation):
+    net, variables, description, copy, done = operated(framework, operation)
+    assert_equal(arrays(net, variables), copy)
+    assert describe(net, variables) == description
+    assert sorted(done.layers) == sorted(PATHS[framework]) and done.kept == {}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("framework", NETS)
+def test_the_difference_is_that_of_the_outputs_in_evaluation(framework, operation):
+    net, variables, _, _, done = operated(framework, operation)
+    before, after = output(net, variables)[0], output(done.model, done.variables)[0]
+    assert done.scale == pytest.approx(float(abs(before).max()), rel=1e-5)
+    assert done.difference == pytest.approx(float(abs(before - after).max()), abs=1e-5 * done.scale)
+    if operation == "group norm":
+        assert done.difference > 0.1 * done.scale
+    else:
+        assert done.difference <= 1e-5 * done.scale
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_frozen_statistics_stay_in_training_and_others_move(framework):
+    net, variables = NETS[framework]()
+    _, moved = output(net, variables, train=True)
+    done = surgery.freeze(net, variables, X, layers=PATHS[framework][0])
+    y, after = output(done.model, done.variables, train=True)
+    first, second = (jax.tree.leaves(tree) for tree in (after, moved))
+    start = jax.tree.leaves(nnx.state(net, nnx.BatchStat) if variables is None else variables["batch_stats"])
+    stayed = [np.array_equal(a, b) for a, b in zip(first, start, strict=True)]
+    assert stayed == [True, True, False, False]
+    assert not any(np.array_equal(a, b) for a, b in zip(second, start, strict=True))
+    frozen = surgery.freeze(net, variables, X)
+    np.testing.assert_array_equal(
+        output(frozen.model, frozen.variables, train=True)[0], output(frozen.model, frozen.variables)[0]
+    )
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_freezing_is_undone(framework):
+    net, variables = NETS[framework]()
+    frozen = surgery.freeze(net, variables, X)
+    free = surgery.replace(frozen.model, frozen.variables, X, frozen=False)
+    ours = surgery.replace(net, variables, X)
+    for train in (True, False):
+        assert_equal(output(free.model, free.variables, train), output(ours.model, ours.variables, train))
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_ghost_groups_normalise_separately_in_training(framework):
+    net, variables = NETS[framework]()
+    done = surgery.replace(net, variables, X, method=GHOST)
+    parts = [X[:4], X[4:]]
+    whole, _ = output(done.model, done.variables, train=True)
+    if variables is None:
+        net.train()
+        alone = jnp.concatenate([nnx.clone(net)(part) for part in parts])
+    else:
+        alone = jnp.concatenate([net.apply(variables, part, True, mutable=["batch_stats"])[0] for part in parts])
+    np.testing.assert_allclose(whole, alone, rtol=0, atol=2e-5 * abs(alone).max())
+
+
+def test_replaced_layers_keep_their_settings():
+    net, _ = nnx_net()
+    done = surgery.replace(net, None, X, axis_name="data", unbiased=True)
+    layer = done.model.rest.layers[1]
+    assert isinstance(layer, jaxbn.nnx.BatchNorm)
+    assert (layer.momentum, layer.epsilon, layer.axis_name, layer.unbiased) == (0.9, 1e-3, "data", True)
+    assert done.model.again["first"] is done.model.first
+
+
+def test_sharding_metadata_of_a_parameter_survives():
+    net, _ = nnx_net()
+    net.first.scale = nnx.Param(net.first.scale[...], note="kept")
+    done = surgery.replace(net, None, X)
+    assert done.model.first.scale.get_metadata()["note"] == "kept"
+
+
+def test_an_edited_linen_model_has_the_variables_and_methods_of_the_model():
+    net, variables = linen_net()
+    done = surgery.replace(net, variables, X)
+    assert_equal(done.model.init(jax.random.key(0), X), net.init(jax.random.key(0), X))
+    y = jnp.ones((2, 4, 4, 6))
+    np.testing.assert_array_equal(done.model.apply(variables, y, method="head"), y.mean((1, 2)))
+
+
+def test_an_edited_linen_model_is_a_submodule_as_any_other():
+    net, variables = linen_net()
+    frozen = surgery.freeze(net, variables, X)
+
+    class Twins(nn.Module):
+        one: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return self.one(x, True) - self.one(2 * x, True)
+
+    nested = {collection: {"one": tree} for collection, tree in frozen.variables.items()}
+    found = Twins(frozen.model).apply(nested, X)
+    expected = net.apply(variables, X, False) - net.apply(variables, 2 * X, False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_operations_follow_one_another(framework):
+    net, variables = NETS[framework]()
+    first, second = PATHS[framework]
+    done = surgery.freeze(net, variables, X)
+    done = surgery.to_affine(done.model, done.variables, X, layers=second)
+    done = surgery.fold(done.model, done.variables, X)
+    assert done.layers == (first,)
+    before, after = output(net, variables)[0], output(done.model, done.variables)[0]
+    assert abs(before - after).max() <= 1e-5 * abs(before).max()
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_fixed_affine_layers_have_no_parameters(framework):
+    net, variables = NETS[framework]()
+    done = surgery.to_affine(net, variables, X, learnable=False)
+    if variables is None:
+        assert isinstance(done.model.first.scale, nnx.BatchStat) and not hasattr(done.model.first, "mean")
+    else:
+        assert set(done.variables["params"]) == {"conv", "dense"}
+        assert set(done.variables["batch_stats"]["first"]) == {"scale", "bias"}
+
+
+@pytest.mark.parametrize("scale_and_bias", [True, False])
+def test_masked_leaves_are_neither_updated_nor_decayed(scale_and_bias):
+    net, variables = linen_net()
+    done = surgery.freeze(net, variables, X, layers="first")
+    mask = surgery.frozen_mask(done.variables, done.layers, scale_and_bias=scale_and_bias)
+    optimizer = optax.transforms.selective_transform(optax.adamw(0.1, weight_decay=0.1), freeze_mask=mask)
+
+    def loss(variables):
+        return jnp.square(done.model.apply(variables, X, False) - 1).sum()
+
+    updates, _ = optimizer.update(jax.grad(loss)(done.variables), optimizer.init(done.variables), done.variables)
+    moved = jax.tree.map(lambda update: bool((update != 0).any()), updates)
+    assert not any(jax.tree.leaves(moved["batch_stats"]))
+    assert moved["params"].pop("first") == {"scale": not scale_and_bias, "bias": not scale_and_bias}
+    assert all(jax.tree.leaves(moved["params"]["conv"])) and all(jax.tree.leaves(moved["params"]["second"]))
+
+
+def test_the_mask_fits_an_nnx_optimizer():
+    net, _ = nnx_net()
+    done = surgery.freeze(net, None, X, layers="again/first")
+    kinds = nnx.Any(nnx.Param, nnx.BatchStat)
+    mask = surgery.frozen_mask(nnx.state(done.model, kinds), done.layers)
+    transformation = optax.transforms.selective_transform(optax.adamw(0.1, weight_decay=0.1), freeze_mask=mask)
+    optimizer = nnx.Optimizer(done.model, transformation, wrt=kinds)
+    before = jax.tree.map(np.array, nnx.state(done.model))
+
+    def loss(model):
+        return jnp.square(model(X) - 1).sum()
+
+    done.model.eval()
+    gradients = nnx.grad(loss, argnums=nnx.DiffState(0, kinds))(done.model)
+    optimizer.update(done.model, gradients)
+    after = nnx.state(done.model)
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), before, after)
+    assert all(jax.tree.leaves(same["again"]))
+    assert not any(jax.tree.leaves(same["conv"]))
+    norm = same["rest"]["layers"][1]
+    assert [norm[name].get_value() for name in ("mean", "var", "scale", "bias")] == [True, True, False, False]
+
+
+def test_added_statistics_start_as_they_would():
+    net, variables = linen_net()
+    done = surgery.replace(net, variables, X, debias=True, steps=7, accumulate=2)
+    statistics = done.variables["batch_stats"]["first"]
+    assert statistics["steps"].tolist() == [7] * 4 and statistics["pending_count"].tolist() == [0.0] * 4
+    np.testing.assert_array_equal(statistics["mean"], variables["batch_stats"]["first"]["mean"])
+    plain = surgery.replace(done.model, done.variables, X, debias=False, accumulate=1)
+    assert set(plain.variables["batch_stats"]["first"]) == {"mean", "var"}
+
+
+def test_a_mask_of_paths_that_the_tree_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="the tree has no leaves at 'b'; it has some at 'a'; pass paths such as"):
+        surgery.frozen_mask({"params": {"a": {"scale": X}}}, ["a", "b"])
+
+
+class Renamed(nn.BatchNorm):
+    pass
+
+
+class Louder(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        return 2 * super().__call__(x, use_running_average, mask=mask)
+
+
+def test_a_subclass_is_a_batch_norm_unless_it_computes_something_else():
+    x = X[:, 0, 0]
+    net = nn.Sequential([Renamed(use_running_average=True), Louder(use_running_average=True)])
+    assert surgery.freeze(net, variables_of(net, x), x).layers == ("layers_0",)
+
+
+def refused(message, operation, net, variables, x=X, **options):
+    before = arrays(net, variables)
+    with pytest.raises(ValueError, match=message):
+        operation(net, variables, x, **options)
+    assert_equal(arrays(net, variables), before)
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in ("debias", "to_affine, fixed")])
+@pytest.mark.parametrize("framework", NETS)
+def test_a_path_that_does_not_exist_is_refused(framework, operation):
+    net, variables = NETS[framework]()
+    message = f"the model has no batch norm at 'third'; it has {', '.join(map(repr, PATHS[framework]))}; give one"
+    refused(message, OPERATIONS[operation], net, variables, layers=["third"])
+
+
+def test_a_model_without_batch_norm_is_refused():
+    net = nn.Sequential([nn.Dense(3)])
+    variables = net.init(jax.random.key(0), X) | {"batch_stats": {}}
+    refused("calls no batch norm on this sample; accepted are flax's and jaxbn's", surgery.freeze, net, variables)
+
+
+def test_variables_without_statistics_are_refused():
+    net, variables = linen_net()
+    refused(
+        r"have the collection 'batch_stats', but \['params'\] was given; pass what model.init returns",
+        surgery.freeze,
+        net,
+        {"params": variables["params"]},
+    )
+
+
+def test_variables_beside_an_nnx_model_are_refused():
+    with pytest.raises(ValueError, match="variables are given beside an nnx model, which holds its own; pass None"):
+        surgery.freeze(nnx_net()[0], {}, X)
+
+
+def test_what_is_not_a_module_is_refused():
+    with pytest.raises(ValueError, match="the model is a method; accepted are a flax.linen.Module and an nnx.Module"):
+        surgery.freeze(LinenNet().apply, {}, X)
+
+
+def test_an_option_that_would_change_the_arrays_is_refused():
+    refused(
+        "axis: no option that can change in a trained model; accepted are acc", surgery.replace, *linen_net(), axis=1
+    )
+
+
+def test_counting_needs_to_be_told_the_number_of_batches():
+    message = r"first is to count its batches .* say so with steps=, 0 to start anew"
+    refused(message, surgery.replace, *linen_net(), momentum=None)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    message = "num_groups=4 does not divide the 6 features of second; choose a divisor"
+    refused(message, surgery.replace_by_group_norm, *linen_net(), num_groups=4)
+
+
+def test_group_norm_of_features_on_another_axis_is_refused():
+    net = nn.BatchNorm(use_running_average=True, axis=1)
+    refused("has its features on axis 1 of 4", surgery.replace_by_group_norm, net, variables_of(net, X), num_groups=2)
+
+
+def test_a_block_that_nn_jit_has_compiled_is_refused():
+    jitted = nn.jit(LinenNet)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jitted()(x)
+
+    variables = variables_of(Net(), X)
+    message = r"JitLinenNet_0\S* runs inside of nn.jit, which keeps what it compiled before; take nn.jit off"
+    refused(message, surgery.freeze, Net(), variables)
