@@ -101,18 +101,18 @@ class Finder:
         self._calls = {one.mark: one for one in self.seen}
         self._sharing = _models.sharing(model)
 
-    def norms(self) -> dict[str, list[Seen]]:
-        """Returns the calls of each batch norm, by path."""
+    def norms(self) -> dict[str, _models.Norm]:
+        """Returns what the batch norms have, by path, as their first calls show it."""
         norms = {}
         for one in self.seen:
             if one.norm is not None:
-                norms.setdefault(one.path, []).append(one)
+                norms.setdefault(one.path, one.norm)
         return norms
 
     def pairs(self, path: str) -> list[Pair] | str:
         """Returns the layers that take in each call of a batch norm, or why there are none."""
         found = []
-        for one in self.norms()[path]:
+        for one in (one for one in self.seen if one.path == path):
             axis = one.options["axis"]
             if _checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
                 return f"its features are on axis {axis}, those of a linear layer on the last one"

@@ -81,7 +81,7 @@ class Norm(NamedTuple):
 
     def without_arrays(self) -> Self:
         """Returns it with shapes and dtypes for its arrays, which are tracers."""
-        return shapes(self._replace(options=None))._replace(options=self.options)
+        return shapes(self._replace(options={}))._replace(options=self.options)
 
 
 Handler = Callable[[Call], tuple[Any, Any]]  # returns the output of a call, and what to record of it or None

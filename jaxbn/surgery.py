@@ -306,26 +306,24 @@ def fold(
     """
     before = _models.split(model, variables)
     finder = _folding.Finder(before, sample, call)
-    norms = {path: calls[0].norm for path, calls in finder.norms().items()}
+    norms = finder.norms()
     must_be_operable(before, norms, sample, call)
-    outcome = {path: finder.pairs(path) for path in select(norms, layers)}
-    found = [(path, pairs) for path, pairs in outcome.items() if not isinstance(pairs, str)]
-    arrays, new = {}, {}
-    # Into the inputs of a layer first: it may take in another batch norm at its outputs, which scales the shift too.
-    for path, pairs in sorted(found, key=lambda item: item[1][0].before):
-        folded = _folding.fold(before, pairs, arrays)
-        if isinstance(folded, str):
-            outcome[path] = folded
+    arrays, new, kept = {}, {}, {}  # arrays of linear layers, which may take in a batch norm on either side
+    for path in select(norms, layers):
+        pairs = finder.pairs(path)
+        folded = pairs if isinstance(pairs, str) else _folding.fold(before, pairs, arrays)
+        if isinstance(pairs, str) or isinstance(folded, str):
+            kept[path] = folded
             continue
         arrays |= folded
         options = {"use_scale": False, "use_bias": False, "dtype": pairs[0].norm.y.dtype}
         new[path] = NewLayer(functools.partial(make_affine, options), {}, {})
-    changed, kept = [*new], {path: reason for path, reason in outcome.items() if isinstance(reason, str)}
     if kept and (layers is not None or not new):
         raise ValueError(
             "cannot fold " + "; ".join(f"{path}: {reason}" for path, reason in kept.items()) + ". Nothing was changed; "
             "name layers that can be folded with layers=, or make these affine with to_affine."
         )
+    changed = [*new]
     for path, (kernel, bias) in arrays.items():
         dtype = _models.arrays_of(before, path)["kernel"].dtype
         values = {"kernel": jnp.asarray(kernel.astype(dtype)), "bias": jnp.asarray(bias.astype(dtype))}

@@ -148,7 +148,7 @@ def test_the_output_has_the_dtype_of_input_and_parameters(front_end, setting, dt
 BF16 = jnp.asarray(X, jnp.bfloat16)
 MOMENTS = jaxbn.Moments(jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0]), jnp.full(3, 16.0))
 CALLS = {
-    "affine": lambda x: jaxbn.affine(x, SCALE, BIAS),
+    "affine": lambda x: jaxbn.affine(x, *jnp.array([[2, 0.5, -1], [3, -4, 0.25]], x.dtype)),
     "batch_norm": lambda x: jaxbn.batch_norm(x, STATS, use_running_average=False),
     "batch_normalize": jaxbn.batch_normalize,
     "batch_renormalize": lambda x: jaxbn.batch_renormalize(x, stats=STATS),
