@@ -113,6 +113,8 @@ class Finder:
         """Returns the layers that take in each call of a batch norm, or why there are none."""
         found = []
         for one in (one for one in self.seen if one.path == path):
+            if one.norm is None or one.norm.stats.mean.shape != _models.arrays_of(self.model, path)["mean"].shape:
+                return "it runs in a loop or under vmap, with arrays for each turn"
             axis = one.options["axis"]
             if _checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
                 return f"its features are on axis {axis}, those of a linear layer on the last one"

@@ -352,6 +352,11 @@ def _statistics(model, path, norm, options, steps):
             f"{path} is to count its batches (debias=True or momentum=None), but does not know how many are behind its "
             "statistics; say so with steps=, 0 to start anew."
         )
+    if (added := sorted(start.keys() - given.keys())) and given["mean"].shape != norm.stats.mean.shape:
+        raise ValueError(
+            f"{path} is inside of a scan or vmap, which knows nothing of new variables ({', '.join(added)}); leave out "
+            "options that add some (debias, momentum=None, accumulate), or leave out this layer, with layers=."
+        )
     return {name: given.get(name, value) for name, value in start.items()}
 
 

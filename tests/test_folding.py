@@ -312,5 +312,17 @@ def test_a_batch_norm_in_a_loop_is_refused():
             return scan()(x, None)[0]
 
     x = inputs("dense")
-    with pytest.raises(ValueError, match="a loop keeps its input"):
+    with pytest.raises(ValueError, match="it runs in a loop or under vmap"):
+        surgery.fold(Net(), Net().init(jax.random.key(0), x), x)
+
+
+def test_a_batch_norm_under_vmap_is_refused():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+            return nn.vmap(LinenNet, **lifted)("dense", True, False)(x)
+
+    x = inputs("dense")
+    with pytest.raises(ValueError, match="it runs in a loop or under vmap"):
         surgery.fold(Net(), Net().init(jax.random.key(0), x), x)

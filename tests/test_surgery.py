@@ -379,3 +379,32 @@ def test_a_block_that_nn_jit_has_compiled_is_refused():
     variables = variables_of(Net(), X)
     message = r"JitLinenNet_0\S* runs inside of nn.jit, which keeps what it compiled before; take nn.jit off"
     refused(message, surgery.freeze, Net(), variables)
+
+
+class Layers(nn.Module):
+    """Two blocks in a loop, their arrays stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(3)(x))), None
+
+        lifted = {"params": 0, "batch_stats": 0}
+        loop = nn.scan(Block, lifted, length=2, split_rngs={"params": True}, in_axes=nn.broadcast)
+        return loop(name="blocks")(x, None)[0]
+
+
+@pytest.mark.parametrize("operation", ["freeze", "replace", "to_affine"])
+def test_layers_in_a_loop_are_exchanged_as_any_other(operation):
+    done = OPERATIONS[operation](Layers(), Layers().init(jax.random.key(0), X), X)
+    assert done.layers == ("blocks/norm",) and done.difference <= 1e-5 * done.scale
+    if operation == "freeze":
+        _, after = done.model.apply(done.variables, X, mutable=["batch_stats"])
+        assert_equal(after["batch_stats"], done.variables["batch_stats"])
+
+
+def test_new_variables_in_a_loop_are_refused():
+    message = r"blocks/norm is inside of a scan or vmap, which knows nothing of new variables \(steps\)"
+    refused(message, surgery.replace, Layers(), Layers().init(jax.random.key(0), X), debias=True, steps=3)
