@@ -340,23 +340,23 @@ def fold(
 
 
 def _statistics(model, path, norm, options, steps):
-    """Returns the statistics of a layer and those that its new options add; None if they are what it has."""
+    """Returns the statistics of a layer, with those that its new options add, and without those that it has no more."""
     settings = {"debias": False, "accumulate": 1} | norm.options | options
     kind = {"counted": settings["momentum"] is None or settings["debias"], "accumulate": settings["accumulate"]}
     given = {name: value for name, value in _models.arrays_of(model, path).items() if name not in ("scale", "bias")}
     start = to_variables(init_stats(norm.stats.mean.shape, **kind, dtype=norm.stats.mean.dtype))
-    if "steps" in start and steps is not None:
-        given["steps"] = jnp.full_like(start["steps"], steps)
-    elif "steps" in start and "steps" not in given:
-        raise ValueError(
-            f"{path} is to count its batches (debias=True or momentum=None), but does not know how many are behind its "
-            "statistics; say so with steps=, 0 to start anew."
-        )
     if (added := sorted(start.keys() - given.keys())) and given["mean"].shape != norm.stats.mean.shape:
         raise ValueError(
             f"{path} is inside of a scan or vmap, which knows nothing of new variables ({', '.join(added)}); leave out "
             "options that add some (debias, momentum=None, accumulate), or leave out this layer, with layers=."
         )
+    if "steps" in added and steps is None:
+        raise ValueError(
+            f"{path} is to count its batches (debias=True or momentum=None), but does not know how many are behind its "
+            "statistics; say so with steps=, 0 to start anew."
+        )
+    if "steps" in start and steps is not None:
+        given["steps"] = jnp.full_like(given.get("steps", start["steps"]), steps)
     return {name: given.get(name, value) for name, value in start.items()}
 
 
