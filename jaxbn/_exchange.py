@@ -4,6 +4,7 @@ An nnx model is copied and changed.  A linen model makes its layers while it is 
 intercepts them; its methods and its variable tree stay.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen
 import jax
 from flax import nnx
+from flax.core.meta import replace_boxed
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxbn.linen
@@ -42,22 +44,34 @@ def exchange(model: Model, layers: Mapping[str, NewLayer]) -> Model:
         if isinstance(definition, Edited):
             definition, before = definition.original.model, dict(definition.edits)
         after = before | {path: _after(before.get(path), layer.make) for path, layer in layers.items()}
-        edited = _edited_class(type(definition))(Original(definition), tuple(after.items()))
-        return Model(edited, _with_arrays(model, layers))
-    edited = nnx.merge(*model)  # of arrays that are the model's own: replaced in it, never written to
-    for path, layer in _models.modules_in(edited):
+        return Model(Edited(Original(definition), tuple(after.items())), _with_arrays(model, layers))
+    edited = nnx.merge(*model)  # its variables are the model's own: replaced in it, never written to
+    for path, old in _models.modules_in(edited):
         if path in layers:
-            new = layers[path].make(layer)
-            for kind, values in ((nnx.Param, layers[path].params), (nnx.BatchStat, layers[path].batch_stats)):
-                if values is None:  # the old variables, with what else they know of themselves
-                    values = {n: v for n, v in vars(layer).items() if isinstance(v, kind) and hasattr(new, n)}
-                for name, value in values.items():
-                    setattr(new, name, value if isinstance(value, nnx.Variable) else kind(value))
+            new = layers[path].make(old)
+            for name, value in _variables(old, new, layers[path]).items():
+                setattr(new, name, value)
             # The object itself changes, so that all that refer to it see the new layer, wherever they keep it.
-            layer.__dict__.clear()
-            layer.__dict__.update(vars(new))
-            layer.__class__ = type(new)
+            old.__dict__.clear()
+            old.__dict__.update(vars(new))
+            old.__class__ = type(new)
     return Model(*nnx.split(edited))
+
+
+def _variables(old, new, layer):
+    """Returns the variables of a new nnx layer; where they have the name of an old one, with its kind and metadata."""
+    variables = {}
+    for kind, values in ((nnx.Param, layer.params), (nnx.BatchStat, layer.batch_stats)):
+        before = {
+            name: variable
+            for name, variable in vars(old).items()
+            if isinstance(variable, nnx.Variable) and isinstance(variable, nnx.BatchStat) == (kind is nnx.BatchStat)
+        }
+        if values is None:
+            variables |= {name: variable for name, variable in before.items() if hasattr(new, name)}
+        else:
+            variables |= {n: before[n].replace(value) if n in before else kind(value) for n, value in values.items()}
+    return variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,47 +92,55 @@ class Edited(flax.linen.Module):
     original: Original
     edits: tuple[tuple[str, Callable], ...]
 
+    @flax.linen.nowrap
+    def apply(self, *args, **kwargs):
+        """Applies the model, or any of its methods, as :meth:`flax.linen.Module.apply`."""
+        with self._exchanging(()):
+            return self.original.model.apply(*args, **kwargs)
+
+    @flax.linen.nowrap
+    def init_with_output(self, *args, **kwargs):
+        """Calls and initializes the model, as :meth:`flax.linen.Module.init_with_output`."""
+        with self._exchanging(()):
+            return self.original.model.init_with_output(*args, **kwargs)
+
+    @flax.linen.nowrap
+    def init(self, *args, **kwargs):
+        """Initializes the model, as :meth:`flax.linen.Module.init`."""
+        with self._exchanging(()):
+            return self.original.model.init(*args, **kwargs)
+
     def __call__(self, *args, **kwargs):
-        """Calls the model."""
-        return self._through("__call__", *args, **kwargs)
-
-    def _bound(self):
-        """Returns the model in the scope of this module, so that its variables get no further level."""
-        if "_model" not in vars(self):
+        """Calls the model as a part of another, or bound to its variables."""
+        if "_model" not in vars(self):  # in the scope of this module, so that its variables get no further level
             object.__setattr__(self, "_model", self.original.model.clone(parent=self.scope))
-        return vars(self)["_model"]
+        with self._exchanging(self.path):
+            return vars(self)["_model"](*args, **kwargs)
 
-    def _through(self, method, *args, **kwargs):
-        edits = {"/".join((*self.path, path)).strip("/"): make for path, make in self.edits}
-        put_in = []
+    @flax.linen.nowrap
+    @contextlib.contextmanager
+    def _exchanging(self, above):
+        """Exchanges the layers of what is called meanwhile; ``above`` is the path of the model in that."""
+        level = _models.Level({"/".join((*above, path)).strip("/"): make for path, make in self.edits}, [])
+        number = len(_models.under_way.levels)
 
         def intercept(proceed, args, kwargs, context):
-            old = context.module
-            make = edits.get("/".join(old.path))
-            if make is None or context.method_name != "__call__" or any(old is new for new in put_in):
+            old, kinds = context.module, (*_models.BATCH_NORMS, *_models.LINEAR)
+            if context.method_name != "__call__" or not _models.is_one_of(old, kinds):
                 return proceed(*args, **kwargs)
-            new = make(old, parent=old.scope)
-            put_in.append(new)
+            path = "/".join(old.path)
+            if _models.exchanging(old, path)[-1:] != [number]:
+                return proceed(*args, **kwargs)
+            new = level.edits[path](old, parent=old.scope)
+            level.put_in.append(new)
             return new(*args, **kwargs)
 
-        _models.edits_under_way.append((edits, put_in))
+        _models.under_way.levels.append(level)
         try:
             with flax.linen.intercept_methods(intercept):
-                return getattr(self._bound(), method)(*args, **kwargs)
+                yield
         finally:
-            _models.edits_under_way.pop()
-
-
-@functools.cache
-def _edited_class(cls):
-    """Returns Edited with the other public methods of a model's class, for ``apply(..., method="encode")``."""
-
-    def through(name):
-        return lambda self, *args, **kwargs: self._through(name, *args, **kwargs)
-
-    names = [name for name in dir(cls) if name[0] != "_" and not hasattr(flax.linen.Module, name)]
-    methods = {name: through(name) for name in names if callable(getattr(cls, name))}
-    return type(f"Edited{cls.__name__}", (Edited,), {**methods, "__doc__": Edited.__doc__})
+            _models.under_way.levels.pop()
 
 
 def _after(first, second):
@@ -139,8 +161,11 @@ def _with_arrays(model, layers):
             values = getattr(layer, collection)
             if values is not None:
                 steps = tuple(path.split("/")) if path else ()
-                flat = {key: value for key, value in flat.items() if key[: len(steps)] != steps}
-                flat |= {(*steps, name): value for name, value in values.items()}
+                before = {key: value for key, value in flat.items() if key[:-1] == steps}
+                after = {(*steps, name): value for name, value in values.items()}
+                flat = {key: value for key, value in flat.items() if key not in before}
+                # What is known of a variable besides its value, such as its sharding, stays.
+                flat |= {k: replace_boxed(before[k], value) if k in before else value for k, value in after.items()}
         if flat:
             variables[collection] = unflatten_dict(flat)
     return variables

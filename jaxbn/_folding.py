@@ -16,10 +16,8 @@ import numpy as np
 from flax import nnx
 
 from jaxbn import _checks, _exchange, _graph, _models
+from jaxbn._models import CONVOLUTIONS, LINEAR
 
-CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
-DENSE = (flax.linen.Dense, flax.linen.DenseGeneral, nnx.Linear, nnx.LinearGeneral)
-LINEAR = (*CONVOLUTIONS, *DENSE)
 # A constant that went through a layer counts as a constant where it varies by no more than the rounding of a sum.
 _ROUNDING = 1e-5
 
@@ -32,6 +30,7 @@ class Seen(NamedTuple):
       index: number of this call among those of the layer.
       layer: the linen module, unbound, or the nnx module.
       norm: what a batch norm has, with shapes for arrays; None for a linear layer.
+      kernel: shape and dtype of the kernel that a linear layer uses; None for a batch norm.
       x: shape and dtype of the inputs.
       y: shape and dtype of the output.
     """
@@ -40,6 +39,7 @@ class Seen(NamedTuple):
     index: int
     layer: Any
     norm: _models.Norm | None
+    kernel: jax.ShapeDtypeStruct | None
     x: jax.ShapeDtypeStruct
     y: jax.ShapeDtypeStruct
 
@@ -74,19 +74,26 @@ def look(model: _models.Model, sample: Any, call: Callable) -> tuple[list[Seen],
 
     def handle(one):
         mark = f"{one.path}#{one.index}"
-        (x, *rest), kwargs = one.args or one.kwargs.values(), one.kwargs if one.args else {}
-        x = jnp.asarray(x)
-        one = one._replace(args=(_graph.mark(x, f"in {mark}"), *rest), kwargs=kwargs)
-        norm = _models.norm_of(one) if isinstance(one.layer, _models.BATCH_NORMS) else None
-        y = one.proceed(*one.args, **one.kwargs) if norm is None else _models.evaluated(norm)
+        norm = kernel = None
+        if isinstance(one.layer, _models.BATCH_NORMS):
+            norm = _models.norm_of(one)
+            x = jnp.asarray(norm.x)
+            y = _models.evaluated(norm._replace(x=_graph.mark(x, f"in {mark}")))
+            norm = norm.without_arrays()
+        else:
+            x = jnp.asarray(one.args[0] if one.args else one.kwargs["inputs"])
+            marked = _graph.mark(x, f"in {mark}")
+            y = one.proceed(marked, *one.args[1:], **{n: v for n, v in one.kwargs.items() if n != "inputs"})
+            # Passes beside the output through one operation, which shows where the kernel comes from.
+            y, kernel = jax.lax.optimization_barrier((y, _models.kernel_of(one.layer)))
         # Of an nnx model, the module itself: the one that is called here holds tracers.
         layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else modules[one.path]
-        norm = None if norm is None else norm.without_arrays()
-        seen.append(Seen(one.path, one.index, layer, norm, *_models.shapes((x, y))))
+        seen.append(Seen(one.path, one.index, layer, norm, *_models.shapes((kernel, x, y))))
         return _graph.mark(y, f"out {mark}"), None
 
     def run(arrays, sample):
-        return _models.run(model._replace(arrays=arrays), sample, call, handle, (*_models.BATCH_NORMS, *LINEAR))[0]
+        kinds = (*_models.BATCH_NORMS, *LINEAR)
+        return _models.run(model._replace(arrays=arrays), sample, _models.evaluating(call), handle, kinds)[0]
 
     return seen, _graph.trace(run, model.arrays, sample)
 
@@ -95,7 +102,7 @@ class Finder:
     """Finds out which layer can take a batch norm in."""
 
     def __init__(self, model: _models.Model, sample: Any, call: Callable):
-        self.model = model
+        self.arrays = _models.arrays_of(model)
         self.seen, self._graph = look(model, sample, call)
         self._marked = self._graph.marked()
         self._calls = {one.mark: one for one in self.seen}
@@ -113,7 +120,7 @@ class Finder:
         """Returns the layers that take in each call of a batch norm, or why there are none."""
         found = []
         for one in (one for one in self.seen if one.path == path):
-            if one.norm is None or one.norm.stats.mean.shape != _models.arrays_of(self.model, path)["mean"].shape:
+            if one.norm is None or one.norm.stats.mean.shape != self.arrays[path]["mean"].shape:
                 return "it runs in a loop or under vmap, with arrays for each turn"
             axis = one.options["axis"]
             if _checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
@@ -133,16 +140,18 @@ class Finder:
     def _before(self, norm):
         """Returns the layer whose output only this batch norm reads, or why there is none."""
         if f"in {norm.mark}" not in self._marked:
-            return "a loop keeps its input"
+            return "a loop or a branch keeps its input"
         value = self._marked[f"in {norm.mark}"].inputs[0]
         while True:
             operation, shared = self._graph.maker(value), len(self._graph.readers(value)) > 1
             if operation is None:
                 return "its input is the model's input, with no layer before it"
-            if operation.mark is None and operation.primitive in _graph.HAND_ON and not shared:
+            if _graph.hands_on(operation) and not shared:
                 value = operation.inputs[0]
                 continue
             linear = self._linear(operation.mark, "out ")
+            if linear is None and operation.mark is not None:
+                return f"it follows another batch norm, {operation.mark.removeprefix('out ').rpartition('#')[0]}"
             if linear is None:
                 nearest = self._nearest(operation)
                 return f"{operation.name} stands between it and {nearest}" if nearest else f"{operation.name} makes it"
@@ -153,7 +162,7 @@ class Finder:
     def _after(self, norm):
         """Returns the layer that is the only reader of this batch norm, or why there is none."""
         if f"out {norm.mark}" not in self._marked:
-            return "a loop keeps its output"
+            return "a loop or a branch keeps its output"
         value = self._marked[f"out {norm.mark}"].outputs[0]
         while True:
             operation, *others = self._graph.readers(value)
@@ -161,10 +170,12 @@ class Finder:
                 return "its output is used more than once"
             if operation is None:
                 return "its output is the model's"
-            if operation.mark is None and operation.primitive in _graph.HAND_ON:
+            if _graph.hands_on(operation):
                 value = operation.outputs[0]
                 continue
             linear = self._linear(operation.mark, "in ")
+            if linear is None and operation.mark is not None:
+                return "another batch norm follows"
             return f"{operation.name} follows" if linear is None else self._usable(linear)
 
     def _linear(self, mark, side):
@@ -181,7 +192,17 @@ class Finder:
             return f"{linear.path} shares its arrays with {self._sharing[linear.path]}"
         if getattr(linear.layer, "batch_dims", None) or getattr(linear.layer, "batch_axis", None):
             return f"{linear.path} has a kernel for each entry of an axis"
-        return linear
+        if linear.kernel.shape != self.arrays[linear.path]["kernel"].shape:
+            return f"{linear.path} runs in a loop or under vmap, with a kernel for each turn"
+        return linear if self._is_used_as_stored(linear) else f"{linear.path} does not use its kernel as it is stored"
+
+    def _is_used_as_stored(self, linear):
+        """Says whether the kernel is an argument of the program, which nothing reads but the layer, once."""
+        _, value = self._graph.maker(self._marked[f"out {linear.mark}"].inputs[0]).inputs
+        while (operation := self._graph.maker(value)) is not None and _graph.hands_on(operation):
+            value = operation.inputs[0]
+        readers = self._graph.readers(value)
+        return operation is None and len(readers) == 2
 
     def _nearest(self, operation):
         """Returns the path of the layer that an operation gets its first input from, over others perhaps."""
@@ -193,25 +214,25 @@ class Finder:
 
 
 def fold(
-    model: _models.Model, pairs: list[Pair], arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    stored: Mapping[str, dict[str, Any]], pairs: list[Pair], changed: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]] | str:
     """Folds the calls of one batch norm into the layers found for them.
 
     Args:
-      model: the model.
+      stored: the arrays of all layers, by path.
       pairs: of the batch norm.
-      arrays: kernels and biases of layers that have taken in another batch norm already, by path.
+      changed: kernels and biases of layers that have taken in another batch norm already, by path.
 
     Returns:
       Kernels and biases of the layers concerned, by path; or why it would not be exact.
     """
     folded = {}
     for norm, linear, before in pairs:
-        a, s = affine_of(model, norm.path, norm.options["epsilon"])
-        given = _models.arrays_of(model, linear.path)
-        kernel, bias = arrays.get(linear.path, (given["kernel"], given.get("bias")))
-        kernel = np.asarray(kernel, np.float64)
-        bias = np.zeros(_out_shape(linear, kernel)) if bias is None else np.asarray(bias, np.float64)
+        a, s = affine_of(stored[norm.path], norm.options["epsilon"])
+        given = stored[linear.path]
+        kernel, bias = changed.get(linear.path, (given["kernel"], given.get("bias")))
+        kernel = _wide(kernel)
+        bias = np.zeros(_out_shape(linear, kernel)) if bias is None else _wide(bias)
         result = (_into_outputs if before else _into_inputs)(linear, kernel, bias, a, s)
         if isinstance(result, str):
             return result
@@ -219,11 +240,15 @@ def fold(
     return folded
 
 
-def affine_of(model: _models.Model, path: str, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+def affine_of(arrays: Mapping[str, Any], epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the scale a and the shift s that a batch norm is in evaluation, in float64, shape [C]."""
-    arrays = {name: np.asarray(value, np.float64) for name, value in _models.arrays_of(model, path).items()}
+    arrays = {name: _wide(value) for name, value in arrays.items()}
     a = arrays.get("scale", 1.0) / np.sqrt(arrays["var"] + epsilon)
     return a, arrays.get("bias", 0.0) - arrays["mean"] * a
+
+
+def _wide(value):
+    return np.asarray(value, np.complex128 if jnp.iscomplexobj(value) else np.float64)
 
 
 def _into_outputs(linear, kernel, bias, a, s):
@@ -245,9 +270,26 @@ def _into_inputs(linear, kernel, bias, a, s):
         groups = getattr(layer, "feature_group_count", 1)
         along_inputs = np.repeat(a.reshape(groups, -1), kernel.shape[-1] // groups, axis=0).T
     constant = _through(linear, kernel, s).reshape(-1, *bias.shape)
-    if np.ptp(constant, axis=0).max() > _ROUNDING * abs(constant).max():
+    varies = abs(constant - constant[0]).max() > _ROUNDING * abs(constant).max()
+    if varies or (s.any() and isinstance(layer, CONVOLUTIONS) and _pads_with_zeros(layer)):
         return f"{linear.path} pads with zeros, which its shift would change"
     return kernel * along_inputs, bias + constant.mean(0)
+
+
+def _pads_with_zeros(layer):
+    """Says whether some output of a convolution may see a zero instead of an input; the sample may be too lucky."""
+    if {*np.atleast_1d(getattr(layer, "input_dilation", None) or 1)} != {1}:
+        return True
+    padding = layer.padding
+    if isinstance(padding, str) and padding.upper() in ("CIRCULAR", "REFLECT"):
+        return False
+    transposed = not hasattr(layer, "feature_group_count")
+    strides = {*np.atleast_1d(layer.strides or 1)} if transposed else {1}
+    if {*np.atleast_1d(layer.kernel_size)} | strides == {1} and isinstance(padding, str):
+        return False
+    if isinstance(padding, str):
+        return transposed or padding.upper() != "VALID"
+    return transposed or bool(np.any(padding))
 
 
 def _out_shape(linear, kernel):
@@ -262,11 +304,12 @@ def _through(linear, kernel, s):
     """Returns what a layer without its bias makes of one example that is s everywhere."""
     positions = kernel.ndim - 2 if isinstance(linear.layer, CONVOLUTIONS) else 0
     shape = linear.x.shape[len(linear.x.shape) - 1 - positions :]
-    x = np.broadcast_to(s, (1, *shape)).astype(np.float32)
+    dtype = jnp.promote_types(linear.kernel.dtype, jnp.float32)
+    x = jnp.asarray(np.broadcast_to(s, (1, *shape)).astype(dtype))
     layer = _exchange.make_with({"use_bias": False, "dtype": None}, linear.layer)
-    kernel = jnp.asarray(kernel, jnp.float32)
+    kernel = jnp.asarray(kernel.astype(dtype))
     with jax.default_matmul_precision("highest"):
         if isinstance(layer, flax.linen.Module):
-            return np.asarray(layer.apply({"params": {"kernel": kernel}}, x), np.float64)
+            return np.asarray(layer.apply({"params": {"kernel": kernel}}, x))
         layer.kernel, layer.bias = nnx.Param(kernel), nnx.data(None)
-        return np.asarray(layer(x), np.float64)
+        return np.asarray(layer(x))

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # Operations that hand on the value they get, in another dtype or place at most.
-HAND_ON = {"convert_element_type", "sharding_constraint", "copy", "name", "optimization_barrier", "pvary"}
+_HAND_ON = {"convert_element_type", "sharding_constraint", "copy", "name", "optimization_barrier", "pvary"}
 _CALLS = {"jit", "pjit", "closed_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 _LONGEST_NAMED = 8  # operations of a function that is spoken of by its name; longer ones are parts of the model
 _MARK = "jaxbn "
@@ -68,6 +68,11 @@ class Graph(NamedTuple):
 def mark(x: jax.Array, name: str) -> jax.Array:
     """Returns ``x``, to be found in the graph by this name."""
     return checkpoint_name(x, _MARK + name)
+
+
+def hands_on(operation: Operation) -> bool:
+    """Says whether an operation returns the one value that it gets, in another dtype or place at most."""
+    return operation.mark is None and operation.primitive in _HAND_ON and len(operation.inputs) == 1
 
 
 def trace(function: Callable, *arguments: Any) -> Graph:

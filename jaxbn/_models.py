@@ -5,9 +5,11 @@ module, or the GraphDef of an nnx module) and its arrays (the variables, or the 
 with it is a pure function of arrays.  Batch norms are Flax's or ours; a subclass that computes something else is none.
 """
 
+import collections
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +17,7 @@ import flax.errors
 import flax.linen
 import jax
 from flax import nnx
-from flax.core import unfreeze
+from flax.core import DenyList, unfreeze
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 
@@ -25,8 +27,10 @@ from jaxbn.functional import batch_norm
 from jaxbn.stats import BatchStats
 
 BATCH_NORMS = (flax.linen.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn.nnx.BatchNorm)
+CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
+DENSE = (flax.linen.Dense, flax.linen.DenseGeneral, nnx.Linear, nnx.LinearGeneral)
+LINEAR = (*CONVOLUTIONS, *DENSE)
 _RUN = itertools.count()  # numbers the runs
-edits_under_way = []  # (edits by path, layers put in) of each edited linen model that is being called
 
 
 class Model(NamedTuple):
@@ -56,6 +60,28 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict
     proceed: Callable[..., Any]
+
+
+class Level(NamedTuple):
+    """An edited linen model that is being called.
+
+    Attributes:
+      edits: what makes the new layer, by path of the old.
+      put_in: the new layers that were made so far.
+    """
+
+    edits: Mapping[str, Callable]
+    put_in: list
+
+
+class _UnderWay(threading.local):
+    """The edited models that are being called in this thread, each inside of the one before."""
+
+    def __init__(self):
+        self.levels: list[Level] = []
+
+
+under_way = _UnderWay()
 
 
 class Norm(NamedTuple):
@@ -166,8 +192,34 @@ def norm_of(call: Call) -> Norm:
     else:
         mean, var = (getattr(layer, name)[...] for name in BatchStats._fields)
         scale, bias = (None if v is None else v[...] for v in (layer.scale, layer.bias))
+    needed = {"mean": mean, "var": var}
+    needed |= {"scale": scale} if layer.use_scale else {}
+    needed |= {"bias": bias} if layer.use_bias else {}
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise ValueError(
+            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; accepted are those of this model in "
+            "'params' and 'batch_stats'; pass what model.init returns, or what training has made of it."
+        )
     frozen = getattr(layer, "frozen", False)
     return Norm(x, mask, frozen or mode, BatchStats(mean, var), scale, bias, settings(layer))
+
+
+def kernel_of(layer: Any) -> jax.Array:
+    """Returns the kernel that a linear layer uses in this call."""
+    if isinstance(layer, flax.linen.Module):
+        return unbox(layer.get_variable("params", "kernel"))
+    return layer.kernel[...]
+
+
+def evaluating(call: Callable) -> Callable:
+    """Returns ``call``, with an nnx module evaluating; of a linen module, ``call`` itself says that it should."""
+
+    def evaluate(module, batch):
+        if isinstance(module, nnx.Module):
+            module.eval()
+        return call(module, batch)
+
+    return evaluate
 
 
 def settings(layer: Any) -> dict[str, Any]:
@@ -175,11 +227,6 @@ def settings(layer: Any) -> dict[str, Any]:
     ours = jaxbn.linen.BatchNorm if isinstance(layer, flax.linen.Module) else jaxbn.nnx.BatchNorm
     names = [name for name in inspect.signature(ours.__init__).parameters if name not in ("parent", "name")]
     return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-
-
-def evaluate(call: Call) -> jax.Array:
-    """Returns what a batch norm would in evaluation, whatever its mode."""
-    return evaluated(norm_of(call))
 
 
 def evaluated(norm: Norm) -> jax.Array:
@@ -216,13 +263,17 @@ def with_stats(model: Model, stats: Mapping[str, BatchStats]) -> Model:
     return Model(*nnx.split(changed))
 
 
-def arrays_of(model: Model, path: str) -> dict[str, Any]:
-    """Returns the parameters and statistics of one layer by name; None for what it does without."""
+def arrays_of(model: Model) -> dict[str, dict[str, Any]]:
+    """Returns the parameters and statistics of each layer by name, by its path."""
+    arrays = collections.defaultdict(dict)
     if isinstance(model.definition, flax.linen.Module):
-        trees = [_at(model.arrays.get(collection, {}), path) for collection in ("params", "batch_stats")]
-        return {name: unbox(value) for tree in trees for name, value in tree.items()}
-    variables = vars(modules(model)[path]).items()
-    return {name: value[...] for name, value in variables if isinstance(value, nnx.Variable)}
+        for collection in ("params", "batch_stats"):
+            for (*path, name), value in flatten_dict(model.arrays.get(collection, {})).items():
+                arrays["/".join(path)][name] = unbox(value)
+        return arrays
+    for path, layer in modules(model).items():
+        arrays[path] = {name: v[...] for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+    return arrays
 
 
 def modules(model: Model) -> dict[str, nnx.Module]:
@@ -240,16 +291,32 @@ def sharing(model: Model) -> dict[str, str]:
     return shared
 
 
+def exchanging(layer: Any, path: str) -> list[int]:
+    """Returns the numbers of the edited models under way that will put another layer in the place of this one.
+
+    The innermost comes first, and the outer ones exchange what it puts in; it leaves alone what they put in.
+    """
+    return [
+        number
+        for number, level in enumerate(under_way.levels)
+        if path in level.edits
+        and not any(layer is new for outer in under_way.levels[: number + 1] for new in outer.put_in)
+    ]
+
+
 def _run_linen(model, batch, call, handled, kinds):
     # Blocks under nn.jit are not traced again, and so not intercepted, if nothing about the call has changed.  Two of
     # one kind share their trace even within a run: what is recorded must be a function of the layer's arrays.
     collection = f"intercepted_{next(_RUN)}"
+    # Whatever else a model writes in evaluation it may; some tell from batch_stats whether to train.
+    mutable = DenyList(("batch_stats", f"not_{collection}"))
 
     def intercept(proceed, args, kwargs, context):
-        layer, path = context.module, "/".join(context.module.path)
-        # An edited model exchanges the layer next, and what it puts in comes by here again.
-        exchanged = any(path in edits and all(layer is not new for new in put_in) for edits, put_in in edits_under_way)
-        if context.method_name != "__call__" or exchanged or not _is_one_of(layer, kinds):
+        layer = context.module
+        if context.method_name != "__call__" or not is_one_of(layer, kinds):
+            return proceed(*args, **kwargs)
+        path = "/".join(layer.path)
+        if exchanging(layer, path):
             return proceed(*args, **kwargs)
         y, record = handled(path, layer.get_variable(collection, "calls", ()), layer, args, kwargs, proceed)
         if record is not None and not layer.sow(collection, "calls", record):
@@ -257,14 +324,14 @@ def _run_linen(model, batch, call, handled, kinds):
         return y
 
     with flax.linen.intercept_methods(intercept):
-        y, recorded = model.definition.apply(model.arrays, batch, method=call, mutable=[collection])
+        y, recorded = model.definition.apply(model.arrays, batch, method=call, mutable=mutable)
     calls = flatten_dict(recorded.get(collection, {}))
     return y, {"/".join(path): records for (*path, _), records in calls.items()}
 
 
 def _run_nnx(model, batch, call, handled, kinds):
     module = _merged(model)
-    layers = [(path, layer) for path, layer in modules_in(module) if _is_one_of(layer, kinds)]
+    layers = [(path, layer) for path, layer in modules_in(module) if is_one_of(layer, kinds)]
     for path, layer in layers:
         layer.__class__ = _intercepted_class(type(layer), path, handled)
     y = call(module, batch)
@@ -299,7 +366,8 @@ def modules_in(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield "/".join(map(str, path)), node
 
 
-def _is_one_of(layer, kinds):
+def is_one_of(layer: Any, kinds: tuple[type, ...]) -> bool:
+    """Says whether a layer is of one of these classes, and computes what they do."""
     return any(isinstance(layer, kind) and type(layer).__call__ is kind.__call__ for kind in kinds)
 
 

@@ -68,11 +68,12 @@ def must_be_operable(model: Model, found: Found, sample: Any, call: Evaluate) ->
         seen = set()
 
         def note(proceed, args, kwargs, context):
-            seen.add("/".join(context.module.path))
+            if context.module.scope is not None:  # without one, a module has no variables, and no path
+                seen.add("/".join(context.module.path))
             return proceed(*args, **kwargs)
 
         with flax.linen.intercept_methods(note):
-            apply = functools.partial(model.definition.apply, method=call, mutable=["batch_stats"])
+            apply = functools.partial(model.definition.apply, method=call, mutable=True)
             jax.eval_shape(apply, model.arrays, sample)
         return seen
 
@@ -89,13 +90,17 @@ def select(found: Found, layers: Layers | None) -> Found:
     if layers is None:
         return found
     layers = [layers] if isinstance(layers, str) else list(layers)
+    if not layers:
+        raise ValueError(
+            f"layers is empty; it names batch norms to change: {', '.join(map(repr, found))}; None is all."
+        )
     for layer in layers:
-        if not any(_is_below(path, layer) for path in found):
+        if not any(is_below(path, layer) for path in found):
             raise ValueError(
                 f"the model has no batch norm at {layer!r}; it has {', '.join(map(repr, found))}; "
                 "give one of these, or the path of a module that contains it."
             )
-    return {path: norm for path, norm in found.items() if any(_is_below(path, layer) for layer in layers)}
+    return {path: norm for path, norm in found.items() if any(is_below(path, layer) for layer in layers)}
 
 
 def operate(
@@ -115,10 +120,11 @@ def operate(
 
 
 def _outputs(model, sample, call):
-    """Returns the arrays of numbers that the model gives in evaluation, in float64."""
+    """Returns the arrays of numbers that the model gives in evaluation."""
 
     def handle(one):
-        return _models.evaluate(one), None
+        norm = _models.norm_of(one)  # the layer itself where it evaluates, since it may round as ours does not
+        return one.proceed(*one.args, **one.kwargs) if norm.use_running_average else _models.evaluated(norm), None
 
     compiled = jax.jit(_runner(model, call, handle), compiler_options=_ONCE)
     leaves = jax.tree.leaves(compiled(model.arrays, sample))
@@ -127,10 +133,12 @@ def _outputs(model, sample, call):
 
 def _runner(model, call, handle):
     def run(arrays, sample):
-        return _models.run(model._replace(arrays=arrays), sample, call, handle, _models.BATCH_NORMS)[0]
+        batch_norms = _models.BATCH_NORMS
+        return _models.run(model._replace(arrays=arrays), sample, _models.evaluating(call), handle, batch_norms)[0]
 
     return run
 
 
-def _is_below(path, layer):
+def is_below(path: str, layer: str) -> bool:
+    """Says whether a path is that of a layer, or of something in it."""
     return layer == "" or f"{path}/".startswith(f"{layer}/")

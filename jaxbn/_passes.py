@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxbn import _checks, _graph
-from jaxbn._models import BATCH_NORMS, Model, evaluated, norm_of, run
+from jaxbn._models import BATCH_NORMS, Model, evaluated, evaluating, norm_of, run
 from jaxbn.functional import batch_normalize
 from jaxbn.stats import Moments, combine, moments
 
@@ -53,7 +52,7 @@ def measure_calls(model, batch, call, mask, *, axis_name=None, use_running_avera
     examples = None if mask is None else mask(batch)
 
     def handle(one):
-        norm = _norm_of(one)
+        norm = norm_of(one)
         norm = norm._replace(mask=_in_common(norm, examples, one.path))
         options = {"axis": norm.options["axis"], "mask": norm.mask, "axis_name": axis_name}
         if by_call and not _is_frozen(norm):
@@ -64,7 +63,7 @@ def measure_calls(model, batch, call, mask, *, axis_name=None, use_running_avera
         y, found = norm.options.get("method", batch_normalize)(norm.x, norm.scale, norm.bias, **options)
         return y if norm.options["dtype"] is None else y.astype(norm.options["dtype"]), found
 
-    return run(model, batch, _evaluating(call), handle, BATCH_NORMS)[1]
+    return run(model, batch, evaluating(call), handle, BATCH_NORMS)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("static", "use_running_average", "by_call"))
@@ -90,6 +89,11 @@ def measure_all(model, batches, call, mask, *, use_running_average, by_call=Fals
     sums, number = [], 0
     for number, batch in enumerate(batches, start=1):
         sums.append(_measured(model.arrays, batch, **options))
+        if jax.tree.structure(sums[-1]) != jax.tree.structure(sums[0]):
+            raise ValueError(
+                f"batch {number} calls layers more or less often than the first, but the calls of a layer are measured "
+                "one by one; accepted are batches for which the model does the same; cut sequences to one length."
+            )
         # In pairs that stand for as many batches each, so that rounding grows with the logarithm of their number.
         while len(sums) > number.bit_count():
             sums[-2:] = [_combined(*sums[-2:])]
@@ -102,7 +106,7 @@ def find_layers(model, batch, call, mask):
 
     def handle(one):
         nonlocal any_frozen
-        norm = _norm_of(one)
+        norm = norm_of(one)
         if _is_frozen(norm):
             any_frozen = True
             return evaluated(norm), None
@@ -113,7 +117,7 @@ def find_layers(model, batch, call, mask):
 
     def function(arrays, batch):
         nonlocal structure
-        _, seen = run(Model(model.definition, arrays), batch, _evaluating(call), handle, BATCH_NORMS)
+        _, seen = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
         structure = jax.tree.structure(seen)
         return seen
 
@@ -127,27 +131,6 @@ def find_layers(model, batch, call, mask):
         levels |= dict.fromkeys(operation.outputs, level)
         inputs |= dict.fromkeys(operation.outputs if operation.mark is not None else (), level)
     return structure.unflatten([inputs.get(value) for value in graph.outputs])
-
-
-def _evaluating(call):
-    """Returns ``call``, with an nnx module evaluating; of a linen module, ``call`` itself says that it should."""
-
-    def evaluating(module, batch):
-        if isinstance(module, nnx.Module):
-            module.eval()
-        return call(module, batch)
-
-    return evaluating
-
-
-def _norm_of(one):
-    norm = norm_of(one)
-    if norm.stats.mean is None or norm.stats.var is None:
-        raise ValueError(
-            f"variables have no 'mean' and 'var' of {one.path} in 'batch_stats'; accepted are those of this model; "
-            "pass what model.init returns, or what training has made of it."
-        )
-    return norm
 
 
 def _is_frozen(norm):

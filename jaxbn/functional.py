@@ -240,13 +240,13 @@ def affine(
     """
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, 1.0, scale=scale, bias=bias)
-    expand = functools.partial(jnp.expand_dims, axis=reduced)
-    y = widen(fill(x, _checks.mask(mask, x)))
-    if scale is not None:
-        y = y * expand(widen(jnp.asarray(scale)))
-    if bias is not None:
-        y = y + expand(widen(jnp.asarray(bias)))
-    return y.astype(result_dtype(x, scale, bias))
+    mask = _checks.mask(mask, x)
+    if scale is None and bias is None:
+        return fill(x, mask)
+    features = [x.shape[one] for one in axes]
+    a = jnp.ones(features) if scale is None else widen(jnp.asarray(scale))
+    shift = None if bias is None else widen(jnp.asarray(bias))
+    return _scale_and_shift(x, mask, jnp.zeros(features), a, shift, reduced, result_dtype(x, scale, bias))
 
 
 def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> jax.Array:

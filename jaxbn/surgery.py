@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn import _folding, _models
+from jaxbn import _checks, _folding, _models
 from jaxbn._exchange import NewLayer, make_affine, make_batch_norm, make_group_norm, make_with
 from jaxbn._models import call_model
-from jaxbn._operating import Layers, Surgery, look, must_be_operable, operate, select
+from jaxbn._operating import Layers, Surgery, is_below, look, must_be_operable, operate, select
 from jaxbn.functional import result_dtype
 from jaxbn.stats import init_stats, to_variables
 
@@ -35,7 +35,6 @@ _OPTIONS = (
     "momentum",
     "unbiased",
 )
-_ROUNDINGS = 1e4  # units of the dtype by which outputs may differ after folding: far more than rounding makes
 __all__ = ["Surgery", "fold", "freeze", "frozen_mask", "replace", "replace_by_group_norm", "to_affine"]
 
 
@@ -83,12 +82,15 @@ def replace(
         raise ValueError(
             f"{', '.join(unknown)}: no option that can change in a trained model; accepted are {', '.join(_OPTIONS)}."
         )
+    _checks.momentum(options.get("momentum"))
+    if steps is not None:
+        _checks.at_least("steps", steps, 0)
     before, found = look(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
-    chosen = select(found, layers)
+    stored = _models.arrays_of(before)
     new = {
-        path: NewLayer(make, batch_stats=_statistics(before, path, norm, options, steps))
-        for path, norm in chosen.items()
+        path: NewLayer(make, batch_stats=_statistics(stored[path], path, norm, options, steps))
+        for path, norm in select(found, layers).items()
     }
     return operate(before, new, [*new], {}, sample, call)
 
@@ -142,7 +144,7 @@ def frozen_mask(tree: Any, layers: Layers, *, scale_and_bias: bool = True) -> An
 
     Args:
       tree: what the optimizer gets: params or variables of a linen model, or the State of an nnx model.
-      layers: paths of batch norms, such as ``Surgery.layers``.
+      layers: paths of batch norms, such as ``Surgery.layers``, or of modules that contain nothing else to train.
       scale_and_bias: False leaves scale and bias to the optimizer.
 
     Returns:
@@ -150,7 +152,7 @@ def frozen_mask(tree: Any, layers: Layers, *, scale_and_bias: bool = True) -> An
       ``nnx.Optimizer`` wants it.
 
     Raises:
-      ValueError: for a path at which the tree has nothing.
+      ValueError: for layers of which the tree has none.
     """
     layers = [layers] if isinstance(layers, str) else list(layers)
     met = set()
@@ -160,12 +162,13 @@ def frozen_mask(tree: Any, layers: Layers, *, scale_and_bias: bool = True) -> An
         is_statistic = names[0] == "batch_stats" or isinstance(leaf, nnx.BatchStat)
         *layer, name = names[1:] if names[0] in ("params", "batch_stats") else names
         met.add("/".join(layer))
-        return is_statistic or (scale_and_bias and name in ("scale", "bias") and "/".join(layer) in layers)
+        chosen = any(is_below("/".join(layer), one) for one in layers)
+        return is_statistic or (scale_and_bias and name in ("scale", "bias") and chosen)
 
     mask = jax.tree.map_with_path(frozen, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    if missing := [layer for layer in layers if layer not in met]:
+    if layers and not any(is_below(layer, one) for layer in met for one in layers):
         raise ValueError(
-            f"the tree has no leaves at {', '.join(map(repr, missing))}; it has some at "
+            f"the tree has no leaves at {', '.join(map(repr, layers))}; it has some at "
             f"{', '.join(map(repr, sorted(met)))}; pass paths such as Surgery.layers, and the tree of the same model."
         )
     return mask
@@ -206,10 +209,11 @@ def to_affine(
       ValueError: for a layer that the model does not have.
     """
     before, found = look(model, variables, sample, call)
-    new = {}
+    stored, new = _models.arrays_of(before), {}
     for path, norm in select(found, layers).items():
-        arrays = zip(("scale", "bias"), _folding.affine_of(before, path, norm.options["epsilon"]), strict=True)
-        arrays = {name: jnp.asarray(value.astype(norm.options["param_dtype"])) for name, value in arrays}
+        arrays = zip(("scale", "bias"), _folding.affine_of(stored[path], norm.options["epsilon"]), strict=True)
+        dtype = jnp.promote_types(norm.options["param_dtype"], norm.stats.mean.dtype)
+        arrays = {name: jnp.asarray(value.astype(dtype)) for name, value in arrays}
         make = functools.partial(make_affine, {"dtype": _result_dtype(norm), "fixed": not learnable})
         new[path] = NewLayer(make, arrays if learnable else {}, {} if learnable else arrays)
     return operate(before, new, [*new], {}, sample, call)
@@ -311,7 +315,7 @@ def fold(
     arrays, new, kept = {}, {}, {}  # arrays of linear layers, which may take in a batch norm on either side
     for path in select(norms, layers):
         pairs = finder.pairs(path)
-        folded = pairs if isinstance(pairs, str) else _folding.fold(before, pairs, arrays)
+        folded = pairs if isinstance(pairs, str) else _folding.fold(finder.arrays, pairs, arrays)
         if isinstance(pairs, str) or isinstance(folded, str):
             kept[path] = folded
             continue
@@ -325,25 +329,17 @@ def fold(
         )
     changed = [*new]
     for path, (kernel, bias) in arrays.items():
-        dtype = _models.arrays_of(before, path)["kernel"].dtype
+        dtype = finder.arrays[path]["kernel"].dtype
         values = {"kernel": jnp.asarray(kernel.astype(dtype)), "bias": jnp.asarray(bias.astype(dtype))}
         new[path] = NewLayer(functools.partial(make_with, {"use_bias": True}), values)
-    done = operate(before, new, changed, kept, sample, call)
-    coarsest = max(jnp.finfo(norms[path].x.dtype).eps for path in changed)
-    if done.difference > _ROUNDINGS * coarsest * done.scale:
-        raise ValueError(
-            f"folding would change an output by {done.difference:.3g}, with outputs up to {done.scale:.3g}: a layer "
-            "does not use its kernel as it is stored (is it normalised, or tied?). Nothing was changed; name "
-            "layers that can be folded with layers=."
-        )
-    return done
+    return operate(before, new, changed, kept, sample, call)
 
 
-def _statistics(model, path, norm, options, steps):
+def _statistics(stored, path, norm, options, steps):
     """Returns the statistics of a layer, with those that its new options add, and without those that it has no more."""
     settings = {"debias": False, "accumulate": 1} | norm.options | options
     kind = {"counted": settings["momentum"] is None or settings["debias"], "accumulate": settings["accumulate"]}
-    given = {name: value for name, value in _models.arrays_of(model, path).items() if name not in ("scale", "bias")}
+    given = {name: value for name, value in stored.items() if name not in ("scale", "bias")}
     start = to_variables(init_stats(norm.stats.mean.shape, **kind, dtype=norm.stats.mean.dtype))
     if (added := sorted(start.keys() - given.keys())) and given["mean"].shape != norm.stats.mean.shape:
         raise ValueError(
@@ -355,7 +351,12 @@ def _statistics(model, path, norm, options, steps):
             f"{path} is to count its batches (debias=True or momentum=None), but does not know how many are behind its "
             "statistics; say so with steps=, 0 to start anew."
         )
-    if "steps" in start and steps is not None:
+    if steps is not None:
+        if "steps" not in start:
+            raise ValueError(
+                f"steps={steps} is given, but {path} does not count its batches; leave it out, or count them, with "
+                "debias=True or momentum=None."
+            )
         given["steps"] = jnp.full_like(given.get("steps", start["steps"]), steps)
     return {name: given.get(name, value) for name, value in start.items()}
 

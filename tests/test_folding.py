@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxbn.linen
 from jaxbn import surgery
 
 PAGE = Path(__file__).parent.parent / "docs" / "after_training.md"
@@ -208,6 +209,8 @@ REASONS = {
     "the output of dense is also used elsewhere": lambda net, x: net.norm(y := net.dense(x), "norm") + y,
     "add stands between it and dense": lambda net, x: net.norm(net.dense(x) + x, "norm"),
     "its features are on axis 1": lambda net, x: net.norm(net.dense(x), "norm", axis=1),
+    "it follows another batch norm, first": lambda net, x: net.norm(net.norm(x + 1, "first"), "norm"),
+    "after it, another batch norm follows": lambda net, x: net.norm(net.norm(x + 1, "norm"), "second"),
     "after it, its output is used more than once": lambda net, x: net.dense(y := net.norm(nn.relu(x), "norm")) + y,
     "after it, relu follows": lambda net, x: net.dense(nn.relu(net.norm(nn.relu(x), "norm"))),
     "after it, its output is the model's": lambda net, x: net.norm(nn.relu(net.dense(x)), "norm"),
@@ -220,7 +223,7 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(reason):
     variables = variables_of(net, x)
     before = jax.tree.map(np.array, variables)
     with pytest.raises(ValueError, match=re.escape(reason)) as error:
-        surgery.fold(net, variables, x)
+        surgery.fold(net, variables, x, layers="norm")
     assert "cannot fold norm: " in str(error.value) and "Nothing was changed" in str(error.value)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, variables))
 
@@ -271,15 +274,98 @@ def test_a_block_that_is_recomputed_folds(wrap):
     assert done.layers == ("CheckpointLinenNet_0/BatchNorm_0",) and done.difference <= 1e-5 * done.scale
 
 
-def test_a_kernel_that_is_not_used_as_it_is_stored_is_found_out():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_kernel_that_is_not_used_as_it_is_stored_is_found_out(dtype):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.BatchNorm(use_running_average=True)(nn.WeightNorm(nn.Dense(4))(x))
+            layer = nn.WeightNorm(nn.Dense(4, dtype=dtype))
+            return nn.BatchNorm(use_running_average=True, dtype=dtype)(layer(x))
 
     x = inputs("dense")
-    with pytest.raises(ValueError, match=r"does not use its kernel as it is stored .* Nothing was changed"):
+    with pytest.raises(ValueError, match=r"Dense_0 does not use its kernel as it is stored.* Nothing was changed"):
         surgery.fold(Net(), variables_of(Net(), x), x)
+
+
+def test_a_kernel_that_is_used_elsewhere_too_is_found_out():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(FEATURES, 4, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.dense(x)) @ self.dense.kernel[...].T
+
+    with pytest.raises(ValueError, match="dense does not use its kernel as it is stored"):
+        surgery.fold(Net(), None, inputs("dense"))
+
+
+def test_padding_decides_and_not_the_size_of_the_sample():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(nn.relu(x))
+            return nn.Conv(5, (2, 2), strides=2)(x)  # "SAME" pads no even size
+
+    x = jnp.ones((1, 8, 8, 3))
+    with pytest.raises(ValueError, match="Conv_0 pads with zeros"):
+        surgery.fold(Net(), variables_of(Net(), x), x)
+
+
+def test_several_values_in_one_operation_are_not_handed_on():
+    def function(net, x):
+        first, _ = jax.lax.optimization_barrier((nn.Dense(FEATURES, name="other")(x), net.dense(x)))
+        return net.norm(first, "norm")
+
+    net, x = net_of(function), inputs("dense")
+    with pytest.raises(ValueError, match="optimization_barrier stands between it and"):
+        surgery.fold(net, variables_of(net, x), x)
+
+
+def test_a_kernel_for_each_entry_of_an_axis_is_refused():
+    net = net_of(lambda net, x: net.norm(nn.DenseGeneral(5, batch_dims=(0,), name="general")(x), "norm"))
+    x = inputs("dense")
+    with pytest.raises(ValueError, match="general has a kernel for each entry of an axis"):
+        surgery.fold(net, variables_of(net, x), x)
+
+
+def test_a_layer_under_vmap_is_refused():
+    def function(net, x):
+        lifted = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0)
+        return net.norm(lifted(4, name="dense_of_each")(x), "norm")
+
+    net, x = net_of(function), inputs("dense")
+    with pytest.raises(ValueError, match="dense_of_each runs in a loop or under vmap, with a kernel for each turn"):
+        surgery.fold(net, variables_of(net, x), x)
+
+
+def test_a_batch_norm_in_a_branch_is_refused():
+    def function(net, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        return nn.cond(x.sum() > 0, lambda norm, x: norm(x), lambda norm, x: 2 * norm(x), norm, net.dense(x))
+
+    net, x = net_of(function), inputs("dense")
+    with pytest.raises(ValueError, match="a loop or a branch keeps its input"):
+        surgery.fold(net, net.init(jax.random.key(0), x), x)
+
+
+def test_inputs_may_be_given_by_name_in_any_order():
+    net = net_of(lambda net, x: nn.BatchNorm(name="norm")(use_running_average=True, x=net.dense(inputs=x)))
+    x = inputs("dense")
+    done = surgery.fold(net, variables_of(net, x), x)
+    assert done.layers == ("norm",) and done.difference <= 1e-5 * done.scale
+
+
+def test_complex_layers_fold():
+    net = net_of(
+        lambda net, x: jaxbn.linen.BatchNorm(use_running_average=True)(nn.Dense(4, param_dtype=jnp.complex64)(x))
+    )
+    x = inputs("dense") * (1 + 2j)
+    variables = variables_of(net, x)
+    variables["params"]["Dense_0"] = jax.tree.map(lambda a: a * (1 - 0.5j), variables["params"]["Dense_0"])
+    variables["batch_stats"]["BatchNorm_0"]["mean"] *= 1 + 1j
+    done = surgery.fold(net, variables, x)
+    assert len(done.layers) == 1 and done.difference <= 1e-5 * done.scale
 
 
 def test_layers_with_one_kernel_between_them_are_refused():

@@ -1,6 +1,8 @@
 """Surgery on whole models, linen and nnx: what changes, what stays, and what is refused."""
 
 import functools
+import pickle
+import threading
 
 import flax.linen as nn
 import jax
@@ -180,11 +182,53 @@ def test_replaced_layers_keep_their_settings():
     assert done.model.again["first"] is done.model.first
 
 
-def test_sharding_metadata_of_a_parameter_survives():
+@pytest.mark.parametrize("operation", ["replace", "to_affine", "fold"])
+def test_what_a_variable_knows_besides_its_value_survives(operation):
+    class Fixed(nnx.Param):
+        pass
+
     net, _ = nnx_net()
-    net.first.scale = nnx.Param(net.first.scale[...], note="kept")
-    done = surgery.replace(net, None, X)
-    assert done.model.first.scale.get_metadata()["note"] == "kept"
+    net.first.scale = Fixed(net.first.scale[...], note="kept")
+    net.conv.kernel = Fixed(net.conv.kernel[...], note="kept")
+    done = OPERATIONS[operation](net, None, X)
+    assert done.difference <= 1e-5 * done.scale
+    variables = [done.model.conv.kernel] + ([done.model.first.scale] if operation != "fold" else [])
+    assert all(type(v) is Fixed and v.get_metadata()["note"] == "kept" for v in variables)
+
+
+@pytest.mark.parametrize("operation", ["replace", "to_affine", "fold"])
+def test_sharding_of_linen_variables_survives(operation):
+    kernel_init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    scale_init = nn.with_partitioning(nn.initializers.ones, ("model",))
+    net = nn.Sequential([nn.Dense(4, kernel_init=kernel_init), nn.BatchNorm(True, scale_init=scale_init)])
+    variables = net.init(jax.random.key(0), X)
+    done = OPERATIONS[operation](net, variables, X)
+    before, after = (nn.get_partition_spec(v["params"]) for v in (variables, done.variables))
+    assert after["layers_0"]["kernel"] == before["layers_0"]["kernel"] == jax.P(None, "model")
+    assert operation == "fold" or after["layers_1"]["scale"] == jax.P("model")
+
+
+def test_an_nnx_model_is_looked_at_in_evaluation():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.dense, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dropout(self.dense(x)))
+
+    net = Net()
+    done = surgery.fold(net, None, X)
+    assert done.layers == ("norm",) and done.difference <= 1e-5 * done.scale
+    assert not net.dropout.deterministic and not net.norm.use_running_average
+
+
+def test_the_difference_is_that_of_the_layers_themselves():
+    net = nnx.BatchNorm(3, use_running_average=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    net.mean[...] = jnp.full(3, 100.3)
+    done = surgery.replace(net, None, X + 100)  # Flax's rounds mean and inputs to bfloat16 first
+    assert done.difference == float(abs(net(X + 100) - done.model(X + 100)).astype(jnp.float32).max()) > 0.1
 
 
 def test_an_edited_linen_model_has_the_variables_and_methods_of_the_model():
@@ -195,21 +239,77 @@ def test_an_edited_linen_model_has_the_variables_and_methods_of_the_model():
     np.testing.assert_array_equal(done.model.apply(variables, y, method="head"), y.mean((1, 2)))
 
 
-def test_an_edited_linen_model_is_a_submodule_as_any_other():
+def test_an_edited_linen_model_is_applied_as_the_model():
+    net, variables = linen_net()
+    done = surgery.replace(net, variables, X, call=lambda module, x: module.second(module.dense(module.conv(x)), True))
+    assert done.layers == ("second",)
+    for method in (LinenNet.head, lambda module, x: module.head(x)):
+        np.testing.assert_array_equal(done.model.apply(variables, X, method=method), X.mean((1, 2)))
+    again = pickle.loads(pickle.dumps(done.model))
+    np.testing.assert_array_equal(again.apply(variables, X), done.model.apply(done.variables, X))
+
+
+class Twins(nn.Module):
+    one: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.one(x, train) - self.one(2 * x, train)
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in ("fold", "group norm")])
+def test_an_edited_linen_model_is_a_part_of_another_that_is_operated_on(operation):
     net, variables = linen_net()
     frozen = surgery.freeze(net, variables, X)
-
-    class Twins(nn.Module):
-        one: nn.Module
-
-        @nn.compact
-        def __call__(self, x):
-            return self.one(x, True) - self.one(2 * x, True)
-
     nested = {collection: {"one": tree} for collection, tree in frozen.variables.items()}
-    found = Twins(frozen.model).apply(nested, X)
     expected = net.apply(variables, X, False) - net.apply(variables, 2 * X, False)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    done = OPERATIONS[operation](Twins(frozen.model), nested, X)
+    assert done.layers == ("one/first", "one/second")
+    for model, arrays in ((Twins(frozen.model), nested), (done.model, done.variables)):
+        found = model.apply(arrays, X)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    thawed = surgery.replace(Twins(frozen.model), nested, X, frozen=False)
+    _, after = thawed.model.apply(thawed.variables, X, True, mutable=["batch_stats"])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), after["batch_stats"], nested["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_another_thread_sees_nothing_of_an_edited_model_that_is_called():
+    net, variables = linen_net()
+    frozen = surgery.freeze(net, variables, X)
+    alone = surgery.replace(net, variables, X).layers
+    inside, finish = threading.Event(), threading.Event()
+
+    def wait(module, x):
+        inside.set()
+        finish.wait(60)
+        return module(x)
+
+    def serve():
+        with frozen.model._exchanging(()):
+            wait(lambda x: x, X)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    inside.wait(60)
+    try:
+        assert surgery.replace(net, variables, X).layers == alone
+    finally:
+        finish.set()
+        thread.join()
+
+
+def test_a_module_in_the_scope_of_its_batch_norm_is_not_taken_for_it():
+    class Loud(nn.Module):
+        def setup(self):
+            self.norm = nn.BatchNorm(use_running_average=True)
+            nn.share_scope(self, self.norm)
+
+        def __call__(self, x):
+            return 2 * self.norm(x)
+
+    done = surgery.freeze(Loud(), variables_of(Loud(), X), X)
+    assert done.layers == ("",) and done.difference == 0
 
 
 @pytest.mark.parametrize("framework", NETS)
@@ -287,7 +387,22 @@ def test_added_statistics_start_as_they_would():
 
 def test_a_mask_of_paths_that_the_tree_does_not_have_is_refused():
     with pytest.raises(ValueError, match="the tree has no leaves at 'b'; it has some at 'a'; pass paths such as"):
-        surgery.frozen_mask({"params": {"a": {"scale": X}}}, ["a", "b"])
+        surgery.frozen_mask({"params": {"a": {"scale": X}}}, ["b"])
+
+
+class Identity(nn.Module):
+    """A module that Flax does not know of."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_module_without_a_scope_is_called_as_it_is():
+    net = nn.Sequential([nn.Dense(3), lambda x: Identity()(x), nn.BatchNorm(use_running_average=True)])
+    assert surgery.freeze(net, variables_of(net, X), X).layers == ("layers_2",)
 
 
 class Renamed(nn.BatchNorm):
@@ -345,6 +460,26 @@ def test_variables_beside_an_nnx_model_are_refused():
 def test_what_is_not_a_module_is_refused():
     with pytest.raises(ValueError, match="the model is a method; accepted are a flax.linen.Module and an nnx.Module"):
         surgery.freeze(LinenNet().apply, {}, X)
+
+
+def test_variables_that_lack_a_layer_are_refused():
+    net, variables = linen_net()
+    for collection, names in (("params", "'scale', 'bias'"), ("batch_stats", "'mean', 'var'")):
+        lacking = variables | {collection: {n: v for n, v in variables[collection].items() if n != "first"}}
+        refused(f"variables have no {names} of first; accepted are those of this model", surgery.freeze, net, lacking)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("steps=5 is given, but first does not count its batches", {"steps": 5}),
+        ("steps=-3 is below 0", {"steps": -3, "debias": True}),
+        (r"momentum=2.0 is outside \[0, 1\]", {"momentum": 2.0}),
+        ("layers is empty; it names batch norms to change: 'first', 'second'; None is all", {"layers": []}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(message, options):
+    refused(message, surgery.replace, *linen_net(), **options)
 
 
 def test_an_option_that_would_change_the_arrays_is_refused():
