@@ -4,11 +4,12 @@ Convention: all arms are timed in one run, in shuffled order, each once just bef
 are ratios of what the norms add to the net without a norm, since the machine's speed cancels in them.
 """
 
+import functools
 import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import flax.linen as nn
@@ -71,15 +72,25 @@ def compile_step(layer: Callable[..., nn.Module] | None, batch_size: int) -> Ste
 
 
 def time_steps(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds per step for every arm, `rounds` of them, taken in shuffled order."""
+    """Returns seconds per step for every arm, `rounds` of them, as :func:`time_calls` takes them."""
     states = {name: step.state for name, step in steps.items()}
-    seconds = {name: [] for name in steps}
+
+    def step(name):
+        states[name] = steps[name].compiled(*states[name], *steps[name].batch)
+        return states[name]
+
+    return time_calls({name: functools.partial(step, name) for name in steps}, rounds)
+
+
+def time_calls(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Returns seconds per call for every arm, `rounds` of them, taken in shuffled order."""
+    seconds = {name: [] for name in calls}
     shuffled = random.Random(0)
     for _ in range(rounds):
-        for name in shuffled.sample(list(steps), len(steps)):
+        for name in shuffled.sample(list(calls), len(calls)):
             for timed in (False, True):
                 clock = time.perf_counter()
-                states[name] = jax.block_until_ready(steps[name].compiled(*states[name], *steps[name].batch))
+                jax.block_until_ready(calls[name]())
                 if timed:
                     seconds[name].append(time.perf_counter() - clock)
     return seconds

@@ -1,0 +1,162 @@
+"""Batch norms folded into the convolutions before them: what it changes in the outputs, and in the time of inference.
+
+Convention: images are noise, uniform in [0, 1]; parameters are random, scale and bias around 1 and 0, and statistics
+are those of a training-mode pass over the images. A net before and after is timed in one run, in shuffled order, each
+once just before it is timed; the numbers to quote are ratios, since the machine's speed cancels in them.
+"""
+
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from experiments import bench, models, models_nnx
+from jaxbn import calibrate, surgery
+
+Api = Literal["linen", "nnx"]
+CLASSES = 10
+NETS = {
+    "ResNet-20": (models.ResNet20, models_nnx.ResNet20),
+    "Inception": (models.Inception, models_nnx.Inception),
+}
+
+
+class Folded(NamedTuple):
+    """What became of a net.
+
+    Attributes:
+      norms: number of batch norms before.
+      folded: how many of them are folded.
+      difference: largest difference of a logit, over the largest logit in magnitude.
+      before: median seconds of an evaluation before.
+      after: median seconds of an evaluation after.
+    """
+
+    norms: int
+    folded: int
+    difference: float
+    before: float
+    after: float
+
+
+def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int) -> Folded:
+    """Folds a net, and compares its logits and its time with those before.
+
+    Args:
+      net: one of `NETS`.
+      api: flax.linen or flax.nnx.
+      width: multiplies the number of channels.
+      images: shape [n, height, width, channels].
+      rounds: timings of each.
+
+    Returns:
+      The comparison.
+    """
+    model, variables = _net(net, api, width, images)
+    done = surgery.fold(model, variables, images, call=evaluate)
+    calls = {
+        "before": functools.partial(_compiled(model, variables), images),
+        "after": functools.partial(_compiled(done.model, done.variables), images),
+    }
+    before, after = (np.asarray(call(), np.float64) for call in calls.values())
+    seconds = {name: statistics.median(values) for name, values in bench.time_calls(calls, rounds).items()}
+    difference = float(abs(after - before).max() / abs(before).max())
+    return Folded(len(done.layers) + len(done.kept), len(done.layers), difference, **seconds)
+
+
+def evaluate(net: Any, images: jax.Array) -> jax.Array:
+    """Returns the logits of a linen or nnx net in evaluation."""
+    return net(images, train=False)
+
+
+def run(*, batch_size: int, inception_width: float, rounds: int) -> None:
+    """Measures every net on both APIs, and prints the table.
+
+    Args:
+      batch_size: images per evaluation.
+      inception_width: width of the Inception net; ResNet-20 has width 1.
+      rounds: timings of each net.
+    """
+    images = jax.random.uniform(jax.random.key(0), (batch_size, 32, 32, 3))
+    widths = {"ResNet-20": 1.0, "Inception": inception_width}
+    Console(width=120).print(table(widths, images, rounds))
+
+
+def table(widths: dict[str, float], images: jax.Array, rounds: int) -> Table:
+    """Returns the table of these nets.
+
+    Args:
+      widths: width of each net.
+      images: shape [n, height, width, channels].
+      rounds: timings of each net.
+    """
+    n, height, width, _ = images.shape
+    made = Table(
+        "net",
+        title=f"Evaluation of {n} images, {height} x {width}, float32, {jax.devices()[0].device_kind}, "
+        f"jax {jax.__version__}",
+    )
+    for column in ("batch norms", "folded", "difference / scale", "ms before", "ms after", "after / before"):
+        made.add_column(column, justify="right")
+    for net, net_width in widths.items():
+        for api in ("linen", "nnx"):
+            found = measure(net, api, width=net_width, images=images, rounds=rounds)
+            made.add_row(
+                f"{net}, width {net_width:g}, {api}",
+                f"{found.norms}",
+                f"{found.folded}",
+                f"{found.difference:.1e}",
+                f"{found.before * 1e3:.1f}",
+                f"{found.after * 1e3:.1f}",
+                f"{found.after / found.before:.2f}",
+            )
+    return made
+
+
+def _net(net, api, width, images):
+    """Returns a net as if it had been trained, and its variables if it is a linen one."""
+    linen, twin = NETS[net]
+    if api == "linen":
+        model = linen(num_classes=CLASSES, width=width, norm="batch")
+        variables = _random(jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images))
+        return model, calibrate.one_pass(model, variables, [images], call=evaluate)
+    options = {"num_classes": CLASSES, "width": width, "channels": images.shape[-1]}
+    model = nnx.eval_shape(lambda: twin(**options, rngs=nnx.Rngs(0)))
+    nnx.update(model, _random(nnx.to_pure_dict(nnx.state(model))))
+    return calibrate.one_pass(model, None, [images], call=evaluate), None
+
+
+def _random(shapes):
+    """Returns variables of these shapes; initializers would take longer to compile than all else together."""
+    rng = np.random.default_rng(0)
+
+    def variable(path, leaf):
+        values = {
+            "kernel": lambda: rng.normal(0, math.sqrt(2 / math.prod(leaf.shape[:-1])), leaf.shape),
+            "scale": lambda: rng.uniform(0.5, 1.5, leaf.shape),
+            "bias": lambda: rng.uniform(-0.5, 0.5, leaf.shape),
+            "mean": lambda: np.zeros(leaf.shape),
+            "var": lambda: np.ones(leaf.shape),
+        }
+        return jnp.asarray(values[path[-1].key](), leaf.dtype)
+
+    return jax.tree.map_with_path(variable, shapes)
+
+
+def _compiled(model: nn.Module | nnx.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
+    """Returns the jitted evaluation of a net."""
+    if isinstance(model, nnx.Module):
+        definition, variables = nnx.split(model)
+        evaluated = jax.jit(lambda variables, images: evaluate(nnx.merge(definition, variables), images))
+    else:
+        evaluated = jax.jit(functools.partial(model.apply, method=evaluate))
+    return functools.partial(evaluated, variables)

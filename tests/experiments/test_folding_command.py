@@ -1,0 +1,73 @@
+"""The command that folds whole nets: every batch norm goes, the logits stay, and the table says so."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import __main__ as cli
+from experiments import folding
+
+BATCH_NORMS = {"ResNet-20": 19, "Inception": 9 * 6}
+APIS = ("linen", "nnx")
+
+
+@pytest.fixture(scope="module", params=APIS)
+def narrow(request):
+    """What became of a narrow residual net, for images of 8x8."""
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster
+    try:
+        return folding.measure("ResNet-20", request.param, width=1 / 8, images=images, rounds=1)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_every_batch_norm_is_folded(narrow):
+    assert (narrow.norms, narrow.folded) == (BATCH_NORMS["ResNet-20"],) * 2
+
+
+def test_folding_changes_logits_by_rounding_alone(narrow):
+    assert 0 < narrow.difference <= 1e-5
+
+
+def test_times_before_and_after_are_measured(narrow):
+    assert min(narrow.before, narrow.after) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("net", BATCH_NORMS)
+def test_folding_a_net_of_full_width_changes_its_logits_by_rounding_alone(net, api):
+    images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
+    found = folding.measure(net, api, width=1.0, images=images, rounds=1)
+    assert found.norms == found.folded == BATCH_NORMS[net]
+    assert 0 < found.difference <= 1e-5
+
+
+def test_parameters_of_the_nets_are_not_those_of_a_new_net():
+    shapes = {name: jax.ShapeDtypeStruct((8,), jnp.float32) for name in ("scale", "bias")}
+    found = folding._random({"norm": shapes})["norm"]
+    assert np.std(found["scale"]) > 0.1 and np.std(found["bias"]) > 0.1
+
+
+def test_command_prints_a_line_for_each_net_and_api(monkeypatch, capsys):
+    asked = []
+
+    def measure(net, api, *, width, images, rounds):
+        asked.append((net, api, width, images.shape, rounds))
+        return folding.Folded(norms=19, folded=18, difference=1.23e-7, before=0.5, after=0.4)
+
+    monkeypatch.setattr(folding, "measure", measure)
+    monkeypatch.setattr(sys, "argv", "experiments folding --batch-size 2 --inception-width 0.125 --rounds 3".split())
+    assert cli.main() == 0
+    widths = {"ResNet-20": 1.0, "Inception": 0.125}
+    assert asked == [(net, api, widths[net], (2, 32, 32, 3), 3) for net in BATCH_NORMS for api in APIS]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "width" in line]
+    assert [line.split("│")[1].strip() for line in lines] == [
+        f"{net}, width {widths[net]:g}, {api}" for net in BATCH_NORMS for api in APIS
+    ]
+    for line in lines:
+        assert [cell.strip() for cell in line.split("│")[2:-1]] == ["19", "18", "1.2e-07", "500.0", "400.0", "0.80"]
