@@ -1,13 +1,13 @@
 """How one layer is written in Flax, PyTorch and Keras; :mod:`jaxbn.interop` tables the layouts and converts models."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
-Variables = dict[str, Any]
+from jaxbn._weights import Arrays, Variables, copies, flat, nested, one_size, read, read_keras
 
 # The variables of batch norm by their paths in Flax, and their names in PyTorch.
 _NORM = {
@@ -18,6 +18,7 @@ _NORM = {
     "batch_stats/steps": "num_batches_tracked",
 }
 _CONV_AXES = (3, 4, 5)
+_SAME = (np.asarray, np.asarray)
 
 
 class Layout(NamedTuple):
@@ -37,23 +38,31 @@ class Layout(NamedTuple):
       from_torch: from the layer's entries of a ``state_dict``, by their last names, to its variables, such as
         ``{"params": {"kernel": ..., "bias": ...}}``, without those, and those collections, that it lacks.
       to_torch: from variables to entries.
-      from_keras: from the list that ``layer.get_weights()`` returns to variables.
+      from_keras: from ``layer.weights``, from arrays by their names, or from what ``layer.get_weights()`` returns, to
+        variables.  The last has no names that could be checked.
       to_keras: from variables to the list that ``layer.set_weights`` takes.
     """
 
     from_torch: Callable[[Mapping[str, Any]], Variables]
     to_torch: Callable[[Mapping[str, Any]], Arrays]
-    from_keras: Callable[[Sequence[Any]], Variables]
+    from_keras: Callable[[Sequence[Any] | Mapping[str, Any]], Variables]
     to_keras: Callable[[Mapping[str, Any]], list[np.ndarray]]
 
 
-def batch_norm_layout(*, use_scale: bool = True, use_bias: bool = True, counted: bool = False) -> Layout:
-    """Returns the layout of batch norm, and of the other norms, which have ``weight`` and ``bias`` alone.
+def batch_norm_layout(
+    *, use_scale: bool = True, use_bias: bool = True, counted: bool = False, flattened: Sequence[int] | None = None
+) -> Layout:
+    """Returns the layout of batch norm, and of the other norms, which have a scale and a bias alone.
 
     Without ``affine``, PyTorch has no scale and bias; without ``track_running_stats``, it has no mean and var, and uses
-    those of the batch always.  A scale that Flax's layer lacks is written as 1 beside a bias, and a bias as 0 beside a
-    scale; they are read only if they are so.  ``num_batches_tracked`` is the largest of ``steps``, or 0 without them:
-    PyTorch uses it with ``momentum=None`` alone.  Keras has no such count.
+    those of the batch always.  Where Flax's layer has statistics, a scale that it lacks is written as 1 beside a bias,
+    and a bias as 0 beside a scale; they are read only if they are so.  Momenta and gradients come without statistics,
+    and get no such partner.
+
+    ``num_batches_tracked`` is the largest of ``steps``, or 0 without them.  PyTorch uses it with ``momentum=None``, and
+    for this alone it is converted; Keras has none.  Averages of ``debias=True`` hold nothing of their start, those of
+    PyTorch a share m**n of 0 and 1, after n batches and with m the weight of the old value: for such a layer take
+    mean/(1 - m**n) and (var - m**n)/(1 - m**n), or set ``steps`` to 0, and the next batch replaces the averages.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -65,6 +74,8 @@ def batch_norm_layout(*, use_scale: bool = True, use_bias: bool = True, counted:
       use_scale: as Flax's layer has it; in Keras, ``scale``.
       use_bias: as Flax's layer has it; in Keras, ``center``.
       counted: whether Flax's layer keeps ``steps``, as jaxbn's do with ``momentum=None`` or ``debias=True``.
+      flattened: the shape [C, *k] of one example in PyTorch before a flattening in front of this layer, or after an
+        unflattening behind it; as in :func:`dense_layout`.  Such norms must be in ``layouts``: nothing shows it.
 
     Returns:
       The layout, of arrays of shape [C] and a scalar ``num_batches_tracked``.
@@ -73,47 +84,56 @@ def batch_norm_layout(*, use_scale: bool = True, use_bias: bool = True, counted:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
       https://keras.io/api/layers/normalization_layers/batch_normalization
     """
-    own = ["params/scale"] * use_scale + ["params/bias"] * use_bias + ["batch_stats/mean", "batch_stats/var"]
+    params = ["params/scale"] * use_scale + ["params/bias"] * use_bias
+    own = [*params, "batch_stats/mean", "batch_stats/var"]
     in_keras = ["gamma"] * use_scale + ["beta"] * use_bias + ["moving_mean", "moving_variance"]
     tracked = list(_NORM.values())[2 : 4 + counted]
 
     def from_torch(entries):
         needed = [] if {*entries} <= {"weight", "bias"} else tracked
-        arrays = _read("a batch norm in PyTorch", entries, needed, _NORM.values())
-        count = arrays.pop("num_batches_tracked", 0)
-        shape = _one_shape(arrays)
+        arrays = read("a batch norm in PyTorch", entries, needed, _NORM.values())
+        count = arrays.pop("num_batches_tracked", None)
+        features = one_size(arrays)
         for name, used, neutral in (("weight", use_scale, 1), ("bias", use_bias, 0)):
             if not used and np.any(arrays.pop(name, neutral) != neutral):
                 raise ValueError(
-                    f"the {name} of this batch norm is not {neutral} everywhere, and Flax's layer has none; "
-                    "make Flax's layer with use_scale=True and use_bias=True."
+                    f"the {name} of this batch norm is not {neutral} everywhere, and Flax's layer has none; make "
+                    "Flax's layer with use_scale=True and use_bias=True, or leave it out of momenta and gradients."
                 )
+        arrays = {name: _in_order(array, flattened, "flattened") for name, array in arrays.items()}
         if counted and needed:
-            arrays["num_batches_tracked"] = np.full(shape, int(count), np.int32)
-        return nested(_copies({key: arrays.get(name) for key, name in _NORM.items()}))
+            arrays["num_batches_tracked"] = np.full(features, _steps(count), np.int32)
+        return nested(copies({key: arrays.get(name) for key, name in _NORM.items()}))
 
     def to_torch(variables):
         given = flat(variables)
         needed = [] if {*given} <= {"params/scale", "params/bias"} else own[-2:]
-        arrays = _read("a batch norm in Flax", given, needed, [*own, "batch_stats/steps"])
-        shape = _one_shape(arrays)
+        arrays = read("a batch norm in Flax", given, needed, [*own, "batch_stats/steps"])
+        features = one_size(arrays)
+        arrays = {key: _in_order(array, flattened, "flattened", back=True) for key, array in arrays.items()}
         scale, bias, mean, var, steps = map(arrays.get, _NORM)
+        if mean is None:
+            return copies({"weight": scale, "bias": bias})
         if scale is None and bias is not None:
-            scale = np.ones(shape, bias.dtype)
+            scale = np.ones(features, bias.dtype)
         if bias is None and scale is not None:
-            bias = np.zeros(shape, scale.dtype)
-        count = None if mean is None else np.array(0 if steps is None else steps.max(), np.int64)
-        return _copies(dict(zip(_NORM.values(), (scale, bias, mean, var, count), strict=True)))
+            bias = np.zeros(features, scale.dtype)
+        count = np.array(0 if steps is None else steps.max(), np.int64)
+        return copies(dict(zip(_NORM.values(), (scale, bias, mean, var, count), strict=True)))
 
     def from_keras(weights):
-        arrays = _listed("a batch norm in Keras", weights, in_keras, in_keras)
-        _one_shape(arrays)
-        return nested(_copies(dict(zip(own, arrays.values(), strict=True))))
+        without_statistics = 0 < len(weights) == len(params)
+        names = in_keras[: len(params)] if without_statistics else in_keras
+        arrays = read_keras("a batch norm in Keras", weights, names, names)
+        one_size(arrays)
+        return nested(copies(dict(zip(own, arrays.values(), strict=False))))
 
     def to_keras(variables):
-        arrays = _read("a batch norm in Flax", flat(variables), own, ["batch_stats/steps"])
-        _one_shape(arrays)
-        return list(_copies({key: arrays[key] for key in own}).values())
+        given = flat(variables)
+        needed = params if {*given} == {*params} else own
+        arrays = read("a batch norm in Flax", given, needed, ["batch_stats/steps"])
+        one_size(arrays)
+        return list(copies({key: arrays[key] for key in needed}).values())
 
     return Layout(from_torch, to_torch, from_keras, to_keras)
 
@@ -179,8 +199,10 @@ def conv_transpose_layout(*, transpose_kernel: bool = False) -> Layout:
     """Returns the layout of ``ConvTranspose``, whose kernel is the others' reversed along each axis of k.
 
     The others hold the kernel of the convolution whose gradient they compute.  Flax's layer has no groups, so weights
-    of several are refused.  What PyTorch does with dilation d, padding p and output_padding q, Flax does with
-    ``kernel_dilation=d`` and ``padding=[(d*(k - 1) - p, d*(k - 1) - p + q), ...]``, a pair for each axis.
+    of several are refused with a bias; without one they look like those of fewer features.  What PyTorch does with
+    dilation d, padding p and output_padding q, Flax does with ``kernel_dilation=d`` and
+    ``padding=[(d*(k - 1) - p, d*(k - 1) - p + q), ...]``, a pair for each axis.  Transposed convolutions must be in
+    ``layouts``: their weights do not show it.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -210,10 +232,12 @@ def conv_transpose_layout(*, transpose_kernel: bool = False) -> Layout:
     )
 
 
-def dense_layout(*, flattened: Sequence[int] | None = None) -> Layout:
+def dense_layout(*, flattened: Sequence[int] | None = None, unflattened: Sequence[int] | None = None) -> Layout:
     """Returns the layout of ``Dense``, and of ``nnx.Linear``.
 
-    After a flattening its input features are in another order: PyTorch flattens [C, *k], Flax and Keras [*k, C].
+    After a flattening its input features are in another order, and before an unflattening its output features:
+    PyTorch has [C, *k] there, Flax and Keras [*k, C].  Such layers must be in ``layouts``, and so must the norms, with
+    :func:`batch_norm_layout`, whose features are flat: nothing in the weights shows it.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -222,7 +246,9 @@ def dense_layout(*, flattened: Sequence[int] | None = None) -> Layout:
     array([0., 3., 1., 4., 2., 5.])
 
     Args:
-      flattened: the shape [C, *k] of one example in PyTorch before a flattening right before this layer.
+      flattened: the shape [C, *k] of one example in PyTorch before a flattening in front of this layer, with nothing
+        but layers of single features, such as norms and activations, in between.
+      unflattened: the shape [C, *k] of one example in PyTorch after an unflattening behind this layer.
 
     Returns:
       The layout, of a kernel and, where there is one, a bias of shape [out].
@@ -232,26 +258,17 @@ def dense_layout(*, flattened: Sequence[int] | None = None) -> Layout:
       https://keras.io/api/layers/core_layers/dense
     """
 
-    def order(features):
-        """Returns the place in PyTorch of each input feature of Flax."""
-        places = np.arange(features)
-        if flattened is None:
-            return places
-        if math.prod(flattened) != features:
-            raise ValueError(
-                f"flattened={tuple(flattened)} makes {math.prod(flattened)} features, but the kernel has {features}; "
-                "give the shape [C, *k] of one example before it is flattened."
-            )
-        return np.moveaxis(places.reshape(flattened), 0, -1).ravel()
+    def move_outputs(array, back=False):
+        return _in_order(array, unflattened, "unflattened", axis=-1, back=back)
 
-    return _kernel_layout(
-        "a dense layer",
-        axes=(2,),
-        torch=(
-            lambda weight: weight.T[order(weight.shape[1])],
-            lambda kernel: kernel[np.argsort(order(kernel.shape[0]))].T,
-        ),
-    )
+    def from_torch(weight):
+        return move_outputs(_in_order(weight.T, flattened, "flattened"))
+
+    def to_torch(kernel):
+        return move_outputs(_in_order(kernel, flattened, "flattened", back=True), back=True).T
+
+    bias = (move_outputs, functools.partial(move_outputs, back=True))
+    return _kernel_layout("a dense layer", axes=(2,), torch=(from_torch, to_torch), torch_bias=bias)
 
 
 def layout_of(leaves: Mapping[str, Any]) -> Layout:
@@ -267,25 +284,31 @@ def layout_of(leaves: Mapping[str, Any]) -> Layout:
     )
 
 
-def flat(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the leaves of nested mappings by their paths, such as ``params/kernel``."""
-    leaves = {}
-    for key, value in tree.items():
-        here = (*path, str(key))
-        leaves |= flat(value, here) if isinstance(value, Mapping) else {"/".join(here): value}
-    return leaves
+def _in_order(array, shape, option, *, axis=0, back=False):
+    """Returns an array with the flat features of an axis in the order of Flax, from that of PyTorch, or back."""
+    if shape is None:
+        return array
+    features = array.shape[axis]
+    if math.prod(shape) != features:
+        raise ValueError(
+            f"{option}={tuple(shape)} makes {math.prod(shape)} features, but this layer has {features}; "
+            "give the shape [C, *k] of one example in PyTorch where it is not flat."
+        )
+    places = np.moveaxis(np.arange(features).reshape(shape), 0, -1).ravel()
+    return np.take(array, np.argsort(places) if back else places, axis)
 
 
-def nested(leaves: Mapping[str, Any]) -> Variables:
-    """Returns the variables of one layer out of its leaves by their paths."""
-    variables = {}
-    for key, leaf in leaves.items():
-        collection, _, name = key.partition("/")
-        variables.setdefault(collection, {})[name] = leaf
-    return variables
+def _steps(count):
+    """Returns num_batches_tracked as the int32 of Flax."""
+    if count.shape or not 0 <= count < 2**31:
+        raise ValueError(
+            f"num_batches_tracked={count} is not one number from 0 to 2**31 - 1, which Flax's int32 holds; "
+            "give a smaller one: the average changes by less than it rounds."
+        )
+    return int(count)
 
 
-def _kernel_layout(what, *, torch, keras=(np.asarray, np.asarray), axes=_CONV_AXES, features=-1):
+def _kernel_layout(what, *, torch, torch_bias=_SAME, keras=_SAME, axes=_CONV_AXES, features=-1):
     """Returns the layout of a kernel and perhaps a bias; ``torch`` and ``keras`` take a kernel from there, and back."""
 
     def check(kernel, bias):
@@ -303,22 +326,27 @@ def _kernel_layout(what, *, torch, keras=(np.asarray, np.asarray), axes=_CONV_AX
             )
         return kernel
 
-    def into_flax(arrays, name, convert):
+    def into_flax(arrays, name, convert, move=np.asarray):
         kernel, bias = convert(check_axes(arrays[name])), arrays.get("bias")
         check(kernel, bias)
-        return nested(_copies({"params/kernel": kernel, "params/bias": bias}))
+        return nested(copies({"params/kernel": kernel, "params/bias": None if bias is None else move(bias)}))
 
-    def out_of_flax(variables, name, convert):
-        arrays = _read(f"{what} in Flax", flat(variables), ["params/kernel"], ["params/bias"])
+    def out_of_flax(variables, name, convert, move=np.asarray):
+        arrays = read(f"{what} in Flax", flat(variables), ["params/kernel"], ["params/bias"])
         kernel, bias = check_axes(arrays["params/kernel"]), arrays.get("params/bias")
         check(kernel, bias)
-        return _copies({name: convert(kernel), "bias": bias})
+        return copies({name: convert(kernel), "bias": None if bias is None else move(bias)})
 
-    in_keras = ["kernel", "bias"]
+    def from_torch(entries):
+        return into_flax(read(f"{what} in PyTorch", entries, ["weight"], ["bias"]), "weight", torch[0], torch_bias[0])
+
+    def from_keras(weights):
+        return into_flax(read_keras(f"{what} in Keras", weights, ["kernel"], ["kernel", "bias"]), "kernel", keras[0])
+
     return Layout(
-        lambda entries: into_flax(_read(f"{what} in PyTorch", entries, ["weight"], ["bias"]), "weight", torch[0]),
-        lambda variables: out_of_flax(variables, "weight", torch[1]),
-        lambda weights: into_flax(_listed(f"{what} in Keras", weights, ["kernel"], in_keras), "kernel", keras[0]),
+        from_torch,
+        lambda variables: out_of_flax(variables, "weight", torch[1], torch_bias[1]),
+        from_keras,
         lambda variables: list(out_of_flax(variables, "kernel", keras[1]).values()),
     )
 
@@ -331,52 +359,3 @@ def _channels_last(weight):
 def _channels_first(kernel):
     """[*k, in, out] to [out, in, *k]."""
     return np.moveaxis(kernel, (-1, -2), (0, 1))
-
-
-def _read(what, given, needed: Iterable[str], optional: Iterable[str]):
-    """Returns the arrays of a layer by name; refuses an entry that is missing or unknown."""
-    names = list(dict.fromkeys([*needed, *optional]))
-    if not given or not {*needed} <= {*given} <= {*names}:
-        raise ValueError(
-            f"{_parts(what, needed, names)}, but {', '.join(given) or 'nothing'} is given; "
-            "pass what belongs to this layer alone, by these names."
-        )
-    return {name: _array(given[name]) for name in names if name in given}
-
-
-def _listed(what, weights, needed, names):
-    """Returns the arrays of a list by name."""
-    if not len(needed) <= len(weights) <= len(names):
-        raise ValueError(
-            f"{_parts(what, needed, names)}, but {len(weights)} arrays are given; "
-            "pass what get_weights() returns of this layer, and give the layout the options of the layer."
-        )
-    return {name: _array(value) for name, value in zip(names, weights, strict=False)}
-
-
-def _parts(what, needed, names):
-    """Says what a layer has, and what it may have."""
-    parts = {"has": [*needed], "may have": [name for name in names if name not in needed]}
-    return f"{what} " + " and ".join(f"{verb} {', '.join(part)}" for verb, part in parts.items() if part)
-
-
-def _one_shape(arrays):
-    """Returns the shape of the arrays; refuses different ones."""
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if len({*shapes.values()}) != 1:
-        raise ValueError(f"the arrays of a norm have one shape, but {shapes} are given; pass those of one layer.")
-    return next(iter(shapes.values()))
-
-
-def _array(value):
-    """Returns an array of NumPy, in float32 if NumPy lacks its dtype."""
-    if hasattr(value, "detach"):  # a tensor of PyTorch, perhaps a parameter, perhaps on another device
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.kind == "V" else array
-
-
-def _copies(arrays):
-    """Returns copies of the arrays that there are: PyTorch trains in place, and JAX may keep the memory it is given."""
-    return {name: np.array(array, order="C") for name, array in arrays.items() if array is not None}

@@ -197,8 +197,8 @@ def norm_of(call: Call) -> Norm:
     needed |= {"bias": bias} if layer.use_bias else {}
     if missing := [name for name, value in needed.items() if value is None]:
         raise ValueError(
-            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; accepted are those of this model in "
-            "'params' and 'batch_stats'; pass what model.init returns, or what training has made of it."
+            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; accepted are those of "
+            "this model, in 'params' and 'batch_stats'; pass what model.init returns, or what training has made of it."
         )
     frozen = getattr(layer, "frozen", False)
     return Norm(x, mask, frozen or mode, BatchStats(mean, var), scale, bias, settings(layer))

@@ -14,8 +14,10 @@ layout                     Flax                    PyTorch                      
 ``dense_layout``           [in, out]               [out, in]                     [in, out]
 =========================  ======================  ============================  ==========================
 
-Values are moved, not computed, so gradients and momenta of parameters convert as the parameters do.  Results are new
-NumPy arrays; bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they differ:
+Values are moved, not computed, so gradients and momenta of parameters convert as the parameters do; the scale of 1, or
+bias of 0, that PyTorch has and Flax's batch norm lacks is written for those with statistics alone, which momenta have
+not.  Leaves of Flax may be in boxes, such as ``nn.Partitioned``; results are new NumPy arrays without boxes, and
+bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they differ:
 
 =======================  =====================  =========================================  =====================
 setting                  Flax                   PyTorch                                    Keras 3
@@ -36,19 +38,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._conversion import entry, fill, refuse_others, take
 from jaxbn._layouts import (
-    Arrays,
     Layout,
-    Variables,
     batch_norm_layout,
     conv_layout,
     conv_transpose_layout,
     dense_layout,
     depthwise_conv_layout,
-    flat,
-    layout_of,
-    nested,
 )
+from jaxbn._weights import Arrays, Variables
 
 __all__ = [
     "Layout",
@@ -79,12 +78,17 @@ def batch_norm_options_from_torch(*, momentum: float | None = 0.1, eps: float = 
 
     Returns:
       ``momentum``, ``epsilon`` and ``unbiased``.
+
+    Raises:
+      ValueError: for a momentum outside [0, 1].
     """
     return {"momentum": _complement(momentum), "epsilon": eps, "unbiased": True}
 
 
-def batch_norm_options_to_torch(*, momentum: float | None = 0.99, epsilon: float = 1e-5) -> dict[str, Any]:
-    """Returns the options of PyTorch's batch norm for those of ours; its running variance is always unbiased.
+def batch_norm_options_to_torch(
+    *, momentum: float | None = 0.99, epsilon: float = 1e-5, unbiased: bool = True
+) -> dict[str, Any]:
+    """Returns the options of PyTorch's batch norm for those of ours.
 
     >>> jaxbn.interop.batch_norm_options_to_torch(momentum=0.99, epsilon=1e-3)
     {'momentum': 0.01, 'eps': 0.001}
@@ -92,10 +96,19 @@ def batch_norm_options_to_torch(*, momentum: float | None = 0.99, epsilon: float
     Args:
       momentum: weight of the old value; None averages all batches alike.
       epsilon: added to the variance.
+      unbiased: True, as PyTorch's running variance always is.
 
     Returns:
       ``momentum`` and ``eps``.
+
+    Raises:
+      ValueError: for a momentum outside [0, 1], and for ``unbiased=False``.
     """
+    if not unbiased:
+        raise ValueError(
+            "unbiased=False: PyTorch's running variance is always unbiased; multiply that of the weights by m/(m - 1), "
+            "with m values per feature and batch, and leave unbiased out."
+        )
     return {"momentum": _complement(momentum), "eps": epsilon}
 
 
@@ -133,20 +146,25 @@ def from_torch(
         ``jax.eval_shape``, only shape and dtype are read.
       names: from each layer in ``state_dict`` to its path in ``variables``: ``{"layer1.0.conv1": "Block_0/Conv_0"}``.
       layouts: of the layers, by their names in ``state_dict``, whose variables do not show it.  Others with a kernel of
-        two axes have :func:`dense_layout`, of more :func:`conv_layout`.  Transposed convolutions and dense layers after
-        a flattening must be here: read as the others, their shapes may fit by chance.
+        two axes have :func:`dense_layout`, of more :func:`conv_layout`.  Here must be transposed convolutions, and
+        dense layers and norms whose features come from a flattening or go to an unflattening: read as the others, they
+        may fit by chance.  Compare one output after converting.
 
     Returns:
       The variables, as nested dicts of arrays with the shapes and dtypes of ``variables``.
 
     Raises:
-      ValueError: if entries or variables are missing, left over or of wrong shapes; the message lists all of them.
+      ValueError: if entries or variables are missing, left over or of wrong shapes, or if values would become infinite
+        or lose an imaginary part; the message lists all of them.
     """
+    refuse_others(state_dict=(state_dict, "model.state_dict()"))
     entries = defaultdict(dict)
     for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"state_dict[{key!r}] is itself a mapping; of a checkpoint, pass the state_dict in it.")
         prefix, _, name = key.rpartition(".")
         entries[prefix][name] = value
-    return _fill(variables, entries, names, layouts or {}, lambda layout: layout.from_torch)
+    return fill(variables, entries, names, layouts or {}, lambda layout: layout.from_torch)
 
 
 def to_torch(
@@ -171,12 +189,12 @@ def to_torch(
     Raises:
       ValueError: if a layer is missing, left over or not of its layout; the message lists all of them.
     """
-    layers = _take(variables, names, layouts or {}, lambda layout: layout.to_torch)
-    return {f"{prefix}.{name}".lstrip("."): array for prefix, layer in layers.items() for name, array in layer.items()}
+    layers = take(variables, names, layouts or {}, lambda layout: layout.to_torch)
+    return {entry(prefix, name): array for prefix, layer in layers.items() for name, array in layer.items()}
 
 
 def from_keras(
-    weights: Mapping[str, Sequence[Any]],
+    weights: Mapping[str, Sequence[Any] | Mapping[str, Any]],
     variables: Mapping[str, Any],
     names: Mapping[str, str],
     *,
@@ -185,12 +203,14 @@ def from_keras(
     """Returns the variables of a Flax model with the weights of a Keras model.
 
     >>> import numpy as np
-    >>> weights = {'dense': [np.ones((3, 2)), np.zeros(2)]}
+    >>> weights = {'dense': {'kernel': np.ones((3, 2)), 'bias': np.zeros(2)}}
     >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
     >>> variables = jaxbn.interop.from_keras(weights, variables, {'dense': ''})
 
     Args:
-      weights: ``{layer.name: layer.get_weights() for layer in model.layers if layer.weights}``.
+      weights: ``{layer.name: layer.weights for layer in model.layers if layer.weights}``, whose names are checked, or
+        arrays by such names.  ``layer.get_weights()`` does too, but has no names: a gamma without beta
+        (``center=False``) is then read as the beta of a Flax layer with ``use_scale=False``.
       variables: as in :func:`from_torch`.
       names: from each layer in ``weights`` to its path in ``variables``.
       layouts: as in :func:`from_torch`, with depthwise convolutions; dense layers need none.
@@ -199,9 +219,11 @@ def from_keras(
       The variables, as nested dicts of arrays with the shapes and dtypes of ``variables``.
 
     Raises:
-      ValueError: if weights or variables are missing, left over or of wrong shapes; the message lists all of them.
+      ValueError: if weights or variables are missing, left over or of wrong shapes, or if values would become infinite
+        or lose an imaginary part; the message lists all of them.
     """
-    return _fill(variables, weights, names, layouts or {}, lambda layout: layout.from_keras)
+    refuse_others(weights=(weights, "{layer.name: layer.weights for layer in model.layers if layer.weights}"))
+    return fill(variables, weights, names, layouts or {}, lambda layout: layout.from_keras)
 
 
 def to_keras(
@@ -224,78 +246,11 @@ def to_keras(
     Raises:
       ValueError: if a layer is missing, left over or not of its layout; the message lists all of them.
     """
-    return _take(variables, names, layouts or {}, lambda layout: layout.to_keras)
+    return take(variables, names, layouts or {}, lambda layout: layout.to_keras)
 
 
 def _complement(momentum):
     """Returns 1 - momentum, of as many digits as people write: 0.1 of 0.9, not 0.09999999999999998."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum} is not in [0, 1]; give the weight of a value in an average, or None.")
     return None if momentum is None else round(1 - momentum, 15)
-
-
-def _fill(variables, weights, names, layouts, direction):
-    """Returns the variables with the values of the layers in ``weights``."""
-
-    def convert(layout, name, leaves):
-        arrays = flat(direction(layout)(weights[name]))
-        made, expected = ({key: np.shape(tree[key]) for key in sorted(tree)} for tree in (arrays, leaves))
-        if made != expected:
-            raise ValueError(
-                f"its weights make {made} in Flax, but the layer there has {expected}; give both layers the same "
-                "settings, or pass the layout of this one in layouts."
-            )
-        return {key: array.astype(leaves[key].dtype) for key, array in arrays.items()}
-
-    values = {}
-    for name, arrays in _convert(variables, names, weights, layouts, convert).items():
-        for key, array in arrays.items():
-            collection, leaf = key.split("/")
-            values["/".join(filter(None, (collection, names[name], leaf)))] = array
-    return _replace(variables, values)
-
-
-def _take(variables, names, layouts, direction):
-    """Returns the weights of the layers in ``names``."""
-    return _convert(variables, names, names, layouts, lambda layout, _, leaves: direction(layout)(nested(leaves)))
-
-
-def _convert(variables, names, weights, layouts, convert):
-    """Returns what ``convert`` makes of each layer; raises one error for all that does not fit."""
-    if unknown := {*variables} - {"params", "batch_stats"}:
-        raise ValueError(
-            f"variables has {sorted(unknown)}, but what is converted are the collections 'params' and 'batch_stats'; "
-            "pass {'params': ..., 'batch_stats': ...} without others."
-        )
-    layers = defaultdict(dict)
-    for key, leaf in flat(variables).items():
-        collection, _, rest = key.partition("/")
-        path, _, name = rest.rpartition("/")
-        layers[path][f"{collection}/{name}"] = leaf
-    paths = list(names.values())
-    problems = [f"{name!r}: it is not in names; add it with its path in Flax." for name in weights if name not in names]
-    problems += [f"{path!r} in Flax: no name has this path; add it to names." for path in layers if path not in paths]
-    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
-    problems += [f"{path!r} in Flax: several names have this path; keep one." for path in twice]
-    problems += [f"{name!r}: it is in layouts and not in names." for name in layouts if name not in names]
-    converted = {}
-    for name, path in names.items():
-        try:
-            if name not in weights:
-                raise ValueError("it is in names, but no weights are given for it; take it out, or add them.")
-            if path not in layers:
-                raise ValueError(f"names has the path {path!r}, but Flax's model has no layer there; correct it.")
-            converted[name] = convert(layouts.get(name) or layout_of(layers[path]), name, layers[path])
-        except ValueError as error:
-            problems.append(f"{name!r}: {error}")
-    if problems:
-        raise ValueError("the models do not fit, so nothing is converted:\n  " + "\n  ".join(problems))
-    return converted
-
-
-def _replace(tree, values, path=()):
-    """Returns the nested mappings with other leaves, given by their paths."""
-    return {
-        key: _replace(value, values, (*path, str(key)))
-        if isinstance(value, Mapping)
-        else values["/".join((*path, str(key)))]
-        for key, value in tree.items()
-    }

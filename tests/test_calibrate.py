@@ -502,7 +502,7 @@ WRONG = {
     "one dict": (dict(batches={"x": X}), r"batches is a dict, .* pass \[batch\]"),
     "a number": (dict(batches=3), "batches is a int; accepted are an iterable"),
     "no statistics": (dict(variables={"params": {}}), r"the collection 'batch_stats', but \['params'\] was given"),
-    "other statistics": (dict(variables={"batch_stats": {}}), "variables have no 'mean', 'var', 'scale', 'bias' of the model"),
+    "other statistics": (dict(variables={"batch_stats": {}}), "variables have no 'mean', 'var'"),
     "a function": (dict(model=LAYER.apply), "the model is a method; accepted are"),
     "no batch norm": (
         dict(model=nn.Sequential([nn.relu])),

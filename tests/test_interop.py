@@ -166,12 +166,15 @@ def continued(api, dtype, halves):
 
 @pytest.mark.parametrize("what", ["losses", "entries", "momenta"])
 @pytest.mark.parametrize("halves", [golden_halves, live_halves], ids=["golden", "live"])
-@pytest.mark.parametrize(("api", "dtype"), [("linen", "float32"), ("nnx", "float64")])
+@pytest.mark.parametrize(
+    ("api", "dtype"), [("linen", "float32"), pytest.param("nnx", "float64", marks=pytest.mark.slow)]
+)
 def test_five_steps_in_pytorch_and_five_here_equal_ten_in_pytorch(api, dtype, halves, what):
     _, after = halves(dtype)
     assert_within_rounding(continued(api, dtype, halves)[what], after[what], steps=make_pytorch.STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", make_pytorch.DTYPES)
 def test_five_steps_here_and_five_in_pytorch_equal_ten_in_pytorch(dtype):
     _, after = live_halves(dtype)
@@ -250,6 +253,7 @@ def continued_from_keras():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["losses", "weights", "velocities", "evaluated"])
 def test_five_steps_in_keras_and_five_here_equal_ten_in_keras(what):
     expected = {
@@ -270,6 +274,19 @@ def test_options_to_pytorch_and_back_are_the_same(momentum, epsilon):
     options = interop.batch_norm_options_to_torch(momentum=momentum, epsilon=epsilon)
     expected = {"momentum": momentum, "epsilon": epsilon, "unbiased": True}
     assert interop.batch_norm_options_from_torch(**options) == expected
+    assert interop.batch_norm_options_to_torch(**expected) == options
+
+
+@pytest.mark.parametrize("convert", [interop.batch_norm_options_from_torch, interop.batch_norm_options_to_torch])
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
+def test_options_refuse_a_momentum_that_is_no_weight(convert, momentum):
+    with refused(f"momentum={momentum} is not in [0, 1]; give the weight of a value in an average, or None."):
+        convert(momentum=momentum)
+
+
+def test_options_refuse_a_biased_variance_for_pytorch():
+    with refused("unbiased=False: PyTorch's running variance is always unbiased; multiply that of the weights by m/(m"):
+        interop.batch_norm_options_to_torch(unbiased=False)
 
 
 def test_an_average_of_biased_variances_times_m_over_m_minus_1_is_that_of_unbiased_ones():
@@ -369,7 +386,58 @@ MISFITS = {
     ),
     "a layer is left over": (
         lambda: convert(small()[1] | {"head.weight": np.ones((2, 2))}),
-        "'head': it is not in names; add it with its path in Flax.",
+        "'head' with head.weight: it is not in names; add it with its path in Flax, or take it out of what is "
+        "converted, as a buffer that Flax's model has not.",
+    ),
+    "buffers are left over": (
+        lambda: convert(small()[1] | {"mean": np.ones(3), "std": np.ones(3)}),
+        "'' with mean, std: it is not in names; add it with its path in Flax, or take it out of what is converted",
+    ),
+    "the entries have a prefix": (
+        lambda: convert({f"module.{name}": array for name, array in small()[1].items()}),
+        "'module.': DistributedDataParallel and torch.compile put such a prefix; take it off the entries.",
+    ),
+    "a layer is transposed": (
+        lambda: convert(
+            {"weight": np.ones((2, 2, 3))},
+            {"params": {"ConvTranspose_0": {"kernel": np.ones((3, 2, 2))}}},
+            {"": "ConvTranspose_0"},
+        ),
+        "'': its path 'ConvTranspose_0' is that of a transposed convolution, which its weights do not show; "
+        "pass layouts={'': conv_transpose_layout()}.",
+    ),
+    "a layer in a block is transposed": (
+        lambda: interop.to_keras(
+            {"params": {"Block_0": {"ConvTranspose_1": {"kernel": np.ones((3, 2, 2))}}}},
+            {"up": "Block_0/ConvTranspose_1"},
+        ),
+        "'up': its path 'Block_0/ConvTranspose_1' is that of a transposed convolution",
+    ),
+    "a layout is a function": (
+        lambda: convert(layouts={"fc": interop.dense_layout}),
+        "'fc': layouts has a function for it and not a Layout; call the function, as in dense_layout().",
+    ),
+    "running statistics are not tracked": (
+        lambda: convert(without(small()[1], "norm.running_mean", "norm.running_var", "norm.num_batches_tracked")),
+        "'norm': its weights make {'params/bias': (4,), 'params/scale': (4,)} in Flax, but the layer there has "
+        "{'batch_stats/mean': (4,), 'batch_stats/var': (4,), 'params/bias': (4,), 'params/scale': (4,)}; these weights "
+        "have no statistics, as with track_running_stats=False: take those of this layer out of variables, and keep",
+    ),
+    "a model is no state_dict": (
+        lambda: interop.from_torch(Small(), *small()),
+        "state_dict is a Small and not a mapping; pass model.state_dict().",
+    ),
+    "a checkpoint is no state_dict": (
+        lambda: convert({"state_dict": small()[1], "epoch": 3}),
+        "state_dict['state_dict'] is itself a mapping; of a checkpoint, pass the state_dict in it.",
+    ),
+    "weights of Keras are no mapping": (
+        lambda: interop.from_keras([np.ones((4, 2))], small()[0], SMALL),
+        "weights is a list and not a mapping; pass {layer.name: layer.weights for layer in model.layers if layer.we",
+    ),
+    "names are a list": (
+        lambda: convert(names=["conv"]),
+        "names is a list and not a mapping; pass names and paths, such as {'layer1.0.conv1': 'Block_0/Conv_0'}.",
     ),
     "a layer of Flax is left over": (
         lambda: convert(without(small()[1], "fc.weight", "fc.bias"), names=without(SMALL, "fc")),
@@ -433,16 +501,26 @@ def test_everything_that_does_not_fit_is_said_at_once():
         )
     first, *problems = str(error.value).splitlines()
     assert first == "the models do not fit, so nothing is converted:"
-    assert [problem.split(":")[0] for problem in problems] == ["  'head'", "  'norm'", "  'fc'"]
+    assert [problem.split(":")[0] for problem in problems] == ["  'head' with head.weight", "  'norm'", "  'fc'"]
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(), nn.GroupNorm(2)], ids=["layer", "group"])
-def test_other_norms_have_weight_and_bias(norm):
+def test_other_norms_have_a_scale_and_a_bias_alone(norm):
     shapes = jax.eval_shape(norm.init, jax.random.key(0), jnp.ones((1, 4)))
     entries = {"norm.weight": np.arange(4, dtype=np.float32), "norm.bias": np.ones(4, np.float32)}
     variables = interop.from_torch(entries, shapes, {"norm": ""})
     assert_same_bits(variables, {"params": {"scale": entries["norm.weight"], "bias": entries["norm.bias"]}})
     assert_same_bits(interop.to_torch(variables, {"norm": ""}), entries)
+    weights = {"norm": list(entries.values())}
+    assert_same_bits(interop.from_keras(weights, shapes, {"norm": ""}), variables)
+    assert_same_bits(interop.to_keras(variables, {"norm": ""}), weights)
+
+
+def test_a_model_that_is_one_layer_has_names_without_a_dot():
+    entries = {"weight": np.ones((3, 2), np.float32), "bias": np.ones(3, np.float32)}
+    variables = {"params": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}}
+    assert_same_bits(interop.to_torch(variables, {"": ""}), entries)
+    assert_same_bits(interop.from_torch(entries, variables, {"": ""}), variables)
 
 
 def test_a_layer_is_left_out_by_taking_it_out_of_both():
@@ -460,9 +538,10 @@ def test_a_function_documents_its_arguments_and_result_and_has_an_example(name):
     assert test_docstrings.section(function, "Returns") and ">>> " in function.__doc__
 
 
-@pytest.mark.parametrize("module", ["interop", "_layouts"])
+@pytest.mark.parametrize("module", ["interop", "_conversion", "_layouts", "_weights"])
 def test_it_needs_numpy_alone(module):
     tree = ast.parse((Path(interop.__file__).parent / f"{module}.py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names <= {"collections", "collections.abc", "math", "numpy", "typing", "jaxbn._layouts"}
+    own = {f"jaxbn.{name}" for name in ("_conversion", "_layouts", "_weights")}
+    assert names <= {"collections", "collections.abc", "functools", "math", "numpy", "typing"} | own

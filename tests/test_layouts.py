@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -159,6 +160,79 @@ def test_a_layer_of_keras_gives_the_same_output_in_flax(case):
     assert_within_rounding(y, golden(make_keras.FILE)[f"layers/{case}"])
 
 
+class Flattened(nn.Module):
+    """A flattening in PyTorch and in Flax orders the features of a batch norm and a dense layer differently."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), padding="VALID")(x)
+        x = jaxbn.linen.BatchNorm(True)(x.reshape(len(x), -1))
+        return nn.Dense(7)(x)
+
+
+class Unflattened(nn.Module):
+    """The same of an unflattening."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jaxbn.linen.BatchNorm(True)(nn.Dense(24)(x))
+        x = jaxbn.linen.BatchNorm(True)(x.reshape(len(x), 2, 3, 4))
+        return nn.ConvTranspose(3, **transposed((3, 2), 1))(x)
+
+
+CHAINS = {
+    "flattened": (
+        Flattened(),
+        {"0": "Conv_0", "2": "BatchNorm_0", "3": "Dense_0"},
+        {"2": interop.batch_norm_layout(flattened=(4, 2, 3)), "3": interop.dense_layout(flattened=(4, 2, 3))},
+    ),
+    "unflattened": (
+        Unflattened(),
+        {"0": "Dense_0", "1": "BatchNorm_0", "3": "BatchNorm_1", "4": "ConvTranspose_0"},
+        {
+            "0": interop.dense_layout(unflattened=(4, 2, 3)),
+            "1": interop.batch_norm_layout(flattened=(4, 2, 3)),
+            "4": interop.conv_transpose_layout(),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("source", ["golden", "live"])
+@pytest.mark.parametrize("case", make_pytorch.CHAINS)
+def test_a_chain_of_pytorch_gives_the_same_output_in_flax_and_the_same_bits_back(case, source):
+    if source == "live":
+        pytest.importorskip("torch", reason="PyTorch is not installed; the golden file stands for it")
+    expected = make_pytorch.run_chain(case) if source == "live" else golden(make_pytorch.FILE)[f"chains/{case}"]
+    model, names, layouts = CHAINS[case]
+    entries, x = make_pytorch.chain_inputs(case)
+    x = np.moveaxis(x, 1, -1)
+    with jax.enable_x64(True):
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float64), jax.eval_shape(model.init, jax.random.key(0), x)
+        )
+        variables = interop.from_torch(entries, shapes, names, layouts=layouts)
+        y = jax.jit(model.apply)(variables, x)
+    assert_within_rounding(np.moveaxis(y, -1, 1), expected)
+    back = interop.to_torch(variables, names, layouts=layouts)
+    assert_same_bits({name: array for name, array in back.items() if "num_batches" not in name}, entries)
+
+
+@pytest.mark.parametrize("transpose_kernel", [True, False])
+def test_a_transposed_convolution_is_the_same_with_either_kernel(transpose_kernel):
+    layout = interop.conv_transpose_layout(transpose_kernel=transpose_kernel)
+    layer = nn.ConvTranspose(4, (3, 2), padding="VALID", transpose_kernel=transpose_kernel)
+    entries = {"weight": random((2, 4, 3, 2), np.float64, 0), "bias": random((4,), np.float64, 1)}
+    other = interop.conv_transpose_layout(transpose_kernel=not transpose_kernel)
+    x = random((1, 4, 3, 2), np.float64, 2)
+    with jax.enable_x64(True):
+        y = layer.apply(layout.from_torch(entries), x)
+        expected = layer.clone(transpose_kernel=not transpose_kernel).apply(other.from_torch(entries), x)
+    assert_within_rounding(y, expected)
+    assert_same_bits(layout.to_torch(layout.from_torch(entries)), entries)
+    assert_same_bits(layout.to_keras(layout.from_torch(entries)), other.to_keras(other.from_torch(entries)))
+
+
 # There and back
 
 
@@ -188,7 +262,12 @@ def kernels(draw):
                     ends[1],
                 ),
                 (interop.dense_layout(), ends, ends[1]),
-                (interop.dense_layout(flattened=(groups, *k)), (groups * int(np.prod(k)), ends[1]), ends[1]),
+                (interop.dense_layout(flattened=(groups, *k)), (groups * math.prod(k), ends[1]), ends[1]),
+                (
+                    interop.dense_layout(unflattened=(groups, *k)),
+                    (ends[0], groups * math.prod(k)),
+                    groups * math.prod(k),
+                ),
             ]
         )
     )
@@ -202,14 +281,17 @@ def kernels(draw):
 @st.composite
 def norms(draw):
     use_scale, use_bias, counted = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    features, dtype = draw(SIZE), draw(DTYPE)
+    flattened, dtype = draw(st.lists(SIZE, min_size=1, max_size=3)), draw(DTYPE)
+    features = math.prod(flattened)
     params = {
         name: random((features,), dtype, seed) for seed, name in enumerate(["scale"] * use_scale + ["bias"] * use_bias)
     }
     stats = {"mean": random((features,), np.float32, 2), "var": random((features,), np.float32, 3)}
     if counted:
         stats["steps"] = np.full(features, draw(st.integers(0, 2**31 - 1)), np.int32)
-    layout = interop.batch_norm_layout(use_scale=use_scale, use_bias=use_bias, counted=counted)
+    layout = interop.batch_norm_layout(
+        use_scale=use_scale, use_bias=use_bias, counted=counted, flattened=draw(st.sampled_from([None, flattened]))
+    )
     return layout, {"params": params, "batch_stats": stats} if params else {"batch_stats": stats}
 
 
@@ -303,23 +385,27 @@ def test_a_scale_or_bias_that_flax_lacks_is_neutral_in_pytorch():
         layout.from_torch(BATCH_NORM)
 
 
-# Tensors
+@pytest.mark.parametrize(("own", "entry"), [("scale", "weight"), ("bias", "bias")])
+def test_a_scale_or_bias_that_flax_lacks_has_no_momentum(own, entry):
+    momenta = {"params": {own: np.zeros(2)}}
+    layout = interop.batch_norm_layout(use_scale=own == "scale", use_bias=own == "bias")
+    assert list(layout.to_torch(momenta)) == [entry]
+    assert_same_bits(layout.from_torch(layout.to_torch(momenta)), momenta)
 
 
-def test_parameters_views_and_bfloat16_of_pytorch_are_read():
-    torch = pytest.importorskip("torch")
-    weight = torch.nn.Parameter(torch.arange(6.0).reshape(3, 2).T.to(torch.bfloat16) / 3)
-    found = interop.dense_layout().from_torch({"weight": weight})["params"]["kernel"]
-    np.testing.assert_array_equal(found, weight.detach().float().numpy().T)
-    assert found.dtype == np.float32
+def test_averages_without_the_share_of_their_start_are_those_of_debias():
+    moments = [jaxbn.Moments(*np.array([[n + 2], [n + 3], [8]], np.float32)) for n in range(3)]
+    plain, debiased = jaxbn.init_stats(1), jaxbn.init_stats(1, counted=True)
+    for batch in moments:
+        plain, debiased = (jaxbn.update_stats(stats, batch, momentum=0.9) for stats in (plain, debiased))
+    share = 0.9**3
+    corrected = [plain.mean / (1 - share), (plain.var - share) / (1 - share)]
+    assert_within_rounding(corrected, [debiased.mean, debiased.var])
 
 
-def test_training_on_in_pytorch_leaves_the_variables_as_they_were():
-    torch = pytest.importorskip("torch")
-    norm = torch.nn.BatchNorm1d(2)
-    variables = interop.batch_norm_layout().from_torch(norm.state_dict())
-    norm(torch.arange(6.0).reshape(3, 2))
-    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+def test_weights_of_several_groups_without_a_bias_look_like_those_of_fewer_features():
+    found = interop.conv_transpose_layout().from_torch({"weight": np.ones((4, 3, 5))})
+    assert found["params"]["kernel"].shape == (5, 4, 3)
 
 
 # Refusals
@@ -362,10 +448,58 @@ MISTAKES = {
         lambda: interop.batch_norm_layout(counted=True).from_torch(without(BATCH_NORM, "num_batches_tracked")),
         "a batch norm in PyTorch has running_mean, running_var, num_batches_tracked and may have weight, bias, but",
     ),
-    "two arrays for a norm of four": (
-        lambda: interop.batch_norm_layout().from_keras([np.ones(2), np.ones(2)]),
-        "a batch norm in Keras has gamma, beta, moving_mean, moving_variance, but 2 arrays are given; "
-        "pass what get_weights() returns of this layer, and give the layout the options of the layer.",
+    "three arrays for a norm of four": (
+        lambda: interop.batch_norm_layout().from_keras([np.ones(2)] * 3),
+        "a batch norm in Keras has gamma, beta, moving_mean, moving_variance, but 3 arrays are given; "
+        "pass the weights of this layer alone, and give the layout the options of the layer.",
+    ),
+    "no arrays for a norm of two": (
+        lambda: interop.batch_norm_layout(use_scale=False, use_bias=False).from_keras([]),
+        "a batch norm in Keras has moving_mean, moving_variance, but 0 arrays are given; pass the weights of this",
+    ),
+    "arrays of two sizes from Keras": (
+        lambda: interop.batch_norm_layout().from_keras([np.ones(2), np.ones(2), np.ones(3), np.ones(3)]),
+        "the arrays of a norm have one shape, but {'gamma': (2,), 'beta': (2,), 'moving_mean': (3,), "
+        "'moving_variance': (3,)} are given; pass those of one layer.",
+    ),
+    "arrays of two sizes to Keras": (
+        lambda: interop.batch_norm_layout().to_keras({"params": {"scale": np.ones(2), "bias": np.ones(3)}}),
+        "the arrays of a norm have one shape, but {'params/scale': (2,), 'params/bias': (3,)} are given; pass those",
+    ),
+    "arrays of two sizes to PyTorch": (
+        lambda: interop.batch_norm_layout().to_torch({"params": {"scale": np.ones(2), "bias": np.ones(3)}}),
+        "the arrays of a norm have one shape, but {'params/scale': (2,), 'params/bias': (3,)} are given; pass those",
+    ),
+    "a norm over several axes": (
+        lambda: interop.batch_norm_layout().from_torch({"weight": np.ones((4, 3, 2)), "bias": np.ones((4, 3, 2))}),
+        "the arrays of a norm have one axis, the features, but {'weight': (4, 3, 2), 'bias': (4, 3, 2)} are given; the "
+        "order of several differs between frameworks: move their axes yourself, in a Layout of your own.",
+    ),
+    "a mean without a variance": (
+        lambda: interop.batch_norm_layout().to_torch({"batch_stats": {"mean": np.ones(2)}}),
+        "a batch norm in Flax has batch_stats/mean, batch_stats/var and may have params/scale, params/bias, "
+        "batch_stats/steps, but batch_stats/mean is given",
+    ),
+    "a count beyond int32": (
+        lambda: interop.batch_norm_layout(counted=True).from_torch(
+            BATCH_NORM | {"num_batches_tracked": np.array(2**31)}
+        ),
+        "num_batches_tracked=2147483648 is not one number from 0 to 2**31 - 1, which Flax's int32 holds; "
+        "give a smaller one: the average changes by less than it rounds.",
+    ),
+    "counts by feature": (
+        lambda: interop.batch_norm_layout(counted=True).from_torch(
+            BATCH_NORM | {"num_batches_tracked": np.array([7, 7])}
+        ),
+        "num_batches_tracked=[7 7] is not one number from 0 to 2**31 - 1",
+    ),
+    "a bias of another layer": (
+        lambda: interop.conv_layout().to_torch({"params": {"kernel": np.ones((3, 2, 4)), "bias": np.ones(2)}}),
+        "a convolution with a kernel of shape (3, 2, 4) in Flax has 4 features, but its bias has the shape (2,)",
+    ),
+    "a grouped kernel as depthwise": (
+        lambda: interop.depthwise_conv_layout().to_keras({"params": {"kernel": np.ones((3, 3, 2, 8))}}),
+        "a kernel of shape (3, 3, 2, 8) in Flax is not depthwise with the multiplier 1, which has the shape [*k, 1,",
     ),
     "a scale that the layout denies": (
         lambda: interop.batch_norm_layout(use_scale=False).to_keras(interop.batch_norm_layout().from_torch(BATCH_NORM)),
@@ -373,7 +507,7 @@ MISTAKES = {
     ),
     "three arrays for a convolution": (
         lambda: interop.conv_layout().from_keras([np.ones((3, 3, 4, 1)), np.ones((1, 1, 4, 8)), np.ones(8)]),
-        "a convolution in Keras has kernel and may have bias, but 3 arrays are given; pass what get_weights() returns",
+        "a convolution in Keras has kernel and may have bias, but 3 arrays are given; pass the weights of",
     ),
     "another multiplier in Keras": (
         lambda: interop.depthwise_conv_layout().from_keras([np.ones((3, 3, 4, 2))]),
@@ -387,8 +521,16 @@ MISTAKES = {
     ),
     "another flattened shape": (
         lambda: interop.dense_layout(flattened=(2, 4, 4)).from_torch({"weight": np.ones((3, 30))}),
-        "flattened=(2, 4, 4) makes 32 features, but the kernel has 30; "
-        "give the shape [C, *k] of one example before it is flattened.",
+        "flattened=(2, 4, 4) makes 32 features, but this layer has 30; "
+        "give the shape [C, *k] of one example in PyTorch where it is not flat.",
+    ),
+    "another unflattened shape": (
+        lambda: interop.dense_layout(unflattened=(2, 2)).to_torch({"params": {"kernel": np.ones((4, 3))}}),
+        "unflattened=(2, 2) makes 4 features, but this layer has 3; give the shape [C, *k] of one example in PyTorch",
+    ),
+    "another flattened shape of a norm": (
+        lambda: interop.batch_norm_layout(flattened=(2, 2)).from_torch(BATCH_NORM),
+        "flattened=(2, 2) makes 4 features, but this layer has 2; give the shape [C, *k] of one example in PyTorch",
     ),
 }
 

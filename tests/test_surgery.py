@@ -466,7 +466,7 @@ def test_variables_that_lack_a_layer_are_refused():
     net, variables = linen_net()
     for collection, names in (("params", "'scale', 'bias'"), ("batch_stats", "'mean', 'var'")):
         lacking = variables | {collection: {n: v for n, v in variables[collection].items() if n != "first"}}
-        refused(f"variables have no {names} of first; accepted are those of this model", surgery.freeze, net, lacking)
+        refused(f"variables have no {names} of first; accepted are those of this model,", surgery.freeze, net, lacking)
 
 
 @pytest.mark.parametrize(

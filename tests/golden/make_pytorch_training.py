@@ -23,6 +23,7 @@ SHAPES = {
     "fc.weight": (CLASSES, 96),
     "fc.bias": (CLASSES,),
 }
+NORM = ["weight", "bias", "running_mean", "running_var"]
 # Kind, shape of the weight, whether there is a bias, options, shape of the input.
 LAYERS = {
     "conv-1d": ("Conv1d", (4, 3, 5), True, {"stride": 2, "padding": 2}, (2, 3, 9)),
@@ -52,6 +53,28 @@ LAYERS = {
         (2, 2, 3, 4, 2),
     ),
     "dense": ("Linear", (3, 7), True, {}, (2, 7)),
+}
+# Kind, arguments and shapes of entries of each layer, shape of the input.
+CHAINS = {
+    "flattened": (
+        [
+            ("Conv2d", (3, 4, 3), {"weight": (4, 3, 3, 3), "bias": (4,)}),
+            ("Flatten", (), {}),
+            ("BatchNorm1d", (24,), dict.fromkeys(NORM, (24,))),
+            ("Linear", (24, 7), {"weight": (7, 24), "bias": (7,)}),
+        ],
+        (2, 3, 4, 5),
+    ),
+    "unflattened": (
+        [
+            ("Linear", (5, 24), {"weight": (24, 5), "bias": (24,)}),
+            ("BatchNorm1d", (24,), dict.fromkeys(NORM, (24,))),
+            ("Unflatten", (1, (4, 2, 3)), {}),
+            ("BatchNorm2d", (4,), dict.fromkeys(NORM, (4,))),
+            ("ConvTranspose2d", (4, 3, (3, 2)), {"weight": (4, 3, 3, 2), "bias": (3,)}),
+        ],
+        (2, 5),
+    ),
 }
 
 
@@ -91,6 +114,25 @@ def run_layer(case):
     layer = getattr(torch.nn, kind)(*features, *size, bias=has_bias, dtype=torch.float64, **options)
     layer.load_state_dict({name: torch.from_numpy(value) for name, value in entries.items()})
     return layer(torch.from_numpy(x)).detach().numpy()
+
+
+def chain_inputs(case):
+    """Returns the entries of a chain of layers, positive as a variance must be, and its input."""
+    layers, input_shape = CHAINS[case]
+    rng = np.random.default_rng(3)
+    shapes = {f"{place}.{name}": shape for place, layer in enumerate(layers) for name, shape in layer[2].items()}
+    return {name: rng.uniform(0.5, 2, size=shape) for name, shape in shapes.items()}, rng.normal(size=input_shape)
+
+
+def run_chain(case):
+    """Returns the output of a chain of layers in evaluation, in float64."""
+    import torch
+
+    entries, x = chain_inputs(case)
+    chain = torch.nn.Sequential(*(getattr(torch.nn, kind)(*arguments) for kind, arguments, _ in CHAINS[case][0]))
+    chain = chain.double().eval()
+    chain.load_state_dict({name: torch.from_numpy(value) for name, value in entries.items()}, strict=False)
+    return chain(torch.from_numpy(x)).detach().numpy()
 
 
 def make_model(dtype):
@@ -164,6 +206,7 @@ def main():
     import torch
 
     arrays = {f"layers/{case}": run_layer(case) for case in LAYERS} | {"torch": np.array(torch.__version__)}
+    arrays |= {f"chains/{case}": run_chain(case) for case in CHAINS}
     for dtype in DTYPES:
         for half, found in enumerate(run(dtype)):
             arrays[f"{dtype}/{half}/losses"] = found["losses"]
