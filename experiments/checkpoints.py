@@ -73,6 +73,32 @@ class Checkpoints:
         self._manager.save(step, args=arguments)
 
 
+def load(folder: Path) -> tuple[Config, dict]:
+    """Returns the run whose checkpoints are in `folder`, and the newest `params` and `batch_stats` of its net.
+
+    They come on one device, wherever they were saved.
+
+    Raises:
+      ValueError: the folder holds no checkpoint of a run.
+    """
+    handlers = {"progress": ocp.JsonCheckpointHandler(), "state": ocp.StandardCheckpointHandler()}
+    if not (folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())):
+        raise ValueError(
+            f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint` names in the end, or "
+            "that of a run that was interrupted, *.unfinished; train with that option, or name such a folder."
+        )
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda saved: jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=device),
+            manager.item_metadata(step).state.tree,
+        )
+        parts = ocp.args.Composite(progress=ocp.args.JsonRestore(), state=ocp.args.StandardRestore(like))
+        restored = manager.restore(step, args=parts)
+    return Config(**restored.progress["config"]), {name: restored.state[name] for name in ("params", "batch_stats")}
+
+
 def _must_be_shared(folder):
     """Refuses a folder in which the other processes do not see what process 0 has written."""
     if distributed.process_count() == 1:

@@ -123,12 +123,15 @@ def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, f
     train_missing(plan, data_dir=data_dir)
 
 
-def train_missing(plan: list[tuple[str, Path, Config]], *, data_dir: Path | None) -> None:
+def train_missing(
+    plan: list[tuple[str, Path, Config]], *, data_dir: Path | None, keep_checkpoints: bool = False
+) -> None:
     """Trains the runs that have no result yet.
 
     Args:
       plan: the runs, each with the name by which it is shown, the file of its result, and its Config.
       data_dir: where CIFAR-10 is.
+      keep_checkpoints: whether the last ones of a run stay, at `kept_checkpoints`; otherwise they go once it is done.
 
     Raises:
       ValueError: a result of another config is in the way.
@@ -141,12 +144,20 @@ def train_missing(plan: list[tuple[str, Path, Config]], *, data_dir: Path | None
             if _finished(path, config):
                 display.skip(name)
                 if distributed.is_primary():
-                    shutil.rmtree(_checkpoints(path), ignore_errors=True)
+                    _put_away(path, keep_checkpoints)
             else:
-                train_to_file(config, path, data_dir=data_dir, on_progress=display.run(name))
+                shown = display.run(name)
+                train_to_file(config, path, data_dir=data_dir, on_progress=shown, keep_checkpoints=keep_checkpoints)
 
 
-def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progress: Callable | None = None) -> None:
+def train_to_file(
+    config: Config,
+    path: Path,
+    *,
+    data_dir: Path | None,
+    on_progress: Callable | None = None,
+    keep_checkpoints: bool = False,
+) -> None:
     """Trains one run and writes its result. Killed at any moment, the same call continues from the last checkpoint.
 
     Every process calls it; process 0 writes.
@@ -158,7 +169,7 @@ def train_to_file(config: Config, path: Path, *, data_dir: Path | None, on_progr
     parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
     header = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
     results.write(path, header, trained.rows)
-    shutil.rmtree(_checkpoints(path))
+    _put_away(path, keep_checkpoints)
 
 
 def _finished(path, config):
@@ -170,6 +181,22 @@ def _finished(path, config):
 def _load(name, image_size, train_images, data_dir):
     """The data set, kept for the next run, which mostly has the same."""
     return data.load(name, image_size=image_size, train_images=train_images, data_dir=data_dir)
+
+
+def kept_checkpoints(path: Path) -> Path:
+    """Returns where the last checkpoints of the run that was written to `path` are, if they were to be kept."""
+    return path.with_suffix(".checkpoint")
+
+
+def _put_away(path, keep):
+    """Removes the checkpoints of a finished run, or gives them the name of what stays."""
+    if not _checkpoints(path).exists():
+        return
+    if not keep:
+        shutil.rmtree(_checkpoints(path), ignore_errors=True)
+        return
+    shutil.rmtree(kept_checkpoints(path), ignore_errors=True)  # of a run whose result was deleted
+    _checkpoints(path).rename(kept_checkpoints(path))
 
 
 def _checkpoints(path):

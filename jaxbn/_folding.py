@@ -198,7 +198,10 @@ class Finder:
 
     def _is_used_as_stored(self, linear):
         """Says whether the kernel is an argument of the program, which nothing reads but the layer, once."""
-        _, value = self._graph.maker(self._marked[f"out {linear.mark}"].inputs[0]).inputs
+        beside = self._graph.maker(self._marked[f"out {linear.mark}"].inputs[0])
+        if beside is None:
+            return False
+        _, value = beside.inputs
         while (operation := self._graph.maker(value)) is not None and _graph.hands_on(operation):
             value = operation.inputs[0]
         readers = self._graph.readers(value)

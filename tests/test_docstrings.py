@@ -22,10 +22,15 @@ from tests import parallel
 
 ROOT = Path(__file__).parent.parent
 README, PARALLEL = ROOT / "README.md", ROOT / "docs" / "parallel.md"
-PAGES = [README, PARALLEL]
+PAGES = [README, PARALLEL, ROOT / "docs" / "after_training.md"]
 MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
-FUNCTIONS = [name for name in jaxbn.__all__ if inspect.isfunction(getattr(jaxbn, name))]
-TUPLES = [name for name in jaxbn.__all__ if isinstance(getattr(jaxbn, name), type)]
+TOOLS = ["calibrate", "diagnose", "interop", "surgery"]
+PUBLIC = {name: getattr(jaxbn, name) for name in jaxbn.__all__}
+for tool in TOOLS:
+    module = importlib.import_module(f"jaxbn.{tool}")
+    PUBLIC |= {f"{tool}.{name}": getattr(module, name) for name in module.__all__}
+FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
+TUPLES = [name for name, value in PUBLIC.items() if isinstance(value, type)]
 LAYERS = {"linen": jaxbn.linen.BatchNorm, "nnx": jaxbn.nnx.BatchNorm}
 GLOBS = {"jax": jax, "jnp": jnp, "jaxbn": jaxbn, "nn": nn, "nnx": nnx, "functools": functools}
 
@@ -38,7 +43,7 @@ def section(documented, title):
 
 
 def entries(documented, title):
-    return re.findall(r"^  (\w+): ", section(documented, title), re.MULTILINE)
+    return re.findall(r"^  (?:\*\*)?(\w+): ", section(documented, title), re.MULTILINE)
 
 
 def python_blocks(page):
@@ -62,29 +67,27 @@ def test_examples_of_a_module_give_what_they_show(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_has_an_example(name):
-    assert ">>> " in getattr(jaxbn, name).__doc__
+    assert ">>> " in PUBLIC[name].__doc__
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_documents_its_arguments_in_their_order(name):
-    function = getattr(jaxbn, name)
-    assert entries(function, "Args") == parameters(function)
+    assert entries(PUBLIC[name], "Args") == parameters(PUBLIC[name])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_documents_what_it_returns(name):
-    assert section(getattr(jaxbn, name), "Returns")
+    assert section(PUBLIC[name], "Returns")
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if {"axis", "momentum"} & {*parameters(getattr(jaxbn, n))}])
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if {"axis", "momentum", "model"} & {*parameters(PUBLIC[n])}])
 def test_a_function_that_checks_its_arguments_documents_what_it_raises(name):
-    assert "ValueError: " in section(getattr(jaxbn, name), "Raises")
+    assert "ValueError: " in section(PUBLIC[name], "Raises")
 
 
 @pytest.mark.parametrize("name", TUPLES)
 def test_a_tuple_documents_its_fields_in_their_order(name):
-    cls = getattr(jaxbn, name)
-    assert entries(cls, "Attributes") == list(cls._fields)
+    assert entries(PUBLIC[name], "Attributes") == list(PUBLIC[name]._fields)
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -109,7 +112,9 @@ def test_the_nnx_layer_documents_its_arguments_in_their_order():
 
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.name, marks=() if page == README else pytest.mark.slow) for page in PAGES]
+)
 def test_examples_of_a_page_run(page):
     assert python_blocks(page)
     scope = {"__name__": page.stem}

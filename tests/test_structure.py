@@ -21,10 +21,13 @@ EXPERIMENTS = ROOT / "experiments"
 RANKS = {
     "_checks": 0,
     "_graph": 0,
-    "_layouts": 0,
+    "_groups": 0,
+    "_weights": 0,
     "padding": 0,
     "_measure": 1,
-    "interop": 1,
+    "_layouts": 1,
+    "_conversion": 2,
+    "interop": 3,
     "stats": 2,
     "functional": 3,
     "variants": 4,
@@ -35,9 +38,12 @@ RANKS = {
     "_passes": 6,
     "_folding": 7,
     "_operating": 7,
+    "_sums": 7,
     "calibrate": 7,
     "surgery": 8,
-    "diagnose": 8,
+    "_figures": 8,
+    "_findings": 9,
+    "diagnose": 10,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}

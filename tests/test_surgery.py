@@ -98,6 +98,10 @@ def assert_equal(a, b):
     assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
 
 
+FAST = {"replace", "freeze", "to_affine", "fold"}  # the others go the same ways
+EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPERATIONS]
+
+
 @functools.cache
 def operated(framework, operation):
     """Returns a net, its variables, a description and a copy of both from before an operation, and what it returned."""
@@ -110,7 +114,7 @@ def describe(net, variables):
     return nnx.graphdef(net) if variables is None else repr(net)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", EACH)
 @pytest.mark.parametrize("framework", NETS)
 def test_the_model_that_is_given_stays_as_it_is(framework, operation):
     net, variables, description, copy, done = operated(framework, operation)
@@ -119,7 +123,7 @@ def test_the_model_that_is_given_stays_as_it_is(framework, operation):
     assert sorted(done.layers) == sorted(PATHS[framework]) and done.kept == {}
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", EACH)
 @pytest.mark.parametrize("framework", NETS)
 def test_the_difference_is_that_of_the_outputs_in_evaluation(framework, operation):
     net, variables, _, _, done = operated(framework, operation)
@@ -257,7 +261,14 @@ class Twins(nn.Module):
         return self.one(x, train) - self.one(2 * x, train)
 
 
-@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in ("fold", "group norm")])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(name, marks=() if name == "freeze" else pytest.mark.slow)
+        for name in OPERATIONS
+        if name not in ("fold", "group norm")
+    ],
+)
 def test_an_edited_linen_model_is_a_part_of_another_that_is_operated_on(operation):
     net, variables = linen_net()
     frozen = surgery.freeze(net, variables, X)
@@ -428,7 +439,7 @@ def refused(message, operation, net, variables, x=X, **options):
     assert_equal(arrays(net, variables), before)
 
 
-@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in ("debias", "to_affine, fixed")])
+@pytest.mark.parametrize("operation", sorted(FAST | {"group norm"}))
 @pytest.mark.parametrize("framework", NETS)
 def test_a_path_that_does_not_exist_is_refused(framework, operation):
     net, variables = NETS[framework]()

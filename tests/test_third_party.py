@@ -14,6 +14,8 @@ import jaxbn
 from jaxbn import calibrate, surgery
 from tests.third_party import NETS
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 OPERATIONS = {
     "freeze": surgery.freeze,

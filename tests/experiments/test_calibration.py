@@ -12,6 +12,8 @@ from experiments import calibration, models
 from experiments.config import Config
 from jaxbn import _models, _passes, calibrate
 
+pytestmark = pytest.mark.slow
+
 IMAGES = np.zeros((2, 16, 16, 3), np.uint8)
 
 

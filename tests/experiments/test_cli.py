@@ -40,7 +40,9 @@ def test_help_comes_without_importing_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["demo", "sync-demo", "collectives", "run", "train", "plot", "table", "list"])
+@pytest.mark.parametrize(
+    "command", ["demo", "sync-demo", "calibration", "collectives", "run", "train", "plot", "table", "list"]
+)
 def test_every_command_has_help(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as exit:
         call(monkeypatch, command, "--help")

@@ -10,6 +10,8 @@ import pytest
 from experiments import __main__ as cli
 from experiments import folding
 
+pytestmark = pytest.mark.slow
+
 BATCH_NORMS = {"ResNet-20": 19, "Inception": 9 * 6}
 APIS = ("linen", "nnx")
 

@@ -11,6 +11,8 @@ from flax import nnx
 from experiments import models, models_nnx
 from experiments.config import Config
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 1 / 16
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiles several times faster
 

@@ -186,6 +186,7 @@ def assert_same_curve(rows, others):
         np.testing.assert_allclose(*pair, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_number_of_devices_does_not_change_the_learning_curve(tiny, blobs, small_net):
     config = tiny.replace(batch_size=18)  # 8 divides neither 18, nor the 10 of the last batch, nor 500
     one, eight = (fit(config, blobs, mesh=mesh_of(n)) for n in (1, 8))
