@@ -40,7 +40,7 @@ class Seen:
     unbiased: bool = dataclasses.field(metadata={"static": True})
 
 
-class _Itself(tuple):
+class Itself(tuple):
     """A static argument that cannot be hashed, and is equal to itself alone."""
 
     __hash__ = object.__hash__
@@ -53,7 +53,7 @@ def measure_calls(model, batch, call, mask, *, axis_name=None, use_running_avera
 
     def handle(one):
         norm = norm_of(one)
-        norm = norm._replace(mask=_in_common(norm, examples, one.path))
+        norm = norm._replace(mask=in_common(norm, examples, one.path))
         options = {"axis": norm.options["axis"], "mask": norm.mask, "axis_name": axis_name}
         if by_call and not _is_frozen(norm):
             norm = norm._replace(stats=jax.tree.map(lambda rows: rows[len(one.earlier)], norm.stats))
@@ -84,7 +84,7 @@ def measure_all(model, batches, call, mask, *, use_running_average, by_call=Fals
     try:
         hash(static)
     except TypeError:
-        static = _Itself(static)
+        static = Itself(static)
     options = {"static": static, "use_running_average": use_running_average, "by_call": by_call}
     sums, number = [], 0
     for number, batch in enumerate(batches, start=1):
@@ -137,7 +137,7 @@ def _is_frozen(norm):
     return norm.options.get("frozen", False)
 
 
-def _in_common(norm, examples, path):
+def in_common(norm, examples, path):
     """Returns the mask that a layer is given and that of the examples, taken together."""
     if examples is None:
         return norm.mask

@@ -20,7 +20,7 @@ from jaxbn import _checks, _graph
 from jaxbn._groups import Groups
 from jaxbn._measure import abs2, fill, widen
 from jaxbn._models import BATCH_NORMS, Model, Norm, evaluated, norm_of, run
-from jaxbn._passes import _in_common, _Itself, nothing_to_measure, opened
+from jaxbn._passes import Itself, in_common, nothing_to_measure, opened
 from jaxbn.stats import BatchStats
 
 
@@ -133,7 +133,7 @@ def look(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     try:
         hash(static)
     except TypeError:
-        static = _Itself(static)
+        static = Itself(static)
     first, batches = opened(batches)
     order = _order(model, first, call, mask)
     if not order:
@@ -169,7 +169,7 @@ def _calls(model, batch, call, mask, *, train, mark=False):
 
     def handle(one):
         norm = norm_of(one)
-        norm = norm._replace(mask=_in_common(norm, examples, one.path))
+        norm = norm._replace(mask=in_common(norm, examples, one.path))
         if norm.use_running_average is None:
             raise ValueError(
                 f"use_running_average of {one.path or 'the model'} is given neither by the model nor by call; accepted "
