@@ -82,7 +82,8 @@ def load(folder: Path) -> tuple[Config, dict]:
       ValueError: the folder holds no checkpoint of a run.
     """
     handlers = {"progress": ocp.JsonCheckpointHandler(), "state": ocp.StandardCheckpointHandler()}
-    if not (folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())):
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not any((step / "state").is_dir() and (step / "progress").is_dir() for step in steps):
         raise ValueError(
             f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint` names in the end, or "
             "that of a run that was interrupted, *.unfinished; train with that option, or name such a folder."

@@ -192,10 +192,10 @@ def _put_away(path, keep):
     """Removes the checkpoints of a finished run, or gives them the name of what stays."""
     if not _checkpoints(path).exists():
         return
+    shutil.rmtree(kept_checkpoints(path), ignore_errors=True)  # of a run whose result was deleted
     if not keep:
         shutil.rmtree(_checkpoints(path), ignore_errors=True)
         return
-    shutil.rmtree(kept_checkpoints(path), ignore_errors=True)  # of a run whose result was deleted
     _checkpoints(path).rename(kept_checkpoints(path))
 
 

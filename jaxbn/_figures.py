@@ -32,7 +32,7 @@ class Layer(NamedTuple):
       examples: number of examples in a batch.
       batches: number of batches.
       skipped: number of batches that are not finite.
-      scale: shape [C]; ones where it has none.
+      scale: its magnitude, shape [C]; ones where it has none.
       running: running statistics, shape [C].
       population: moments of all values, the layers before it evaluating, shape [C].
       batch: moments of a batch on average, the layers before it training, shape [C].
@@ -82,6 +82,7 @@ class Layer(NamedTuple):
 def figures(path: str, record: Record) -> Layer:
     """Returns the figures of a layer."""
     settings, running, scale, evaluation, training, batches = record
+    scale = np.abs(scale)  # the output is as large with a scale of the other sign, or of another phase
     values, means = evaluation.values, evaluation.means
     population = Moments(values.mean, values.var, values.count)
     batch = _batch(training.values, settings.unbiased)
@@ -157,7 +158,7 @@ def _spread(means: Groups, var, alive):
 
 def _dead(running_var, never, population, examples, scale):
     """Returns which features carry nothing, and which of them have come to that behind the running statistics' back."""
-    no_scale = (np.abs(scale) <= DEAD_SCALE * _large(np.abs(scale))) & ~never  # untrained, a scale may start at 0
+    no_scale = (scale < DEAD_SCALE * _large(scale)) & ~never  # untrained, a scale may start at 0
     constant = (examples >= EXAMPLES) & (population.var <= DEAD_VAR * _large(population.var))
     # A feature that is rarely active may be constant in these data by chance.
     activity = running_var / np.fmax(_large(running_var), 1e-30)

@@ -121,8 +121,8 @@ def _skipped(layers):
         "batches not finite",
         found,
         "{batches:.0f} of {of:.0f} batches are not finite, from {first} on; all other figures are of the others.",
-        "look for NaN in the data, and for values that overflow before that layer. jaxbn's layers leave such batches "
-        "out of the running statistics; Flax's become NaN and stay so (jaxbn.surgery.replace exchanges them).",
+        "look for NaN in the data, and for values that overflow in or before that layer. jaxbn's layers leave such "
+        "batches out of the running statistics; Flax's become NaN and stay so (jaxbn.surgery.replace exchanges them).",
         words={"first": _name(found[0].path)},
         batches=found[0].skipped,
         of=found[0].batches,
@@ -209,7 +209,7 @@ def _gaps(layer, start):
 
 
 def _few_values(layers):
-    if not (found := [layer for layer in layers if not layer.settings.frozen and _is_few(layer)]):
+    if not (found := [layer for layer in layers if _is_few(layer)]):
         return []
     worst = max(found, key=_noise)
     examples = "" if np.isnan(worst.examples) else "of {examples:.3g} examples "
@@ -231,7 +231,11 @@ def _few_values(layers):
 
 
 def _is_few(layer, share=1.0):
-    """Says whether that share of a batch is too small for statistics."""
+    """Says whether that share of a batch is too small for statistics of which training makes use."""
+    if layer.settings.frozen or layer.settings.renormalised:
+        return False
+    if layer.settings.group_size is not None:
+        share *= min(1, layer.settings.group_size / layer.examples)
     return share * layer.examples < FEW_EXAMPLES or share / _noise(layer) ** 2 < INDEPENDENT_VALUES
 
 
@@ -244,7 +248,7 @@ def _per_device(layers, devices):
     def share(layer):
         return (layer.settings.group or devices) / devices if layer.settings.synchronised else 1 / devices
 
-    large = [layer for layer in layers if not layer.settings.frozen and not _is_few(layer)]
+    large = [layer for layer in layers if not _is_few(layer)]
     if not (found := [layer for layer in large if _is_few(layer, share(layer))]):
         return []
     worst = max(found, key=lambda layer: _noise(layer) / np.sqrt(share(layer)))
@@ -287,25 +291,40 @@ def _dead(layers):
     if not (found := [layer for layer in layers if layer.dead.any()]):
         return []
     which = "; ".join(f"{_name(layer.path)}: {_numbers(layer.dead)}" for layer in found[:SHOWN])
+    died = next((place for place, layer in enumerate(layers) if layer.died.any()), len(layers))
+    behind = _largest([layer.gap for layer in layers[died + 1 :] if _is_shifted(layer)])
+    evidence = "{features:.0f} of {of:.0f} features have a scale near 0 beside others of their layer, or a variance "
+    evidence += "near 0 ({which})."
+    remedy = "they hand on a constant, and can be pruned. Look for inputs that never vary, units that never fire (a "
+    remedy += "learning rate that was too large), and weight decay on scale (jaxbn.surgery.frozen_mask keeps it away)."
+    if not np.isnan(behind):
+        evidence += " Layers behind them are off by up to {behind:.2f} standard deviations: their statistics are from "
+        evidence += "before, or their inputs have shifted for another reason."
+        remedy += " Measure the statistics on training data (jaxbn.calibrate.layer_by_layer), and diagnose again."
     return _finding(
         "dead features",
         found,
-        "{features:.0f} of {of:.0f} features have a scale or a variance near 0 beside others of their layer ({which}).",
-        "they hand on a constant, and can be pruned. Look for inputs that never vary, units that never fire (a "
-        "learning rate that was too large), and weight decay on scale (jaxbn.surgery.frozen_mask keeps it away).",
+        evidence,
+        remedy,
         words={"which": which + ("; ..." if len(found) > SHOWN else "")},
         features=sum(layer.dead.sum() for layer in found),
         of=sum(layer.features for layer in layers),
+        behind=behind,
     )
+
+
+def _is_shifted(layer):
+    enough = layer.batches * np.fmax(layer.examples, 1) >= EXAMPLES
+    return enough and layer.gap > max(GAP, ERRORS * layer.error)
 
 
 def _shifted(layers):
     found = []
     for layer in layers:
-        if layer.gap > max(GAP, ERRORS * layer.error) and layer.batches * np.fmax(layer.examples, 1) >= EXAMPLES:
+        if _is_shifted(layer):
             found.append(layer)
         if layer.died.any() and not found:
-            return []  # what comes behind is shifted by them
+            return []  # what comes behind may be shifted by them, and is told with them
     if not found:
         return []
     first, worst = found[0], max(found, key=lambda layer: layer.gap)

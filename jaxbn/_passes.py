@@ -40,11 +40,20 @@ class Seen:
     unbiased: bool = dataclasses.field(metadata={"static": True})
 
 
-class Itself(tuple):
+class _Itself(tuple):
     """A static argument that cannot be hashed, and is equal to itself alone."""
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
+
+
+def as_static(*values):
+    """Returns values as one static argument of a compiled function, also where some of them cannot be hashed."""
+    try:
+        hash(values)
+    except TypeError:
+        return _Itself(values)
+    return values
 
 
 def measure_calls(model, batch, call, mask, *, axis_name=None, use_running_average, by_call=False):
@@ -80,11 +89,7 @@ def _combined(a, b):
 
 def measure_all(model, batches, call, mask, *, use_running_average, by_call=False):
     """Returns the moments of each layer's calls in all batches, and the number of batches."""
-    static = (model.definition, call, mask)
-    try:
-        hash(static)
-    except TypeError:
-        static = Itself(static)
+    static = as_static(model.definition, call, mask)
     options = {"static": static, "use_running_average": use_running_average, "by_call": by_call}
     sums, number = [], 0
     for number, batch in enumerate(batches, start=1):

@@ -20,8 +20,9 @@ from jaxbn import _checks, _graph
 from jaxbn._groups import Groups
 from jaxbn._measure import abs2, fill, widen
 from jaxbn._models import BATCH_NORMS, Model, Norm, evaluated, norm_of, run
-from jaxbn._passes import Itself, in_common, nothing_to_measure, opened
+from jaxbn._passes import as_static, in_common, nothing_to_measure, opened
 from jaxbn.stats import BatchStats
+from jaxbn.variants import batch_renormalize, ghost_normalize
 
 
 class Settings(NamedTuple):
@@ -36,6 +37,8 @@ class Settings(NamedTuple):
       unbiased: whether the running variance is multiplied by m/(m - 1).
       synchronised: whether it has an axis name.
       group: number of devices that share their statistics, if not all or none.
+      renormalised: whether training keeps near the running statistics, by batch renormalisation.
+      group_size: examples that ghost batch norm takes together, if it does.
       by_example: whether the rows of its inputs are those of the examples in the batch.
     """
 
@@ -47,6 +50,8 @@ class Settings(NamedTuple):
     unbiased: bool
     synchronised: bool
     group: int | None
+    renormalised: bool
+    group_size: int | None
     by_example: bool
 
 
@@ -129,11 +134,7 @@ def usable(stats: BatchStats) -> Any:
 
 def look(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     """Returns what the layers of a model see, by path in the order in which they are called first."""
-    static = (model.definition, call, mask)
-    try:
-        hash(static)
-    except TypeError:
-        static = Itself(static)
+    static = as_static(model.definition, call, mask)
     first, batches = opened(batches)
     order = _order(model, first, call, mask)
     if not order:
@@ -164,8 +165,8 @@ def _summed(arrays, batch, *, static):
 
 def _calls(model, batch, call, mask, *, train, mark=False):
     """Returns the calls of each layer, by path."""
-    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
     examples = None if mask is None else mask(batch)
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch if mask is None else examples) if np.ndim(leaf)}
 
     def handle(one):
         norm = norm_of(one)
@@ -207,7 +208,7 @@ def _seen(norm: Norm, sizes):
     mask = _checks.mask(norm.mask, x)
     # A layer may see several rows of each example; where it sees something else, all is taken for one example.
     rows = x.shape[0] if x.shape[0] in sizes else max((n for n in sizes if n and x.shape[0] % n == 0), default=1)
-    rows = rows if 0 in reduced else 1
+    rows = max(rows, 1) if 0 in reduced else 1
     features = tuple(x.shape[axis] for axis in axes)
 
     def by_example(values):
@@ -230,6 +231,8 @@ def _seen(norm: Norm, sizes):
 def _settings(norm, by_example):
     options = norm.options
     momentum, groups = options["momentum"], options.get("axis_index_groups")
+    method = options.get("method")
+    function = getattr(method, "func", method)  # a variant may come with its options, by functools.partial
     return Settings(
         training=not norm.use_running_average,
         frozen=options.get("frozen", False),
@@ -239,6 +242,8 @@ def _settings(norm, by_example):
         unbiased=options.get("unbiased", False),
         synchronised=options.get("axis_name") is not None,
         group=None if groups is None else min(map(len, groups)),
+        renormalised=function is batch_renormalize,
+        group_size=getattr(method, "keywords", {}).get("group_size") if function is ghost_normalize else None,
         by_example=by_example,
     )
 

@@ -77,7 +77,8 @@ def diagnose(
     It finds: a train flag left on; running statistics or batches that are not finite; statistics that were never
     updated; averages that still hold their start; too few values per feature, in a batch or on each device; batches
     that are not independent samples, such as sorted ones; dead features; and inputs that have shifted against the
-    running statistics.  What cannot be told from so few batches is left out.
+    running statistics.  What cannot be told from so few batches is left out.  Training is taken to normalise with the
+    batch, or with the groups of ``jaxbn.ghost_normalize``; ``alone`` knows of whole batches only.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> batches = [jax.random.normal(key, (64, 2)) for key in jax.random.split(jax.random.key(0), 4)]

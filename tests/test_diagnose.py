@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import stats as scipy_stats
 from sklearn.datasets import load_digits
 
+import jaxbn.calibrate
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn.diagnose import diagnose
@@ -289,8 +290,10 @@ def test_complex_inputs_are_diagnosed():
     batches = [normal(64, 3, seed=k) + 1j * normal(64, 3, seed=100 + k) for k in range(9)]
     stats = {"mean": jnp.zeros(3, complex), "var": jnp.full(3, 2.0)}
     variables = {"params": STANDARD["params"], "batch_stats": stats}
-    assert names(diagnose(jaxbn.linen.BatchNorm(True), variables, batches)) == []
-    assert names(diagnose(jaxbn.linen.BatchNorm(True), variables, [x + 1j for x in batches])) == ["shifted inputs"]
+    for scale in (jnp.ones(3), jnp.full(3, 1j)):
+        state = variables | {"params": variables["params"] | {"scale": scale}}
+        assert names(diagnose(jaxbn.linen.BatchNorm(True), state, batches)) == []
+        assert names(diagnose(jaxbn.linen.BatchNorm(True), state, [x + 1j for x in batches])) == ["shifted inputs"]
 
 
 @pytest.mark.parametrize("steps", [2, 8, 15])
@@ -405,6 +408,46 @@ def test_what_cannot_be_told_from_one_batch_is_left_out(healthy, digits):
     layers = diagnose(Net(), healthy, [one_class], call=evaluate).layers
     assert all(np.isnan([layer.excess, layer.score]).all() for layer in layers)
     assert names(diagnose(Net(), healthy, [images[:2]], call=evaluate)) == ["too few values per feature"]
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "found"),
+    [
+        (functools.partial(jaxbn.ghost_normalize, group_size=2), 64, ["too few values per feature"]),
+        (functools.partial(jaxbn.ghost_normalize, group_size=32), 64, []),
+        (jaxbn.batch_renormalize, 2, []),
+    ],
+)
+def test_batches_are_judged_as_the_method_takes_them(method, size, found):
+    batches = [normal(size, 3, seed=k) for k in range(12)]
+    layer = jaxbn.linen.BatchNorm(True, method=method)
+    assert names(diagnose(layer, STANDARD, batches)) == found
+
+
+def test_an_empty_batch_says_nothing():
+    batches = [normal(64, 3, seed=k) for k in range(9)]
+    full, more = (diagnose(nn.BatchNorm(True), STANDARD, b) for b in (batches, [*batches, batches[0][:0]]))
+    assert names(more) == [] and more.layers[0].gap == full.layers[0].gap
+
+
+def test_a_layer_whose_scales_are_all_zero_is_not_called_dead():
+    state = STANDARD | {"params": STANDARD["params"] | {"scale": jnp.zeros(3)}}
+    assert names(diagnose(nn.BatchNorm(True), state, [normal(64, 3, seed=k) for k in range(9)])) == []
+
+
+def test_dead_features_do_not_hide_a_shift_behind_them():
+    net = nn.Sequential(
+        [nn.BatchNorm(True), nn.Dense(3, kernel_init=nn.initializers.constant(0.5)), nn.BatchNorm(True)]
+    )
+    batches = [normal(64, 3, seed=k) for k in range(9)]
+    state = net.init(jax.random.key(0), batches[0])
+    state["params"]["layers_0"]["scale"] = jnp.array([0.0, 1.0, 1.0])
+    state = jaxbn.calibrate.layer_by_layer(net, state, batches)
+    (told,) = diagnose(net, state, batches).findings
+    assert told.name == "dead features" and "behind them" not in told.evidence
+    state["batch_stats"]["layers_2"]["mean"] += 3
+    (told,) = diagnose(net, state, batches).findings
+    assert told.name == "dead features" and "Layers behind them are off by up to" in told.evidence
 
 
 def test_a_feature_that_is_rarely_active_is_not_dead():
