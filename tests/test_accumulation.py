@@ -111,6 +111,7 @@ class Net(nn.Module):
         return nn.Dense(1)(x)
 
 
+@pytest.mark.slow
 def test_linen_layer_with_optax_multisteps_updates_parameters_and_statistics_together():
     net, x, mask = Net(accumulate=PARTS), X.reshape(-1, 8, 3), MASK.reshape(-1, 8, 1)
     variables = net.init(jax.random.key(0), x[0], mask[0])

@@ -480,6 +480,7 @@ def test_a_layer_that_is_called_twice_has_the_moments_of_both_calls():
     assert "batches not independent" not in names(diagnosis)
 
 
+@pytest.mark.slow
 def test_layers_under_jit_and_remat_are_found_in_the_order_of_their_calls():
     class Block(nn.Module):
         @nn.compact

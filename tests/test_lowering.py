@@ -149,6 +149,7 @@ def test_a_lowered_step_survives_serialization(net, step):
     assert (copy.mlir_module(), copy.platforms) == (exported.mlir_module(), PLATFORMS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares on the CPU")
 @pytest.mark.parametrize("step", ["train", "eval"])
 @pytest.mark.parametrize("net", NETS)

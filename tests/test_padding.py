@@ -48,6 +48,7 @@ def test_padding_under_jit_is_that_without():
     chex.assert_trees_all_equal((padded, mask), jaxbn.pad_batch(X, 8))
 
 
+@pytest.mark.slow
 def test_moments_output_and_gradients_of_the_examples_are_those_without_padding():
     scale, bias, dy = np.float32([1.0, 2.0, -1.0]), np.float32([0.0, 1.0, 2.0]), RNG.normal(size=X.shape)
     (padded, padded_dy), mask = jaxbn.pad_batch((X, dy.astype(np.float32)), 8)

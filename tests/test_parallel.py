@@ -215,6 +215,7 @@ def test_on_every_api_a_batch_over_devices_is_normalised_as_if_in_one_piece(api,
 PAIRED = [[0, 1], [2, 3]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [tuple(map(tuple, PAIRED)), np.array(PAIRED), [range(2), range(2, 4)], "iterators"],
@@ -230,6 +231,7 @@ def test_groups_may_be_any_sequences_or_iterators(given, method):
     chex.assert_trees_all_equal(moments_of(given), moments_of(PAIRED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_second_derivatives_with_groups_are_those_of_the_groups_alone(check_vma):
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))

@@ -153,6 +153,7 @@ def test_frozen_statistics_stay_in_training_and_others_move(framework):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", NETS)
 def test_freezing_is_undone(framework):
     net, variables = NETS[framework]()
@@ -163,6 +164,7 @@ def test_freezing_is_undone(framework):
         assert_equal(output(free.model, free.variables, train), output(ours.model, ours.variables, train))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", NETS)
 def test_ghost_groups_normalise_separately_in_training(framework):
     net, variables = NETS[framework]()

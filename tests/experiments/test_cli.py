@@ -102,6 +102,7 @@ def test_table_writes_and_prints_the_report(monkeypatch, capsys, tmp_path):
     assert "bn_vs_none" in (tmp_path / "R.md").read_text() and "bn_vs_none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_finished_training_is_not_repeated(monkeypatch, capsys, tmp_path):
     short = [*TRAIN, "--epochs", 1, "--out", tmp_path]
     assert call(monkeypatch, *short) == 0

@@ -183,6 +183,7 @@ def test_checkpoints_of_a_finished_run_are_removed(tmp_path, tiny, make_run):
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
+@pytest.mark.slow
 def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, monkeypatch):
     monkeypatch.setattr(study, "_load", lambda *_: blobs)
     study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)

@@ -15,6 +15,8 @@ from rich.console import Console
 from experiments import distributed, results, sync_demo
 from experiments.measures import spread
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "sync_demo"  # where the README and the documentation show it
 
@@ -48,14 +50,12 @@ def trained(arm, devices):
     return jax.device_get((state, programs.spread(state, train_set, order, step)))
 
 
-@pytest.mark.slow
 def test_synchronised_training_on_eight_devices_is_that_on_one():
     whole, split = trained("synchronised", 1)[0], trained("synchronised", 8)[0]
     # Sums in another order, four steps long.
     chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_statistics_per_device_train_another_net():
     kernels = [trained(arm, 8)[0].params["Conv_0"]["kernel"] for arm in sync_demo.ARMS]
     assert abs(kernels[0] - kernels[1]).max() > 1e-3

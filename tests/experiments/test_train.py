@@ -79,6 +79,7 @@ def test_update_scaled_by_the_rate_is_that_of_sgd_at_the_rate():
     np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny, blobs, small_net):
     config = tiny.replace(augment=False, lr_decay_epochs=2, batch_size=18)
     net, n = models.build(config, 4), config.batch_size
@@ -195,6 +196,7 @@ def test_number_of_devices_does_not_change_the_learning_curve(tiny, blobs, small
     jax.tree.map(close, eight.variables, one.variables)
 
 
+@pytest.mark.slow
 def test_batch_is_split_over_the_devices_and_all_else_is_whole(tiny, blobs, small_net):
     trained = fit(tiny.replace(epochs=1), blobs, mesh=mesh_of(8))
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(trained.variables))
