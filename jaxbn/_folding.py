@@ -91,11 +91,8 @@ def look(model: _models.Model, sample: Any, call: Callable) -> tuple[list[Seen],
         seen.append(Seen(one.path, one.index, layer, norm, *_models.shapes((kernel, x, y))))
         return _graph.mark(y, f"out {mark}"), None
 
-    def run(arrays, sample):
-        kinds = (*_models.BATCH_NORMS, *LINEAR)
-        return _models.run(model._replace(arrays=arrays), sample, _models.evaluating(call), handle, kinds)[0]
-
-    return seen, _graph.trace(run, model.arrays, sample)
+    evaluation = _models.evaluation(model, call, handle, (*_models.BATCH_NORMS, *LINEAR))
+    return seen, _graph.trace(evaluation, model.arrays, sample)
 
 
 class Finder:

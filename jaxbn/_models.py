@@ -177,6 +177,15 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
     return _run_nnx(model, batch, call, handled, kinds)
 
 
+def evaluation(model: Model, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> Callable[[Any, Any], Any]:
+    """Returns a function of the arrays of a model and a batch: its output in evaluation, as ``handle`` makes it."""
+
+    def run_once(arrays, batch):
+        return run(model._replace(arrays=arrays), batch, evaluating(call), handle, kinds)[0]
+
+    return run_once
+
+
 def norm_of(call: Call) -> Norm:
     """Returns the inputs, arrays and settings of a batch norm that is called."""
 

@@ -49,7 +49,7 @@ def look(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Eva
         found.setdefault(one.path, norm.without_arrays())
         return _models.evaluated(norm), None
 
-    jax.eval_shape(_runner(before, call, handle), before.arrays, sample)
+    jax.eval_shape(_models.evaluation(before, call, handle, _models.BATCH_NORMS), before.arrays, sample)
     must_be_operable(before, found, sample, call)
     return before, found
 
@@ -126,17 +126,9 @@ def _outputs(model, sample, call):
         norm = _models.norm_of(one)  # the layer itself where it evaluates, since it may round as ours does not
         return one.proceed(*one.args, **one.kwargs) if norm.use_running_average else _models.evaluated(norm), None
 
-    compiled = jax.jit(_runner(model, call, handle), compiler_options=_ONCE)
+    compiled = jax.jit(_models.evaluation(model, call, handle, _models.BATCH_NORMS), compiler_options=_ONCE)
     leaves = jax.tree.leaves(compiled(model.arrays, sample))
     return [np.asarray(leaf, np.complex128) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
-
-
-def _runner(model, call, handle):
-    def run(arrays, sample):
-        batch_norms = _models.BATCH_NORMS
-        return _models.run(model._replace(arrays=arrays), sample, _models.evaluating(call), handle, batch_norms)[0]
-
-    return run
 
 
 def is_below(path: str, layer: str) -> bool:

@@ -254,7 +254,7 @@ def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
     mixed = jax.tree_util.tree_map_with_path(mix, *stats)
     if not isinstance(target, nnx.Module):
         return {**target, "batch_stats": mixed}
-    blended = nnx.merge(*nnx.split(target), copy=True)
+    blended, _ = join(split(target, None))
     nnx.update(blended, mixed)
     return blended
 
