@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
-from experiments import models
+from experiments import blocks, models
 from experiments.config import Config
 
 ARMS = {
@@ -60,8 +60,8 @@ def compile_step(layer: Callable[..., nn.Module] | None, batch_size: int) -> Ste
         updates, momenta = sgd.update(gradients, momenta)
         return optax.apply_updates(params, updates), batch_stats_new, momenta
 
-    # The nets take their batch norm from the name in `models`: what a user changes is that import.
-    with mock.patch.object(models, "BatchNorm", layer):
+    # The nets take their batch norm from the name in `blocks`: what a user changes is that import.
+    with mock.patch.object(blocks, "BatchNorm", layer):
         variables = net.init(jax.random.key(1), images, train=False)
         state = (variables["params"], variables.get("batch_stats", {}), sgd.init(variables["params"]))
         lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*state, images, labels)

@@ -97,7 +97,9 @@ def load(folder: Path) -> tuple[Config, dict]:
         )
         parts = ocp.args.Composite(progress=ocp.args.JsonRestore(), state=ocp.args.StandardRestore(like))
         restored = manager.restore(step, args=parts)
-    return Config(**restored.progress["config"]), {name: restored.state[name] for name in ("params", "batch_stats")}
+    return Config.from_json(restored.progress["config"]), {
+        name: restored.state[name] for name in ("params", "batch_stats")
+    }
 
 
 def _must_be_shared(folder):

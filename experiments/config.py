@@ -7,11 +7,19 @@ a learning-rate decay) is a constant where it is used.
 import dataclasses
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
+
+from tyro.conf import Suppress
 
 Data = Literal["cifar10", "digits"]
 Net = Literal["cnn7", "resnet20", "inception"]
-Norm = Literal["batch", "none", "group"]
+Norm = Literal["batch", "none", "group", "ghost", "renorm"]
+NormLayers = Literal["hidden", "logits"]
+Placement = Literal["before", "after"]
+Activation = Literal["relu", "sigmoid"]
+Noise = Literal["none", "matched", "shifting"]
+Sampling = Literal["shuffled", "half_the_classes", "one_class"]
+Tuning = Literal["trained", "frozen", "affine"]
 
 IMAGE_SIZES = (8, 16, 32)
 
@@ -26,6 +34,10 @@ class Config:
     """Pixels per side: 8, 16 or 32. Smaller than the original: means over blocks; larger: pixels repeated."""
     train_images: int | None = None
     """Train on the first so many images of a fixed shuffle. None: on all of them."""
+    classes: tuple[int, ...] | None = None
+    """Learn these classes alone, numbered anew in this order. None: all."""
+    sampling: Sampling = "shuffled"
+    """What shares a batch: any images, images of a random half of the classes, or those of one class."""
     augment: bool = True
     """Mirror (CIFAR-10 only), shear and zoom every training image at random."""
     net: Net = "inception"
@@ -33,7 +45,33 @@ class Config:
     width: float = 1.0
     """Multiplies the number of channels of every convolution."""
     norm: Norm = "batch"
-    """Normalization after each convolution: batch norm, none, or group norm."""
+    """Normalization: batch norm, none, group norm, ghost batch norm, or batch renormalization."""
+    group_size: int | None = None
+    """Images per group of ghost batch norm, or of the noise that is matched to it."""
+    norm_layers: NormLayers = "hidden"
+    """Where the norm is: after every convolution, or after the last layer alone, before the softmax."""
+    placement: Placement = "before"
+    """Norm before the activation, as published, or after it."""
+    affine: bool = True
+    """Whether norms learn scale and bias (the Inception net: the bias); otherwise they stay 1 and 0."""
+    momentum: float | None = None
+    """Weight of the old running statistics of batch norm. None: what the net was published with."""
+    debias: bool = False
+    """Correct the running statistics for their start at 0 and 1."""
+    noise: Noise = "none"
+    """After each batch norm: none, noise like that of ghost groups, or noise whose distribution changes each step."""
+    tuning: Tuning = "trained"
+    """Batch norms in fine-tuning: as ever, frozen altogether, or affine maps that learn."""
+    start: Annotated["Config | None", Suppress] = None
+    """The run whose trained net this one starts from, with a new last layer. None: from random weights."""
+    activation: Activation = "relu"
+    """After each convolution."""
+    dropout: float = 0.0
+    """Probability that a feature is dropped before the last layer."""
+    deep_supervision: bool = False
+    """Whether two more classifiers, after the second and the fourth convolution, add to the loss in training."""
+    init_scale: float | None = None
+    """Weights start uniform between plus and minus this. None: as the net was published."""
     learning_rate: float = 0.01
     """Initial learning rate."""
     lr_decay_epochs: int = 10
@@ -56,7 +94,8 @@ class Config:
         _one_of("data", self.data, get_args(Data))
         _one_of("image_size", self.image_size, IMAGE_SIZES)
         _one_of("net", self.net, get_args(Net))
-        _one_of("norm", self.norm, get_args(Norm))
+        for name, accepted in _CHOICES.items():
+            _one_of(name, getattr(self, name), get_args(accepted))
         _positive("width", self.width)
         _positive("learning_rate", self.learning_rate)
         _at_least_one("lr_decay_epochs", self.lr_decay_epochs)
@@ -74,6 +113,78 @@ class Config:
                     f"batch_size={self.batch_size} is larger than train_images={self.train_images}; "
                     "a step needs a whole batch; lower batch_size or raise train_images."
                 )
+        self._check_classes()
+        self._check_layers()
+        self._check_start()
+
+    def _check_classes(self):
+        """Refuses classes that are no choice of classes."""
+        if self.classes is not None:
+            whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.classes)
+            if not whole or len(set(self.classes)) < max(2, len(self.classes)):
+                raise ValueError(
+                    f"classes={self.classes}; at least two different classes are accepted, counted from 0; name such."
+                )
+
+    def _check_layers(self):
+        """Refuses what no net can be built of."""
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"dropout={self.dropout!r}; a number from 0 up to, not including, 1 is accepted; choose one."
+            )
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum={self.momentum!r}; a number from 0 to 1 is accepted, or None; choose one.")
+        if self.init_scale is not None:
+            _positive("init_scale", self.init_scale)
+        if self.noise != "none" and (self.norm != "batch" or self.tuning != "trained"):
+            raise ValueError(
+                f"noise={self.noise!r} with norm={self.norm!r} and tuning={self.tuning!r}; it is added to plain batch "
+                "norm alone; set norm to 'batch' and tuning to 'trained', or noise to 'none'."
+            )
+        if grouped := self.norm == "ghost" or self.noise == "matched":
+            if self.group_size is None:
+                raise ValueError("group_size=None, but ghost batch norm and matched noise have groups; set it.")
+            _at_least_one("group_size", self.group_size)
+        if self.group_size is not None and (not grouped or self.batch_size % self.group_size):
+            raise ValueError(
+                f"group_size={self.group_size} with norm={self.norm!r}, noise={self.noise!r} and "
+                f"batch_size={self.batch_size}; it is for ghost batch norm and matched noise, and divides the batch."
+            )
+        if self.deep_supervision and self.net != "cnn7":
+            raise ValueError(f"deep_supervision=True with net={self.net!r}; only 'cnn7' has it; choose that net.")
+        if self.placement == "after" and self.net == "resnet20":
+            raise ValueError(
+                "placement='after' with net='resnet20', which adds before it activates; choose another net."
+            )
+
+    def _check_start(self):
+        """Refuses a start that does not fit."""
+        if self.tuning != "trained" and (self.start is None or self.norm in ("none", "group")):
+            raise ValueError(
+                f"tuning={self.tuning!r} with norm={self.norm!r} and start={self.start and 'a run'}; "
+                "it is for the batch norms of a trained net; set tuning to 'trained', or name such a start."
+            )
+        if self.start is None:
+            return
+        alike = ("net", "width", "norm", "norm_layers", "placement", "affine", "activation")
+        if different := [name for name in alike if getattr(self, name) != getattr(self.start, name)]:
+            raise ValueError(
+                f"start is a run with another {', '.join(different)}; its net must be of the same kind; change either."
+            )
+
+    def with_seed(self, seed: int) -> Self:
+        """Returns a copy with another seed, in the run it starts from as well."""
+        return self.replace(seed=seed, start=self.start and self.start.with_seed(seed))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the config that `dataclasses.asdict` and JSON have made plain; fields may be missing."""
+        values = dict(values)
+        if values.get("classes") is not None:
+            values["classes"] = tuple(values["classes"])
+        if values.get("start") is not None:
+            values["start"] = cls.from_json(values["start"])
+        return cls(**values)
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed, checked like a new one."""
@@ -87,6 +198,17 @@ class Config:
             for name, mine, theirs in pairs
             if mine != theirs
         )
+
+
+_CHOICES = {
+    "norm": Norm,
+    "norm_layers": NormLayers,
+    "placement": Placement,
+    "activation": Activation,
+    "noise": Noise,
+    "sampling": Sampling,
+    "tuning": Tuning,
+}
 
 
 def _one_of(name, value, accepted):

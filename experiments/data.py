@@ -1,4 +1,4 @@
-"""The images of the studies: CIFAR-10 or digits, their order in an epoch, and their augmentation.
+"""The images of the studies: CIFAR-10 or digits, and their augmentation.
 
 Convention: images are [n, height, width, channels]. In a `Dataset` they are uint8; `augment` takes and returns floats.
 """
@@ -47,6 +47,8 @@ def load(
     *,
     image_size: int,
     train_images: int | None = None,
+    classes: tuple[int, ...] | None = None,
+    channels: int | None = None,
     data_dir: str | Path | None = None,
     download: bool = True,
 ) -> Dataset:
@@ -57,6 +59,8 @@ def load(
       image_size: pixels per side. CIFAR-10 has 32, the digits have 8; smaller images are means over blocks, larger ones
         repeat the pixels.
       train_images: keep the first so many training images of the fixed order. None: all.
+      classes: keep these classes alone, numbered anew in this order. None: all.
+      channels: repeat grey images over so many channels. None: as they are, 1 or 3.
       data_dir: the folder that holds `cifar-10-batches-py`, or that folder itself. None: see `find_cifar10`.
       download: whether CIFAR-10 may be downloaded (170 MB, once) where it is not found.
 
@@ -81,6 +85,8 @@ def load(
     else:
         raise ValueError(f"data={name!r}; accepted are 'cifar10', 'digits'; choose one of those.")
 
+    if classes is not None:
+        dataset = _keep_classes(dataset, classes)
     available = len(dataset.train_images)
     if train_images is not None and not 1 <= train_images <= available:
         raise ValueError(
@@ -89,9 +95,28 @@ def load(
     # RandomState, because NumPy promises never to change its stream: every machine trains on the same images.
     order = np.random.RandomState(0).permutation(available)[:train_images]
     return dataset._replace(
-        train_images=_resize(dataset.train_images[order], image_size),
+        train_images=_with_channels(_resize(dataset.train_images[order], image_size), channels),
         train_labels=dataset.train_labels[order],
-        test_images=_resize(dataset.test_images, image_size),
+        test_images=_with_channels(_resize(dataset.test_images, image_size), channels),
+    )
+
+
+def _keep_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
+    """Returns the images of some classes, which are numbered anew in the order given."""
+    if unknown := [c for c in classes if c >= len(dataset.class_names)]:
+        raise ValueError(
+            f"classes={classes}; {dataset.name} has no {', '.join(map(str, unknown))}; "
+            f"choose from 0 to {len(dataset.class_names) - 1}."
+        )
+    numbers = np.full(len(dataset.class_names), -1, np.int32)
+    numbers[list(classes)] = np.arange(len(classes))
+    train, test = numbers[dataset.train_labels], numbers[dataset.test_labels]
+    return dataset._replace(
+        train_images=dataset.train_images[train >= 0],
+        train_labels=train[train >= 0],
+        test_images=dataset.test_images[test >= 0],
+        test_labels=test[test >= 0],
+        class_names=tuple(dataset.class_names[c] for c in classes),
     )
 
 
@@ -133,6 +158,17 @@ def _digits() -> Dataset:
     )
 
 
+def _with_channels(images: np.ndarray, channels: int | None) -> np.ndarray:
+    """Returns the images with so many channels, which only grey ones have not yet."""
+    if channels in (None, images.shape[-1]):
+        return images
+    if images.shape[-1] != 1:
+        raise ValueError(
+            f"channels={channels}; images of {images.shape[-1]} channels keep theirs; only grey ones can be repeated."
+        )
+    return images.repeat(channels, axis=-1)
+
+
 def _resize(images: np.ndarray, size: int) -> np.ndarray:
     """Returns square images with `size` pixels per side: means over blocks, rounded, or repeated pixels."""
     n, old, _, channels = images.shape
@@ -149,11 +185,6 @@ def _resize(images: np.ndarray, size: int) -> np.ndarray:
         for column in range(side):
             sums += images[:, row::side, column::side]
     return ((sums + side**2 // 2) // side**2).astype(np.uint8)
-
-
-def epoch_order(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
-    """Returns the order of n images in an epoch, int32 [n]: a permutation that depends on key and epoch alone."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
 
 
 def augment(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import checkpoints, data, models
+from experiments import checkpoints, models, study
 from jaxbn.diagnose import COLUMNS, LEFT, LEGEND, WIDTH, Diagnosis, diagnose
 
 BATCHES = 20  # of each set of images: enough for every finding
@@ -37,7 +37,7 @@ def run(checkpoint: Path, *, data_dir: Path | None = None, console: Console | No
             "train one, or name its checkpoint."
         )
     console = console or Console()
-    dataset = data.load(config.data, image_size=config.image_size, train_images=config.train_images, data_dir=data_dir)
+    dataset = study.load_data(config, data_dir)
     net = models.build(config, len(dataset.class_names))
     for name, images in (("training images", dataset.train_images), ("test images", dataset.test_images)):
         batches = split(images, config.batch_size)

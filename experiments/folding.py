@@ -126,7 +126,7 @@ def _net(net, api, width, images):
     """Returns a net as if it had been trained, and its variables if it is a linen one."""
     linen, twin = NETS[net]
     if api == "linen":
-        model = linen(num_classes=CLASSES, width=width, norm="batch")
+        model = linen(num_classes=CLASSES, width=width)
         variables = _random(jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images))
         return model, calibrate.one_pass(model, variables, [images], call=evaluate)
     options = {"num_classes": CLASSES, "width": width, "channels": images.shape[-1]}

@@ -1,7 +1,7 @@
 """What is measured in the rows of runs, and its spread over seeds.
 
-Conventions: a run is the dict {"header": ..., "rows": [...]} that `results.read` returns; accuracies come out in %,
-times in milliseconds for a step and in seconds for a run.
+Conventions: a run is the dict {"header": ..., "rows": [...], "measured": [...]} that `results.read` returns; accuracies
+come out in %, times in milliseconds for a step and in seconds for a run.
 """
 
 import math
@@ -9,6 +9,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+VERDICTS = {
+    "holds": "The claim holds here",
+    "partly": "The claim holds here in part",
+    "fails": "This does not show the claim",
+    "unknown": "A single seed has no spread, so this neither shows nor refutes the claim",
+}
 
 
 class Spread(NamedTuple):
@@ -28,6 +35,21 @@ def spread(values: Iterable[float]) -> Spread:
     """Returns the mean and the standard deviation of a measure over seeds."""
     values = np.asarray(list(values), float)
     return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan, len(values))
+
+
+def exceeds(difference: Spread, least: float = 0.0) -> bool:
+    """Says whether a difference is above `least` by more than twice its standard deviation over seeds.
+
+    That is the measure of all claims here. It is never so for a single seed.
+    """
+    return difference.mean - least > 2 * difference.std
+
+
+def verdict(*claims: bool, seeds: int) -> str:
+    """Returns the one of `VERDICTS` for the parts of a claim that were found true or false, over so many seeds."""
+    if seeds < 2:
+        return "unknown"
+    return "holds" if all(claims) else "partly" if any(claims) else "fails"
 
 
 def pairs(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
@@ -84,3 +106,31 @@ def step_milliseconds(run: dict) -> float:
 def first_above(run: dict, accuracy: float) -> int | None:
     """Returns the index of the first row whose test accuracy is at least `accuracy` (in %), or None."""
     return next((i for i, row in enumerate(run["rows"]) if 100 * row["test_accuracy"] >= accuracy), None)
+
+
+def steps_to(run: dict, accuracy: float) -> float:
+    """Returns the steps to the first row whose test accuracy is at least `accuracy` (in %); infinite without one."""
+    row = first_above(run, accuracy)
+    return math.inf if row is None else run["rows"][row]["step"]
+
+
+def generalization_gap(run: dict) -> float:
+    """Returns, at the end, the accuracy met while training minus the test accuracy, in points."""
+    return 100 * (run["rows"][-1]["train_accuracy"] - run["rows"][-1]["test_accuracy"])
+
+
+def diverged(run: dict) -> bool:
+    """Says whether a loss was not finite in the end."""
+    return bool(run["rows"][-1]["diverged"])
+
+
+def measured(run: dict, name: str, **which: object) -> float:
+    """Returns a number of the one entry in `measured` that has all the values of `which`.
+
+    Raises:
+      ValueError: none or several have.
+    """
+    found = [entry for entry in run["measured"] if all(entry.get(key) == value for key, value in which.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} entries have {which}; one is expected; name the values that tell them apart.")
+    return found[0][name]

@@ -1,4 +1,4 @@
-"""The three nets of the studies in flax.linen, each with batch norm, group norm or no norm.
+"""The three nets of the studies in flax.linen, with whatever `experiments.blocks` puts around their layers.
 
 Convention: images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
 `module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. With a `mask`,
@@ -6,92 +6,53 @@ booleans [n], it leaves out the images that are False there.
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.config import Config, Norm
-from jaxbn.linen import BatchNorm
+from experiments.blocks import ACTIVATIONS, Block, ConvNorm, classify
+from experiments.config import Config
 
-MAX_GROUPS = 8
+AUXILIARY = "auxiliary"  # the collection of the logits that deep supervision adds
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
-    """Returns the net that `config` names (its `net`, `width` and `norm`), not yet initialized.
+    """Returns the net that `config` describes, not yet initialized.
 
     Args:
       config: the training run.
       num_classes: number of logits.
 
     Returns:
-      A module; `module.apply(variables, x, train)` gives logits of shape [n, num_classes].
+      A module; `module.apply(variables, x, train)` gives logits of shape [n, num_classes]. In training, it wants a key
+      "noise" where the config has noise or dropout.
     """
     nets = {"cnn7": CNN7, "resnet20": ResNet20, "inception": Inception}
-    return nets[config.net](num_classes=num_classes, width=config.width, norm=config.norm)
-
-
-class ConvNorm(nn.Module):
-    """A convolution and what normalizes its output; the ReLU is the caller's.
-
-    Attributes:
-      features: number of output channels.
-      kernel_size: side of the square kernel.
-      norm: batch, group or none.
-      strides: steps between the positions of the kernel.
-      use_bias: whether the convolution has a bias. None: where no norm follows, which would remove it again.
-      use_scale: whether the norm learns a scale as well as a bias.
-      momentum: weight of the old value in batch norm's running statistics.
-      epsilon: what both norms add to the variance.
-      kernel_init: initializer of the kernel.
-    """
-
-    features: int
-    kernel_size: int
-    norm: Norm
-    strides: int = 1
-    use_bias: bool | None = None
-    use_scale: bool = True
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    kernel_init: Callable = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the normalized convolution of x, shape [n, height, width, features]."""
-        x = nn.Conv(
-            self.features,
-            (self.kernel_size, self.kernel_size),
-            self.strides,
-            use_bias=self.norm == "none" if self.use_bias is None else self.use_bias,
-            kernel_init=self.kernel_init,
-        )(x)
-        if self.norm == "batch":
-            return BatchNorm(
-                use_running_average=not train,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                use_scale=self.use_scale,
-            )(x, mask=None if mask is None else mask[:, None, None, None])
-        if self.norm == "group":
-            return nn.GroupNorm(num_groups(self.features), epsilon=self.epsilon, use_scale=self.use_scale)(x)
-        return x
+    return nets[config.net](num_classes=num_classes, width=config.width, block=Block.of(config))
 
 
 class CNN7(nn.Module):
-    """Six 3x3 convolutions, a global average and a dense layer: seven layers with weights."""
+    """Six 3x3 convolutions, a global average and a dense layer: seven layers with weights.
+
+    With deep supervision (Lee et al. 2015), classifiers follow the second and the fourth convolution as well; their
+    logits in training are sown into the collection `AUXILIARY`.
+    """
 
     num_classes: int
     width: float
-    norm: Norm
+    block: Block = Block()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
-        for features, strides in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 1)):
-            x = nn.relu(ConvNorm(scaled(features, self.width), 3, self.norm, strides)(x, train, mask))
-        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+        for layer, (features, strides) in enumerate(((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 1)), start=1):
+            x = ConvNorm(scaled(features, self.width), 3, self.block, strides)(x, train, mask)
+            if self.block.deep_supervision and layer in (2, 4):
+                early = classify(self.block, x, self.num_classes, train=train, mask=mask, name=f"{AUXILIARY}_{layer}")
+                if train and not self.is_initializing():
+                    self.sow(AUXILIARY, f"logits_{layer}", early)
+        return classify(self.block, x, self.num_classes, train=train, mask=mask)
 
 
 class ResNet20(nn.Module):
@@ -104,21 +65,21 @@ class ResNet20(nn.Module):
 
     num_classes: int
     width: float
-    norm: Norm
+    block: Block = Block()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
-        conv = functools.partial(ConvNorm, norm=self.norm, kernel_init=nn.initializers.he_normal())
-        x = nn.relu(conv(scaled(16, self.width), 3)(x, train, mask))
+        conv = functools.partial(ConvNorm, block=self.block, kernel_init=nn.initializers.he_normal())
+        x = conv(scaled(16, self.width), 3)(x, train, mask)
         for stage, features in enumerate((16, 32, 64)):
             features = scaled(features, self.width)
             for block in range(3):
                 strides = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(conv(features, 3, strides=strides)(x, train, mask))
-                y = conv(features, 3)(y, train, mask)
-                x = nn.relu(y + shortcut(x, features, strides))
-        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+                y = conv(features, 3, strides=strides)(x, train, mask)
+                y = conv(features, 3, activate=False)(y, train, mask)
+                x = ACTIVATIONS[self.block.activation](y + shortcut(x, features, strides))
+        return classify(self.block, x, self.num_classes, train=train, mask=mask)
 
 
 def shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
@@ -155,16 +116,17 @@ class Inception(nn.Module):
 
     num_classes: int
     width: float
-    norm: Norm
+    block: Block = Block()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x."""
         for number, channels in enumerate(INCEPTION_CHANNELS, start=1):
-            x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.norm)(x, train, mask)
+            x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.block)(x, train, mask)
             if number in (2, 7):
                 x = max_pool(x, strides=2)
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.glorot_uniform())(x.mean((1, 2)))
+        glorot = nn.initializers.glorot_uniform()
+        return classify(self.block, x, self.num_classes, train=train, mask=mask, kernel_init=glorot)
 
 
 class InceptionModule(nn.Module):
@@ -172,11 +134,11 @@ class InceptionModule(nn.Module):
 
     Attributes:
       channels: of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
-      norm: batch, group or none.
+      block: what is put around the convolutions.
     """
 
     channels: tuple[int, int, int, int, int, int]
-    norm: Norm
+    block: Block = Block()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -186,14 +148,14 @@ class InceptionModule(nn.Module):
             layer = ConvNorm(
                 features,
                 kernel_size,
-                self.norm,
+                self.block,
                 use_bias=False,
                 use_scale=False,
                 momentum=0.99,
                 epsilon=1e-3,
                 kernel_init=nn.initializers.glorot_uniform(),
             )
-            return nn.relu(layer(x, train, mask))
+            return layer(x, train, mask)
 
         one, three_reduce, three, five_reduce, five, projection = self.channels
         branches = (
@@ -226,13 +188,3 @@ def max_pool(x: jax.Array, *, strides: int) -> jax.Array:
 def scaled(features: int, width: float) -> int:
     """Returns `features` times `width`, rounded, at least 1; whatever the norm, so that arms compare like with like."""
     return max(1, round(features * width))
-
-
-def num_groups(features: int) -> int:
-    """Returns the number of groups for group norm: the largest divisor of `features` that is at most 8.
-
-    Wu and He (2018) use 32 groups or 16 channels a group on nets of 64 to 2048 channels. These nets start at 16
-    channels, where 32 groups are impossible and 8 leave two channels to share a mean. A divisor exists for every number
-    of channels, so that group norm never changes the widths.
-    """
-    return max(g for g in range(1, MAX_GROUPS + 1) if features % g == 0)

@@ -6,17 +6,38 @@ which colour-blind readers tell apart, and every line bears its name at its end.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-COLORS = {"batch": "#0072B2", "none": "#D55E00", "group": "#009E73"}
-NAMES = {"batch": "batch norm", "none": "no norm", "group": "group norm"}
+PALETTE = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+}
+COLORS = {
+    "batch": PALETTE["blue"],
+    "none": PALETTE["vermilion"],
+    "group": PALETTE["green"],
+    "ghost": PALETTE["purple"],
+    "renorm": PALETTE["orange"],
+}
+NAMES = {
+    "batch": "batch norm",
+    "none": "no norm",
+    "group": "group norm",
+    "ghost": "ghost batch norm",
+    "renorm": "batch renorm",
+}
 STYLE = {
     "font.size": 13,
     "axes.spines.top": False,
@@ -25,6 +46,8 @@ STYLE = {
 }
 DPI = 120
 PANEL_INCHES = (5.6, 4.0)
+PANELS_IN_A_ROW = 3
+STANDING_BARS = 4  # so many have room for their names below
 LABEL_GAP = 0.07  # smallest vertical distance between two names, as a part of the axes' height
 
 
@@ -37,6 +60,7 @@ class Line(NamedTuple):
       y: values, shape [seeds, points].
       color: of the line, the band and the name.
       dashes: matplotlib's line style.
+      marker: matplotlib's marker at each point; for lines of few points.
     """
 
     name: str
@@ -44,22 +68,33 @@ class Line(NamedTuple):
     y: np.ndarray
     color: str
     dashes: str = "-"
+    marker: str = ""
 
 
 class Lines(NamedTuple):
-    """A panel of lines; `xlabel` and `ylabel` name quantity and unit.
+    """A panel of lines.
 
-    With `doubling`, x has a logarithmic scale to base 2, with a mark at each point of the first line.
+    Attributes:
+      xlabel: quantity and unit.
+      ylabel: quantity and unit.
+      lines: what is drawn.
+      xscale: linear from 0; or logarithmic, with a tick at each point of the first line ("log").
+      yscale: linear or logarithmic ("log").
+      bottom: where a linear y axis begins; None leaves it to the values.
+      title: above the panel, where several show the same quantities.
     """
 
     xlabel: str
     ylabel: str
     lines: Sequence[Line]
-    doubling: bool = False
+    xscale: Literal["linear", "log"] = "linear"
+    yscale: Literal["linear", "log"] = "linear"
+    bottom: float | None = 0
+    title: str = ""
 
 
 class Bar(NamedTuple):
-    """One bar: the mean of `values` over seeds, with an error bar of one standard deviation to both sides."""
+    """One bar: the mean of `values` over seeds, an error bar of one standard deviation, and a dot for each."""
 
     name: str
     values: Sequence[float]
@@ -67,23 +102,35 @@ class Bar(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """A panel of bars; `ylabel` names quantity and unit."""
+    """A panel of bars, their names below; from five on they lie, with their names on the left.
 
-    ylabel: str
+    Attributes:
+      label: quantity and unit.
+      bars: what is drawn.
+      title: above the panel, where several show the same quantity.
+    """
+
+    label: str
     bars: Sequence[Bar]
+    title: str = ""
 
 
 def draw(panels: Sequence[Lines | Bars]) -> Figure:
-    """Returns a figure with the panels side by side."""
+    """Returns a figure with the panels side by side, at most three in a row."""
+    columns = min(len(panels), PANELS_IN_A_ROW)
+    rows = -(-len(panels) // columns)
     width, height = PANEL_INCHES
-    width = width * len(panels) if len(panels) > 1 else 1.5 * width
+    width = width * columns if columns > 1 else 1.5 * width
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, panel in zip(places, panels, strict=False):
             (_draw_lines if isinstance(panel, Lines) else _draw_bars)(axes, panel)
+            axes.set_title(panel.title, fontsize=13)
             axes.set_axisbelow(True)
-            axes.grid(axis="y", alpha=0.3)
+        for axes in places[len(panels) :]:
+            axes.remove()
     return figure
 
 
@@ -102,17 +149,23 @@ def save(figure: Figure, path: Path, *, digest: str) -> Path:
 
 
 def _draw_lines(axes: Axes, panel: Lines):
+    axes.grid(axis="y", alpha=0.3)
     for line in panel.lines:
         mean = line.y.mean(axis=0)
-        axes.plot(line.x, mean, color=line.color, linestyle=line.dashes)
+        axes.plot(line.x, mean, color=line.color, linestyle=line.dashes, marker=line.marker)
         if len(line.y) > 1:
             std = line.y.std(axis=0, ddof=1)
-            axes.fill_between(line.x, mean - std, mean + std, color=line.color, alpha=0.2, linewidth=0)
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axes.set_ylim(bottom=0)
-    if panel.doubling:
-        axes.set_xscale("log", base=2)
+            low = mean - std
+            if panel.yscale == "log":
+                low = np.maximum(low, line.y.min(axis=0))  # a mean less its deviation may be below 0
+            axes.fill_between(line.x, low, mean + std, color=line.color, alpha=0.2, linewidth=0)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, yscale=panel.yscale)
+    if panel.yscale == "linear" and panel.bottom is not None:
+        axes.set_ylim(bottom=panel.bottom)
+    if panel.xscale == "log":
+        axes.set_xscale("log")
         axes.set_xticks(panel.lines[0].x, [f"{x:g}" for x in panel.lines[0].x])
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -121,9 +174,12 @@ def _draw_lines(axes: Axes, panel: Lines):
 
 def _name_lines(axes, lines):
     """Writes each name, with a piece of its line, to the right of the line's end, but no two over each other."""
-    low, high = axes.get_ylim()
-    ends = sorted(((line.y.mean(axis=0)[-1] - low) / (high - low), i) for i, line in enumerate(lines))
-    for (_, i), height in zip(ends, spread_out([end for end, _ in ends]), strict=True):
+    axes.get_ylim()  # settles the limits, which the transformations below do not
+    means = [line.y.mean(axis=0) for line in lines]
+    ends = [mean[np.isfinite(mean)][-1:] for mean in means]  # a line that breaks off is named where it does
+    heights = [axes.transLimits.transform(axes.transScale.transform((1, end[0])))[1] if len(end) else 0 for end in ends]
+    order = np.argsort(heights, kind="stable")
+    for i, height in zip(order, spread_out([heights[i] for i in order]), strict=True):
         line = lines[i]
         place = {"color": line.color, "transform": axes.transAxes, "clip_on": False}
         axes.plot([1.02, 1.1], [height, height], line.dashes, **place)
@@ -141,8 +197,23 @@ def spread_out(heights: list[float]) -> list[float]:
 
 
 def _draw_bars(axes: Axes, panel: Bars):
+    lying = len(panel.bars) > STANDING_BARS
+    axes.grid(axis="x" if lying else "y", alpha=0.3)
     for position, bar in enumerate(panel.bars):
-        std = np.std(bar.values, ddof=1) if len(bar.values) > 1 else None
-        axes.bar(position, np.mean(bar.values), yerr=std, color=bar.color, width=0.6, capsize=6)
-    axes.set_xticks(range(len(panel.bars)), [bar.name for bar in panel.bars])
-    axes.set(ylabel=panel.ylabel)
+        values = np.asarray(bar.values, float)
+        std = values.std(ddof=1) if len(values) > 1 else None
+        options = {"color": bar.color, "capsize": 6}
+        if lying:
+            axes.barh(position, values.mean(), xerr=std, height=0.6, **options)
+        else:
+            axes.bar(position, values.mean(), yerr=std, width=0.6, **options)
+        dots = (values, np.full(len(values), position))
+        axes.plot(*(dots if lying else dots[::-1]), "o", color="black", markersize=3.5, alpha=0.6)
+    places, names = range(len(panel.bars)), [bar.name for bar in panel.bars]
+    if lying:
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set(xlabel=panel.label)
+    else:
+        axes.set_xticks(places, names)
+        axes.set(ylabel=panel.label)

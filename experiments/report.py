@@ -5,12 +5,15 @@ from types import ModuleType
 
 from experiments import plots, results, study
 from experiments.config import PRESETS
+from experiments.measures import VERDICTS
 
+CLAIM = {"holds": "holds", "partly": "holds in part", "fails": "not shown", "unknown": "one seed: undecided"}
 HEAD = """# Experiments
 
 Written by `python -m experiments table` from the files in `results/`; to change it, change a study or its results.
 Every number is mean ± standard deviation over seeds, or that of a single seed where it says so; accuracies are on the
-test set; times depend on the hardware.
+test set; times depend on the hardware. A difference counts where it is more than twice its standard deviation over
+seeds; differences are taken between runs of the same seed.
 
 `python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
 interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
@@ -20,7 +23,8 @@ within two minutes.
 
 def readme(folder: Path) -> str:
     """Returns the text of experiments/README.md for the results in `folder`."""
-    return "\n".join([HEAD, *(_chapter(study.load(name), folder) for name in study.names())])
+    modules = study.select("all")
+    return "\n".join([HEAD, _overview(modules, folder), *(_chapter(module, folder) for module in modules)])
 
 
 def figures(module: ModuleType, folder: Path, out: Path) -> list[Path]:
@@ -43,18 +47,33 @@ def text(module: ModuleType, folder: Path, section: str) -> str:
     return words.replace("{time}", _times(module, folder)) if "{time}" in words else words
 
 
+def _overview(modules, folder):
+    """The table of all studies: what was asked, and whether the claim held."""
+    lines = []
+    for module in modules:
+        name = study.short_name(module)
+        line = {"study": f"[{name}](#{name})", "question": text(module, folder, "Question")}
+        for preset in PRESETS:
+            found = study.collect(module, preset, folder)
+            line[f"claim, {preset}"] = CLAIM[module.summary(found)["verdict"]] if found else "no results yet"
+        lines.append(line)
+    return _markdown(lines) + "\n"
+
+
 def _chapter(module, folder):
     """The part of the README about one study."""
     name = study.short_name(module)
     parts = [f"## {name}", f"**{text(module, folder, 'Question')}**", f"`{text(module, folder, 'Command')}`"]
     parts += [f"Time: {text(module, folder, 'Time')}.", f"Refuted if {text(module, folder, 'Refuted if')}"]
+    parts.append(f"Published: {text(module, folder, 'Published')}")
     for preset in PRESETS:
         parts.append(f"### {name}, {preset}")
         found = study.collect(module, preset, folder)
         if found is None:
             parts.append(f"{module.SETUP[preset]} {_state(module, preset, folder).capitalize()}.")
             continue
-        finding = study.sections(module)["Finding"].format(**module.summary(found))
+        fields = module.summary(found)
+        finding = study.sections(module)["Finding"].format(**fields | {"verdict": VERDICTS[fields["verdict"]]})
         parts += [module.SETUP[preset], _markdown(module.table(found, preset)), finding]
         parts += [f"![{name}, {preset}](figures/{_figure_name(module, preset)})", _origin(found)]
     return "\n\n".join(parts) + "\n"

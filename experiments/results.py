@@ -1,8 +1,8 @@
-"""The results of runs as files: one JSONL per run, a header line and then one line per row.
+"""The results of runs as files: one JSONL per run, a header, then one line per row and per further measurement.
 
-Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...]}; the header says what was
-run, on which images, with which versions, on what hardware, from which commit. A number that is not finite is null in
-the file and NaN when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
+Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...], "measured": [...]}; the
+header says what was run, on which images, with which versions, on what hardware, from which commit. A number that is
+not finite is null in the file and NaN when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import Config
@@ -39,9 +40,10 @@ def run_path(folder: Path, study: str, preset: str, label: str, seed: int) -> Pa
     return folder / study / preset / f"{label}-seed{seed}.jsonl"
 
 
-def write(path: Path, header: dict, rows: list[dict]) -> None:
+def write(path: Path, header: dict, rows: list[dict], measured: Sequence[dict] = ()) -> None:
     """Writes a finished run in one go: the file is there completely or not at all."""
-    lines = [json.dumps(_finite(line), allow_nan=False) for line in (header, *rows)]
+    lines = [header, *rows, *({"measured": each} for each in measured)]
+    lines = [json.dumps(_finite(line), allow_nan=False) for line in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -49,22 +51,23 @@ def write(path: Path, header: dict, rows: list[dict]) -> None:
 
 
 def read(path: Path) -> dict:
-    """Returns the run in a file: {"header": dict, "rows": list of dicts}.
+    """Returns the run in a file: {"header": dict, "rows": list of dicts, "measured": list of dicts}.
 
     Raises:
       ValueError: the file is not a result file.
     """
     try:
-        header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        header, rows = lines[0], [line for line in lines[1:] if "measured" not in line]
         if not (rows and isinstance(header["config"], dict) and all(isinstance(row, dict) for row in rows)):
             raise ValueError("no config or no rows")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"{path} is not a result file ({error}); a line with the header and one per row is expected; "
             "delete it, and the same command makes it anew."
         ) from None
-    nan = float("nan")
-    return {"header": header, "rows": [{k: nan if v is None else v for k, v in row.items()} for row in rows]}
+    measured = [line["measured"] for line in lines[1:] if "measured" in line]
+    return {"header": header, "rows": _numbers(rows), "measured": _numbers(measured)}
 
 
 def finished(path: Path, config: Config) -> bool:
@@ -88,7 +91,7 @@ def differences(stored: dict, config: Config) -> str:
 
     A setting that was not there yet when the config was stored had its default value.
     """
-    wanted = dataclasses.asdict(config)
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as it would be stored
     stored = {field.name: field.default for field in dataclasses.fields(Config)} | stored
     return ", ".join(
         f"{key} was {stored.get(key)!r} and is now {wanted.get(key)!r}"
@@ -178,6 +181,15 @@ def digest(runs: dict[str, list[dict]]) -> str:
     """Returns a short name for the contents of results, written into the figures that are drawn from them."""
     text = json.dumps({label: [_finite(run) for run in group] for label, group in runs.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _numbers(value):
+    """The value with NaN for every None: the inverse of `_finite`, but for infinities."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _finite(value):

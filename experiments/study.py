@@ -6,15 +6,18 @@ A study is a module in `experiments.studies`, named after its question, with
   braces are filled in from results, so that no finding is typed by hand;
 - `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
 - `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
-- `summary(results) -> dict[field, text]`: the fields of the finding;
+- `summary(results) -> dict[field, text]`: the fields of the finding, and as `verdict` one of `measures.VERDICTS`;
 - `table(results, preset) -> list[dict[column, text]]`;
-- `plot(results) -> Figure`.
+- `plot(results) -> Figure`;
+- where it measures more than `train.fit` does: `fit(config, dataset, **options) -> Trained`, which calls that one, with
+  a `probe` or not, and adds what it has `measured`.
 
 `results` is always label -> runs over seeds, as `results.read_study` returns them.
 """
 
 import difflib
 import functools
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -30,7 +33,8 @@ from experiments import data, distributed, results, studies, train
 from experiments.config import PRESETS, Config
 from experiments.display import Display
 
-SECTIONS = ("Command", "Time", "Finding", "Refuted if")
+SECTIONS = ("Command", "Time", "Published", "Finding", "Refuted if")
+START = "start-"  # begins the name of the checkpoints of a net that other runs start from
 MIN_SEEDS = {"small": 3, "full": 1}  # three give a spread; a run of `full` is long, and one seed is quoted as one
 
 
@@ -92,7 +96,7 @@ def collect(module: ModuleType, preset: str, folder: Path) -> dict[str, list[dic
     seeds = {label: [run["header"]["config"]["seed"] for run in found.get(label, [])] for label in configs}
     for label, config in configs.items():
         for seed in seeds[label]:
-            results.finished(results.run_path(folder, name, preset, label, seed), config.replace(seed=seed))
+            results.finished(results.run_path(folder, name, preset, label, seed), config.with_seed(seed))
     first, *others = seeds.values()
     if len(first) < MIN_SEEDS[preset] or any(other != first for other in others):
         return None
@@ -115,22 +119,30 @@ def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, f
         (
             f"{short_name(module)} {label}-seed{seed}",
             results.run_path(folder, short_name(module), preset, label, seed),
-            config.replace(seed=seed),
+            config.with_seed(seed),
         )
         for seed in range(seeds)
         for label, config in module.runs(preset).items()
     ]
-    train_missing(plan, data_dir=data_dir)
+    train_missing(plan, data_dir=data_dir, fit=getattr(module, "fit", train.fit))
+    if distributed.is_primary():
+        for started in folder.glob(f"{short_name(module)}/{preset}/{START}*"):
+            shutil.rmtree(started, ignore_errors=True)
 
 
 def train_missing(
-    plan: list[tuple[str, Path, Config]], *, data_dir: Path | None, keep_checkpoints: bool = False
+    plan: list[tuple[str, Path, Config]],
+    *,
+    data_dir: Path | None,
+    fit: Callable[..., train.Trained] = train.fit,
+    keep_checkpoints: bool = False,
 ) -> None:
     """Trains the runs that have no result yet.
 
     Args:
       plan: the runs, each with the name by which it is shown, the file of its result, and its Config.
       data_dir: where CIFAR-10 is.
+      fit: trains a run, and is called as `train.fit` is.
       keep_checkpoints: whether the last ones of a run stay, at `kept_checkpoints`; otherwise they go once it is done.
 
     Raises:
@@ -147,7 +159,8 @@ def train_missing(
                     _put_away(path, keep_checkpoints)
             else:
                 shown = display.run(name)
-                train_to_file(config, path, data_dir=data_dir, on_progress=shown, keep_checkpoints=keep_checkpoints)
+                options = {"data_dir": data_dir, "on_progress": shown, "keep_checkpoints": keep_checkpoints}
+                train_to_file(config, path, fit=fit, **options)
 
 
 def train_to_file(
@@ -155,6 +168,7 @@ def train_to_file(
     path: Path,
     *,
     data_dir: Path | None,
+    fit: Callable[..., train.Trained] = train.fit,
     on_progress: Callable | None = None,
     keep_checkpoints: bool = False,
 ) -> None:
@@ -162,14 +176,29 @@ def train_to_file(
 
     Every process calls it; process 0 writes.
     """
-    dataset = distributed.primary_first(lambda: _load(config.data, config.image_size, config.train_images, data_dir))
-    trained = train.fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress)
+    options = {} if config.start is None else {"start": _trained(config.start, path.parent, data_dir)}
+    dataset = load_data(config, data_dir)
+    trained = fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress, **options)
     if not distributed.is_primary():
         return
     parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
     header = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
-    results.write(path, header, trained.rows)
+    results.write(path, header, trained.rows, trained.measured)
     _put_away(path, keep_checkpoints)
+
+
+def load_data(config: Config, data_dir: Path | None) -> data.Dataset:
+    """Returns the images that a run learns. All processes call it; the first one downloads them, if need be."""
+    channels = 3 if config.start is not None and config.start.data == "cifar10" else None
+    what = (config.data, config.image_size, config.train_images, config.classes, channels, data_dir)
+    return distributed.primary_first(lambda: _load(*what))
+
+
+@functools.lru_cache(maxsize=2)
+def _trained(config, folder, data_dir):
+    """The variables of the net that other runs start from, kept for the next one of them."""
+    name = f"{START}{hashlib.sha256(repr(config).encode()).hexdigest()[:16]}.unfinished"
+    return train.fit(config, load_data(config, data_dir), checkpoint_dir=folder / name).variables
 
 
 def _finished(path, config):
@@ -177,10 +206,11 @@ def _finished(path, config):
     return distributed.from_primary(lambda: results.finished(path, config))
 
 
-@functools.lru_cache(maxsize=1)
-def _load(name, image_size, train_images, data_dir):
+@functools.lru_cache(maxsize=4)
+def _load(name, image_size, train_images, classes, channels, data_dir):
     """The data set, kept for the next run, which mostly has the same."""
-    return data.load(name, image_size=image_size, train_images=train_images, data_dir=data_dir)
+    options = {"train_images": train_images, "classes": classes, "channels": channels}
+    return data.load(name, image_size=image_size, data_dir=data_dir, **options)
 
 
 def kept_checkpoints(path: Path) -> Path:

@@ -273,10 +273,10 @@ def plot(measured: dict) -> Figure:
     label = "images per device"
     return plots.draw(
         [
-            plots.Lines(label, "test accuracy (%)", lines("test_accuracy", 100), doubling=True),
+            plots.Lines(label, "test accuracy (%)", lines("test_accuracy", 100), xscale="log"),
             plots.Lines(
-                label, "spread of the mean over devices\n(standard deviations)", lines("spread_of_mean", 1), True
+                label, "spread of the mean over devices\n(standard deviations)", lines("spread_of_mean", 1), "log"
             ),
-            plots.Lines(label, "spread of the variance\nover devices (%)", lines("spread_of_var", 100), doubling=True),
+            plots.Lines(label, "spread of the variance\nover devices (%)", lines("spread_of_var", 100), xscale="log"),
         ]
     )

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import distributed, results
+from experiments import distributed, results, transfer
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config
 from experiments.data import Dataset
-from experiments.programs import compile_programs, evaluate
+from experiments.programs import State, compile_programs, evaluate
 
 CHECKPOINT_STEPS = 500  # besides the checkpoint at every row
 PROGRESS_SECONDS = 0.1  # shortest time between two calls of on_progress
@@ -53,11 +53,13 @@ class Trained(NamedTuple):
       rows: one dict per evaluation, `Config.evaluations` of them per epoch.
       variables: the trained net's `params` and `batch_stats`, for `module.apply`.
       seconds: that the run took in all, compilation and evaluation included, interruptions left out.
+      measured: what a study measured besides, dicts of numbers and names; `fit` itself measures nothing.
     """
 
     rows: list[dict]
     variables: dict
     seconds: float
+    measured: Sequence[dict] = ()
 
 
 def fit(
@@ -67,6 +69,8 @@ def fit(
     checkpoint_dir: Path | None = None,
     checkpoint_steps: int = CHECKPOINT_STEPS,
     on_progress: Callable[[Progress], None] | None = None,
+    start: dict | None = None,
+    probe: Callable[[State, float], dict] | None = None,
     mesh: Mesh | None = None,
 ) -> Trained:
     """Trains the net of `config` on `dataset`, from the newest checkpoint where there is one.
@@ -88,6 +92,9 @@ def fit(
         share it. None: nowhere.
       checkpoint_steps: steps between checkpoints.
       on_progress: called at every row, and in between at most ten times a second; in process 0 alone.
+      start: variables of the net that `config.start` has trained.
+      probe: called at every row with the state and the learning rate; the dict it returns is added to the row. Its time
+        does not count as training.
       mesh: the devices, on one axis. None: all devices of all processes.
 
     Returns:
@@ -96,9 +103,15 @@ def fit(
 
     Raises:
       ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints are another run's;
-        the processes do not all train the same.
+        the processes do not all train the same; `start` is missing, or not wanted.
     """
     began = time.perf_counter()
+    if (config.start is None) != (start is None):
+        raise ValueError(
+            f"start={'None' if start is None else 'variables'}, but config.start is "
+            f"{'None' if config.start is None else 'a run'}; a run that starts from another one wants the variables "
+            "which that one has trained, and no other run does; give both or neither."
+        )
     mesh = distributed.mesh() if mesh is None else mesh
     steps_per_epoch = _steps_per_epoch(config, dataset)
     row_ends, stops = _schedule(config, steps_per_epoch, checkpoint_steps)
@@ -116,6 +129,11 @@ def fit(
     compiling = time.perf_counter() - clock
     with distributed.training(), Checkpoints(checkpoint_dir, config) as checkpoints:
         state, order_key, augment_key = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
+        if start is not None:
+            sample = dataset.train_images[:1].astype(np.float32) / 255
+            fresh = {"params": state.params, "batch_stats": state.batch_stats}
+            moved = distributed.replicate(jax.device_get(transfer.transplant(config, start, fresh, sample)), mesh)
+            state = state._replace(**moved)
         rows, training, earlier = [], 0.0, 0.0
         if restored := checkpoints.restore(state):
             state, progress = restored
@@ -130,7 +148,7 @@ def fit(
                 continue
             epoch = step // steps_per_epoch
             clock = time.perf_counter()
-            order = programs.order(order_key, distributed.replicate(np.int32(epoch), mesh))
+            order = programs.order(train_set[1], order_key, distributed.replicate(np.int32(epoch), mesh))
             rate = distributed.replicate(np.float32(learning_rate(config, epoch)), mesh)
             while step < stop:
                 step += 1
@@ -155,6 +173,8 @@ def fit(
                     "compile_seconds": compiling,
                     "diverged": not (math.isfinite(float(state.loss)) and math.isfinite(test_loss)),
                 }
+                if probe is not None:
+                    row |= probe(state, row["learning_rate"])
                 rows.append(row)
                 reporter.row(row)
                 loss, correct = distributed.replicate((np.float32(0), np.int32(0)), mesh)
@@ -165,6 +185,15 @@ def fit(
             distributed.moved()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Trained(rows, variables, earlier + time.perf_counter() - began)
+
+
+def initial_variables(config: Config, dataset: Dataset) -> dict:
+    """Returns the `params` and `batch_stats` with which a run begins that starts from random weights."""
+    shapes = dataset.train_images.shape, dataset.test_images.shape
+    mesh = distributed.mesh()
+    programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
+    state, _, _ = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def learning_rate(config: Config, epoch: int) -> float:

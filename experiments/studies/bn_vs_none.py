@@ -4,11 +4,14 @@ Command: python -m experiments run bn_vs_none --preset small
 
 Time: sized for a quarter of an hour on 2 CPU cores (small); measured: {time}
 
+Published: On CIFAR-10 at 32x32, best validation accuracy in 30 epochs ~87 % with batch norm and ~66 % without, in ~43
+and ~34 minutes (Kiefer 2020, read off a bar chart).
+
 Finding: With batch norm the net ends at {batch} % test accuracy, without at {none} %, a difference of {gain} points.
 {passes}. A step takes {batch_ms} ms with batch norm and {none_ms} ms without, {cost} times as long. {verdict}.
 
-Refuted if: the difference in final test accuracy is no larger than its standard deviation over seeds, or the net with
-batch norm needs as much time as the one without to reach the best accuracy of the latter.
+Refuted if: the difference in final test accuracy is no larger than twice its standard deviation over seeds, or the net
+with batch norm needs as much time as the one without to reach the best accuracy of the latter.
 """
 
 from matplotlib.figure import Figure
@@ -19,12 +22,14 @@ from experiments.measures import (
     best_accuracy,
     column,
     elapsed,
+    exceeds,
     final_accuracy,
     first_above,
     pairs,
     spread,
     step_milliseconds,
     training_seconds,
+    verdict,
 )
 
 ARMS = ("batch", "none")
@@ -64,16 +69,12 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
             f"It reaches the best accuracy of the net without after {epochs.text()} of "
             f"{paired[0][0]['header']['config']['epochs']} epochs, in {time.text()} % of the time"
         )
-    if gain.n == 1:
-        verdict = "A single seed has no spread, so this neither shows nor refutes the claim"
-    else:
-        verdict = "The claim holds here" if faster and gain.mean > gain.std else "This does not show the claim"
     return {
         "batch": spread(map(final_accuracy, results["batch"])).text(),
         "none": spread(map(final_accuracy, results["none"])).text(),
         "gain": gain.text(),
         "passes": passes,
-        "verdict": verdict,
+        "verdict": verdict(faster and exceeds(gain), seeds=gain.n),
         "batch_ms": spread(map(step_milliseconds, results["batch"])).text(),
         "none_ms": spread(map(step_milliseconds, results["none"])).text(),
         "cost": spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in paired).text(2),

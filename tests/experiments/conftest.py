@@ -72,6 +72,6 @@ def make_run():
             "hardware": hardware,
             "commit": commit,
         }
-        return {"header": header, "rows": rows}
+        return {"header": header, "rows": rows, "measured": []}
 
     return make

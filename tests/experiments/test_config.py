@@ -21,8 +21,13 @@ def test_a_config_is_frozen_and_hashable():
 
 
 def test_a_config_is_plain_json():
-    for config in PRESETS.values():
-        assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    nested = Config(classes=(1, 2), start=Config(classes=(3, 4)), tuning="frozen")
+    for config in (*PRESETS.values(), nested):
+        assert Config.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_seed_holds_for_the_run_that_another_starts_from_as_well():
+    assert Config(start=Config()).with_seed(3) == Config(seed=3, start=Config(seed=3))
 
 
 def test_replace_changes_only_what_it_is_told():
@@ -48,7 +53,7 @@ def test_differences_name_the_fields_and_both_values():
         (dict(image_size=16.0), r"image_size=16.0; accepted are 8, 16, 32; choose one"),
         (dict(width=True), r"width=True; a finite number above 0 is accepted; choose one"),
         (dict(net="vgg"), r"net='vgg'; accepted are 'cnn7', 'resnet20', 'inception'; choose one"),
-        (dict(norm="layer"), r"norm='layer'; accepted are 'batch', 'none', 'group'; choose one"),
+        (dict(norm="layer"), r"norm='layer'; accepted are 'batch', 'none', 'group', 'ghost', 'renorm'; choose one"),
         (dict(width=0.0), r"width=0.0; a finite number above 0 is accepted; choose one"),
         (dict(learning_rate=-0.1), r"learning_rate=-0.1; a finite number above 0 is accepted; choose one"),
         (dict(learning_rate=float("nan")), r"learning_rate=nan; a finite number above 0 is accepted; choose one"),
@@ -59,6 +64,19 @@ def test_differences_name_the_fields_and_both_values():
         (dict(evaluations=0), r"evaluations=0; a whole number of at least 1 is accepted; choose one"),
         (dict(train_images=0), r"train_images=0; a whole number of at least 1 is accepted; choose one"),
         (dict(seed=-1), r"seed=-1; a whole number from 0 to 2\*\*32 - 1 is accepted; choose one"),
+        (dict(sampling="sorted"), r"sampling='sorted'; accepted are 'shuffled', 'half_the_classes', 'one_class'"),
+        (dict(classes=(1, 1)), r"classes=\(1, 1\); at least two different classes are accepted"),
+        (dict(dropout=1.0), r"dropout=1.0; a number from 0 up to, not including, 1 is accepted"),
+        (dict(momentum=1.5), r"momentum=1.5; a number from 0 to 1 is accepted, or None"),
+        (dict(init_scale=0.0), r"init_scale=0.0; a finite number above 0 is accepted"),
+        (dict(noise="matched", norm="group"), r"noise='matched' with norm='group' .*; set norm to 'batch'"),
+        (dict(norm="ghost"), r"group_size=None, but ghost batch norm and matched noise have groups; set it"),
+        (dict(norm="ghost", group_size=24), r"group_size=24 with .* batch_size=250; .* and divides the batch"),
+        (dict(group_size=50), r"group_size=50 with norm='batch', noise='none'"),
+        (dict(deep_supervision=True), r"deep_supervision=True with net='inception'; only 'cnn7' has it"),
+        (dict(placement="after", net="resnet20"), r"placement='after' with net='resnet20', which adds before"),
+        (dict(tuning="frozen"), r"tuning='frozen' with norm='batch' and start=None; .*, or name such a start"),
+        (dict(start=Config(net="cnn7", norm="none")), r"start is a run with another net, norm; .*; change either"),
         (dict(train_images=100), r"batch_size=250 is larger than train_images=100; .*; lower batch_size"),
     ],
 )

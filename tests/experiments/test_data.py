@@ -97,30 +97,6 @@ def test_cifar10_has_60000_images_of_ten_equally_frequent_classes():
     np.testing.assert_allclose(cifar10.train_images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=0.002)
 
 
-# Order ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_order_of_an_epoch_holds_every_image_once():
-    order = data.epoch_order(jax.random.key(0), 3, 100)
-    assert order.dtype == jnp.int32
-    assert sorted(order.tolist()) == list(range(100))
-
-
-def test_the_order_depends_on_the_key_and_the_epoch_alone():
-    def order(seed, epoch):
-        return data.epoch_order(jax.random.key(seed), epoch, 100).tolist()
-
-    assert order(0, 1) == order(0, 1)
-    assert order(0, 1) != order(0, 2)
-    assert order(0, 1) != order(1, 1)
-
-
-def test_the_order_is_the_same_under_jit_with_a_traced_epoch():
-    key = jax.random.key(0)
-    traced = jax.jit(data.epoch_order, static_argnums=2)(key, jnp.int32(5), 100)
-    np.testing.assert_array_equal(traced, data.epoch_order(key, 5, 100))
-
-
 # Augmentation ---------------------------------------------------------------------------------------------------------
 
 

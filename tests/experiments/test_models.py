@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import models
+from experiments import blocks, models
 from experiments.config import Config
 
 NETS = ("cnn7", "resnet20", "inception")
@@ -161,7 +161,7 @@ def test_width_multiplies_the_channels_and_leaves_at_least_one():
 
 @pytest.mark.parametrize(("features", "groups"), [(1, 1), (2, 2), (7, 7), (12, 6), (13, 1), (16, 8), (64, 8), (320, 8)])
 def test_groups_are_the_largest_divisor_up_to_eight(features, groups):
-    assert models.num_groups(features) == groups
+    assert blocks.num_groups(features) == groups
 
 
 def test_the_shortcut_keeps_the_input_and_fills_new_channels_with_zeros():

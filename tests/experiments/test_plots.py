@@ -30,7 +30,8 @@ def test_file_says_which_results_it_shows_and_no_date(tmp_path):
 
 @pytest.mark.parametrize("panel", [LINES, BARS])
 def test_axes_name_quantity_and_unit(panel):
-    assert plots.draw([panel]).axes[0].get_ylabel() == panel.ylabel
+    label = panel.ylabel if isinstance(panel, plots.Lines) else panel.label
+    assert plots.draw([panel]).axes[0].get_ylabel() == label
 
 
 def test_band_shows_the_spread_where_there_are_seeds():

@@ -17,7 +17,8 @@ CONFIG = Config(data="digits", image_size=8, learning_rate=0.1)
 
 def test_reading_gives_what_was_written(tmp_path, make_run):
     run = make_run(CONFIG)
-    results.write(tmp_path / "a" / "b.jsonl", run["header"], run["rows"])
+    run["measured"] = [{"images": 10, "sizes": [1.0, 2.0]}, {"images": 20, "sizes": [0.5]}]
+    results.write(tmp_path / "a" / "b.jsonl", run["header"], run["rows"], run["measured"])
     assert results.read(tmp_path / "a" / "b.jsonl") == run
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, distributed, models, programs, train
+from experiments import data, distributed, models, orders, programs, train
+from experiments.blocks import Block, ConvNorm
 from experiments.train import fit
 from tests.experiments.conftest import mesh_of
 
@@ -25,7 +26,7 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, x, train, mask=None):
-        x = nn.silu(models.ConvNorm(4, 3, self.norm)(x, train, mask))
+        x = nn.silu(ConvNorm(4, 3, Block(self.norm), activate=False)(x, train, mask))
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
 
@@ -102,7 +103,7 @@ def test_training_is_sgd_at_the_scheduled_rate_over_the_order_of_each_epoch(tiny
         return optax.apply_updates(params, updates), batch_stats_new, optimizer
 
     for epoch in range(2):
-        order = np.array(data.epoch_order(order_key, epoch, len(blobs.train_images)))
+        order = np.array(orders.shuffled(blobs.train_labels, order_key, epoch))
         for batch in np.split(order, range(n, len(order), n)):  # the last one is smaller
             x, labels = blobs.train_images[batch] / np.float32(255), blobs.train_labels[batch]
             params, batch_stats, optimizer = step(params, batch_stats, optimizer, x, labels)

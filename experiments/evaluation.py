@@ -1,0 +1,64 @@
+"""A trained net tested in other ways than `fit` does: on other images, with the statistics of its batches.
+
+Convention: images are uint8 [n, height, width, channels]. They go through the net in the order given, the last batch
+perhaps smaller.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Statistics = Literal["running", "batch"]
+
+
+class Score(NamedTuple):
+    """How well a net does: the mean cross-entropy in nats, and the part of the images that it recognises."""
+
+    loss: float
+    accuracy: float
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> Score:
+    """Returns how well logits [n, classes] tell the labels [n]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.asarray(labels))
+    return Score(float(losses.mean()), float(np.mean(logits.argmax(-1) == labels)))
+
+
+def predict(
+    net: nn.Module,
+    variables: dict,
+    images: np.ndarray,
+    *,
+    statistics: Statistics = "running",
+    batch_size: int = 500,
+) -> np.ndarray:
+    """Returns the logits of images, float32 [n, classes].
+
+    Args:
+      net: as `models.build` returns it.
+      variables: its `params` and `batch_stats`.
+      images: what to look at.
+      statistics: those with which batch norm normalizes: the running ones, or those of each batch.
+      batch_size: images that share their statistics, where these are the batch's.
+    """
+    forward = _with_running if statistics == "running" else _with_batch
+    batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    return np.concatenate([jax.device_get(forward(net, variables, jnp.asarray(batch))) for batch in batches])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_running(net, variables, images):
+    return net.apply(variables, images.astype(jnp.float32) / 255, train=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_batch(net, variables, images):
+    """What the net does in training, noise included; its running statistics stay."""
+    x = images.astype(jnp.float32) / 255
+    keys = {"noise": jax.random.key(0)}
+    return net.apply(variables, x, train=True, mutable=["batch_stats"], rngs=keys)[0]

@@ -1,0 +1,51 @@
+"""How a trained net becomes the start of another run: a new last layer, and its batch norms as the run wants them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments import models
+from experiments.config import Config
+from jaxbn import surgery
+
+LAST = "Dense_0"  # the name of every net's last layer
+
+
+def transplant(config: Config, trained: dict, fresh: dict, sample: jax.Array) -> dict:
+    """Returns the `params` and `batch_stats` with which a run begins that starts from a trained net.
+
+    Args:
+      config: the run; its `start` is the run that trained the net, its `tuning` says what becomes of the batch norms.
+      trained: variables of the trained net.
+      fresh: variables of the run's own net as random weights give them; the last layer is taken from here.
+      sample: images of the run, float32 [n, height, width, channels], to find the batch norms with.
+
+    Raises:
+      ValueError: the trained net does not fit the run's.
+    """
+    if config.tuning != "trained":
+        net = models.build(config.start, num_classes=trained["params"][LAST]["bias"].size)
+        learnable = config.tuning == "affine"
+        trained = surgery.to_affine(net, trained, jnp.asarray(sample), call=_evaluate, learnable=learnable).variables
+    moved = {
+        "params": {**trained["params"], LAST: fresh["params"][LAST]},
+        "batch_stats": trained.get("batch_stats", {}),
+    }
+    _must_fit(moved, fresh)
+    return moved
+
+
+def _evaluate(net: nn.Module, images: jax.Array) -> jax.Array:
+    return net(images, train=False)
+
+
+def _must_fit(moved: Any, fresh: Any) -> None:
+    """Refuses variables of another structure or other shapes than the net's."""
+    shapes = [jax.tree.map(jnp.shape, dict(tree)) for tree in (moved, fresh)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the net to start from has variables of the shapes {shapes[0]}, that of this run {shapes[1]}; "
+            "start from a net of the same kind, trained on images with as many channels."
+        )

@@ -1,0 +1,57 @@
+"""The order of an epoch: every image once, the same from the same key, and batches of the classes that are wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import orders
+
+LABELS = jnp.asarray(np.random.RandomState(0).permutation(np.arange(120) % 6), jnp.int32)
+every_order = pytest.mark.parametrize("name", orders.ORDERS)
+
+
+def order(name, seed=0, epoch=3, labels=LABELS, batch_size=6):
+    make = orders.ORDERS[name]
+    return make(labels, jax.random.key(seed), epoch, num_classes=6, batch_size=batch_size)
+
+
+@every_order
+def test_an_epoch_holds_every_image_once(name):
+    made = order(name, labels=LABELS[:113])
+    assert made.dtype == jnp.int32
+    assert sorted(made.tolist()) == list(range(113))
+
+
+@every_order
+def test_the_order_depends_on_the_key_and_the_epoch_alone(name):
+    assert order(name).tolist() == order(name).tolist()
+    assert order(name).tolist() != order(name, epoch=2).tolist()
+    assert order(name).tolist() != order(name, seed=1).tolist()
+
+
+@every_order
+def test_the_order_is_the_same_under_jit_with_a_traced_epoch(name):
+    traced = jax.jit(lambda epoch: order(name, epoch=epoch))(jnp.int32(5))
+    np.testing.assert_array_equal(traced, order(name, epoch=5))
+
+
+def test_every_batch_is_of_one_class():
+    batches = LABELS[order("one_class", batch_size=5)].reshape(-1, 5)
+    assert all(len(set(batch.tolist())) == 1 for batch in batches)
+    assert len({int(batch[0]) for batch in batches[:8]}) > 2  # and the classes do not come one after another
+
+
+@pytest.mark.parametrize(("batch_size", "each"), [(6, 2), (12, 4)])
+def test_every_batch_has_as_many_images_of_each_class_in_a_half_of_them(batch_size, each):
+    batches = LABELS[order("half_the_classes", batch_size=batch_size)].reshape(-1, batch_size)
+    for batch in batches:
+        classes, counts = np.unique(batch, return_counts=True)
+        assert len(classes) == 3 and set(counts) == {each}
+    assert len({tuple(np.unique(batch)) for batch in batches}) > 3
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_batches_that_no_half_of_the_classes_fills_are_refused(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} with 6 classes; .* a multiple of half"):
+        order("half_the_classes", batch_size=batch_size)
