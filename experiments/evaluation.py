@@ -47,13 +47,23 @@ def predict(
       batch_size: images that share their statistics, where these are the batch's.
     """
     forward = _with_running if statistics == "running" else _with_batch
-    batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    batches = split(images, batch_size)
     return np.concatenate([jax.device_get(forward(net, variables, jnp.asarray(batch))) for batch in batches])
+
+
+def split(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Returns the images in batches, the last one perhaps smaller."""
+    return [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+
+
+def call(net: nn.Module, images: jax.Array) -> jax.Array:
+    """Evaluates a batch of images with the running statistics: what `jaxbn.calibrate` wants to be told."""
+    return net(images.astype(jnp.float32) / 255, train=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _with_running(net, variables, images):
-    return net.apply(variables, images.astype(jnp.float32) / 255, train=False)
+    return net.apply(variables, images, method=call)
 
 
 @functools.partial(jax.jit, static_argnums=0)

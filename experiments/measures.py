@@ -130,7 +130,22 @@ def measured(run: dict, name: str, **which: object) -> float:
     Raises:
       ValueError: none or several have.
     """
-    found = [entry for entry in run["measured"] if all(entry.get(key) == value for key, value in which.items())]
+    found = entries(run, **which)
     if len(found) != 1:
         raise ValueError(f"{len(found)} entries have {which}; one is expected; name the values that tell them apart.")
     return found[0][name]
+
+
+def entries(run: dict, **which: object) -> list[dict]:
+    """Returns the entries in `measured` that have all the values of `which`."""
+    return [entry for entry in run["measured"] if all(entry.get(key) == value for key, value in which.items())]
+
+
+def measured_accuracy(run: dict, **which: object) -> float:
+    """Returns a measured accuracy in %; NaN where there is none, since the run diverged or its images were too few."""
+    return 100 * measured(run, "accuracy", **which) if entries(run, **which) else math.nan
+
+
+def quoted(found: Spread, decimals: int = 1) -> str:
+    """Returns a measure as text that may stand in a sentence, even where a run does not have it."""
+    return found.text(decimals) if math.isfinite(found.mean) else "(not measured)"

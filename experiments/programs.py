@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +158,30 @@ def _train(net, config, mesh, size, state, train_set, order, key, rate):
     x, targets = _gather(train_set, batch, mesh)
     if config.augment:
         x = data.augment(jax.random.fold_in(key, state.step), x, flip=config.data == "cifar10")
+    return update(net, config, size, state, (x, targets, mask), key, rate)
+
+
+def update(
+    net: nn.Module,
+    config: Config,
+    size: int,
+    state: State,
+    batch: tuple[jax.Array, jax.Array, jax.Array | None],
+    key: jax.Array,
+    rate: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Returns the state after a step with a batch that is at hand, and the loss of the batch.
+
+    Args:
+      net: as `models.build` returns it.
+      config: the run.
+      size: images that count in the batch.
+      state: before the step.
+      batch: images, float32 in [0, 1], labels, and which of them count; None: all.
+      key: of the augmentation; the noise of the step comes from it too.
+      rate: learning rate.
+    """
+    x, targets, mask = batch
     noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), state.step)
 
     def loss_of(params):

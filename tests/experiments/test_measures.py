@@ -59,3 +59,23 @@ def test_training_seconds_add_up(run):
 
 def test_first_row_above_an_accuracy(run):
     assert [measures.first_above(run, accuracy) for accuracy in (10, 20, 55, 61)] == [0, 0, 1, None]
+
+
+def test_measured_accuracy_is_that_of_the_one_entry_that_fits(run):
+    found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
+    assert measures.measured_accuracy(found, images=100) == 50.0
+
+
+def test_accuracy_that_was_not_measured_is_no_number(run):
+    assert math.isnan(measures.measured_accuracy(run, images=100))
+
+
+def test_ambiguous_measurements_are_refused(run):
+    found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
+    with pytest.raises(ValueError, match="2 entries have {}"):
+        measures.measured_accuracy(found)
+
+
+def test_measure_that_a_run_lacks_is_quoted_in_words():
+    assert measures.quoted(measures.spread([1.0, math.nan])) == "(not measured)"
+    assert measures.quoted(measures.spread([1.0, 3.0])) == "2.0 ± 1.4"

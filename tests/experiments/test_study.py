@@ -9,6 +9,8 @@ from experiments.config import PRESETS, Config
 
 STUDIES = [study.load(name) for name in study.names()]
 every_study = pytest.mark.parametrize("module", STUDIES, ids=study.short_name)
+# Those that measure nothing besides the rows; made-up runs of the others are in their own tests.
+of_rows = pytest.mark.parametrize("module", [m for m in STUDIES if not hasattr(m, "fit")], ids=study.short_name)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_runs_are_configs_whose_labels_name_files(module, preset, tmp_path):
         results.run_path(tmp_path, study.short_name(module), preset, label, 0)
 
 
-@every_study
+@of_rows
 @pytest.mark.parametrize(("preset", "seeds"), [("small", 3), ("full", 1), ("full", 3)])
 def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run):
     for label, config in module.runs(preset).items():
@@ -67,7 +69,7 @@ def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds,
     assert len(report.figures(module, tmp_path, tmp_path)) == 1
 
 
-@every_study
+@of_rows
 @pytest.mark.parametrize("preset", PRESETS)
 def test_diverged_runs_are_reported_too(module, preset, make_run):
     found = {

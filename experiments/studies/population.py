@@ -1,0 +1,205 @@
+"""Which statistics should be used at test time?
+
+Command: python -m experiments run population --preset small
+
+Time: sized for 6 minutes on 2 CPU cores (small); measured: {time}
+
+Published: Ioffe and Szegedy (2015) test with the statistics of the population, for which running averages over the
+steps of training stand in. Wu and Johnson (2021) measure them anew once the weights are there, on training images
+("precise" batch norm), and find that validation is steadier than with running averages, notably early in training and
+with large batches. No number published for CIFAR-10.
+
+Finding: After {short_steps} steps the net has {short_average} % test accuracy with the running average of momentum 0.99
+and {short_precise} % with statistics of 1,000 training images, {short_gain} points more; correcting the average of
+momentum 0.999 for its start adds {debias_gain} points. After {long_steps} steps it has {long_average} % with momentum
+0.9 and {long_precise} % with those of 1,000 images, {long_gain} points more. {verdict}.
+
+Refuted if: by more than twice the standard deviation over seeds, in short training 1,000 images are not better than the
+running average of momentum 0.99, or correcting that of 0.999 for its start does not help; or, by the same measure, it
+cannot be said that in long training 1,000 images are less than 1 point better than the running average of momentum 0.9.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import data, models, plots, train
+from experiments.config import PRESETS, Config
+from experiments.data import Dataset
+from experiments.evaluation import predict, score, split
+from experiments.measures import exceeds, final_accuracy, measured_accuracy, pairs, quoted, spread, verdict
+from jaxbn import calibrate
+
+AVERAGES = {  # arm: momentum, whether it is corrected for its start
+    "0.9": (0.9, False),
+    "0.99": (0.99, False),
+    "0.999": (0.999, False),
+    "0.99-debiased": (0.99, True),
+    "0.999-debiased": (0.999, True),
+}
+LENGTHS = ("short", "long")
+MEASURED = "0.99"  # the arm whose weights are tested with other statistics too; the other arms' weights are the same
+TEST_BATCHES = (100, 10)
+IMAGES = (10, 100, 1000, 10_000)
+ENOUGH = 1000  # images for precise statistics, of which the claims speak
+BATCH = 100  # images that are normalized together to measure precise statistics
+STATISTICS = (  # kind and which of them
+    *(("running", name) for name in AVERAGES),
+    *(("batch", n) for n in TEST_BATCHES),
+    *(("precise", n) for n in IMAGES),
+)
+COLORS = {"running": plots.PALETTE["blue"], "batch": plots.PALETTE["orange"], "precise": plots.PALETTE["green"]}
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns short and long training with each running average; what `small` makes smaller is said in `SETUP`."""
+    long = PRESETS[preset]
+    configs = {"short": long.replace(epochs=1), "long": long}
+    return {
+        f"{length}-{name}": configs[length].replace(momentum=momentum, debias=debias)
+        for length in LENGTHS
+        for name, (momentum, debias) in AVERAGES.items()
+    }
+
+
+SHARED = (
+    "Short training is the first epoch alone. Running statistics have no part in training, so that the nets of one "
+    "seed and length are the same in all but these. Precise statistics are the moments of training images, augmented "
+    f"as in training, in batches of {BATCH} that are normalized as in training; test images are not augmented."
+)
+SETUP = {
+    "small": (
+        f"Not the published net and protocol, but {runs('small')['long-0.99'].differences(runs('full')['long-0.99'])}. "
+        f"{SHARED} Nothing was tuned."
+    ),
+    "full": f"The published net and protocol, with other running averages. {SHARED}",
+}
+
+
+def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+    """Trains a run, and in one arm of each length tests the net with statistics of batches and of training images."""
+    trained = train.fit(config, dataset, **options)
+    if (config.momentum, config.debias) != AVERAGES[MEASURED] or trained.rows[-1]["diverged"]:
+        return trained
+    began = time.perf_counter()
+    measured = measure(config, dataset, jax.device_get(trained.variables))
+    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
+
+
+def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
+    """Returns loss and accuracy of a net with statistics of test batches, and of more and more training images."""
+    net = models.build(config, len(dataset.class_names))
+
+    def tested(name: str, images: int, variables: dict, **how) -> dict:
+        logits = predict(net, variables, dataset.test_images, **how)
+        return {"statistics": name, "images": images, **score(logits, dataset.test_labels)._asdict()}
+
+    found = [
+        tested("batch", n, variables, statistics="batch", batch_size=n)
+        for n in TEST_BATCHES
+        if n <= len(dataset.test_images)
+    ]
+    for n in IMAGES:
+        if n <= len(dataset.train_images):
+            batches = augmented(config, dataset, n)
+            found.append(tested("precise", n, calibrate.one_pass(net, variables, batches, call=call)))
+    return found
+
+
+def augmented(config: Config, dataset: Dataset, n: int) -> list[jax.Array]:
+    """Returns batches of n training images drawn at random, floats in [0, 1], augmented as in training."""
+    # RandomState, because NumPy promises never to change its stream.
+    drawn = np.random.RandomState(config.seed).permutation(len(dataset.train_images))[:n]
+    key, flip = jax.random.key(config.seed), config.data == "cifar10"
+    return [
+        _augment(jax.random.fold_in(key, i), jnp.asarray(batch), flip)
+        for i, batch in enumerate(split(dataset.train_images[drawn], BATCH))
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _augment(key, images, flip):
+    return data.augment(key, images.astype(jnp.float32) / 255, flip=flip)
+
+
+def call(net, images: jax.Array) -> jax.Array:
+    """Evaluates a batch of floats."""
+    return net(images, train=False)
+
+
+def precise(run: dict, images: int = ENOUGH) -> float:
+    """Returns the test accuracy, in %, with statistics of so many training images."""
+    return measured_accuracy(run, statistics="precise", images=images)
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding. Differences are taken between runs of the same seed."""
+    short, long = (results[f"{length}-{MEASURED}"] for length in LENGTHS)
+    short_gain = spread(precise(run) - final_accuracy(run) for run in short)
+    against = pairs(long, results["long-0.9"])
+    long_gain = spread(precise(run) - final_accuracy(other) for run, other in against)
+    corrected = pairs(results["short-0.999-debiased"], results["short-0.999"])
+    debias_gain = spread(final_accuracy(run) - final_accuracy(other) for run, other in corrected)
+    less_than_a_point = exceeds(long_gain._replace(mean=-long_gain.mean), least=-1)
+    return {
+        "short_steps": str(short[0]["rows"][-1]["step"]),
+        "short_average": spread(map(final_accuracy, short)).text(),
+        "short_precise": quoted(spread(map(precise, short))),
+        "short_gain": quoted(short_gain),
+        "debias_gain": debias_gain.text(),
+        "long_steps": str(long[0]["rows"][-1]["step"]),
+        "long_average": spread(map(final_accuracy, results["long-0.9"])).text(),
+        "long_precise": quoted(spread(map(precise, long))),
+        "long_gain": quoted(long_gain),
+        "verdict": verdict(exceeds(short_gain), less_than_a_point, exceeds(debias_gain), seeds=short_gain.n),
+    }
+
+
+def accuracies(results: dict[str, list[dict]], length: str, kind: str, which: str | int) -> list[float]:
+    """Returns the test accuracies over seeds, in %, with one of `STATISTICS`; NaN where it was not measured."""
+    if kind == "running":
+        return [final_accuracy(run) for run in results[f"{length}-{which}"]]
+    return [measured_accuracy(run, statistics=kind, images=which) for run in results[f"{length}-{MEASURED}"]]
+
+
+def named(kind: str, which: str | int) -> str:
+    """Returns the name of one of `STATISTICS`."""
+    if kind == "running":
+        return f"running average {which.replace('-', ', ')}"
+    return f"test batch of {which}" if kind == "batch" else f"{which:,} training images"
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per kind of statistics."""
+    del preset
+    return [
+        {"statistics at test time": named(*statistics)}
+        | {f"{length} training, %": quoted(spread(accuracies(results, length, *statistics))) for length in LENGTHS}
+        | {"seeds": str(len(results[f"short-{MEASURED}"]))}
+        for statistics in STATISTICS
+    ]
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns accuracy by statistics after short and long training, and by number of images for precise ones."""
+    panels, lines = [], []
+    for length, dashes in zip(LENGTHS, (":", "-"), strict=True):
+        found = {one: np.array(accuracies(results, length, *one)) for one in STATISTICS}
+        found = {one: values for one, values in found.items() if np.isfinite(values).all()}
+        bars = [
+            plots.Bar(named(kind, which), values, COLORS[kind])
+            for (kind, which), values in found.items()
+            if kind != "precise" or which == ENOUGH
+        ]
+        steps = results[f"{length}-{MEASURED}"][0]["rows"][-1]["step"]
+        panels.append(plots.Bars("test accuracy (%)", bars, title=f"{length} training, {steps:,} steps"))
+        if images := [which for kind, which in found if kind == "precise"]:
+            accuracy = np.array([found["precise", n] for n in images]).T
+            lines.append(plots.Line(length, np.array(images), accuracy, COLORS["precise"], dashes, marker="o"))
+    if lines:
+        panels.append(plots.Lines("training images", "test accuracy (%)", lines, xscale="log"))
+    return plots.draw(panels)
