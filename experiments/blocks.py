@@ -31,6 +31,7 @@ class Block(NamedTuple):
     affine: bool = True
     momentum: float | None = None
     debias: bool = False
+    epsilon: float | None = None
     noise: Noise = "none"
     tuning: Tuning = "trained"
     activation: Activation = "relu"
@@ -61,7 +62,7 @@ class ConvNorm(nn.Module):
       activate: False leaves the activation to the caller.
       kernel_init: initializer of the kernel, where `block` has none.
       momentum: of batch norm's running statistics, where `block` has none: the weight of the old value.
-      epsilon: what the norms add to the variance.
+      epsilon: what the norms add to the variance, where `block` says nothing.
       use_scale: whether the norm learns a scale as well as a bias, where it learns.
     """
 
@@ -149,9 +150,10 @@ def normalize(
       train: see the module.
       mask: booleans [n]; images that are False there are left out of the statistics.
       momentum: weight of the old value in batch norm's running statistics, where `block` says none.
-      epsilon: what is added to the variance.
+      epsilon: what is added to the variance, where `block` says nothing.
       use_scale: whether the norm learns a scale as well as a bias, where it learns.
     """
+    epsilon = epsilon if block.epsilon is None else block.epsilon
     learned = {"use_scale": use_scale and block.affine, "use_bias": block.affine}
     if block.norm == "group":
         return nn.GroupNorm(num_groups(x.shape[-1]), epsilon=epsilon, **learned)(x)

@@ -58,6 +58,8 @@ class Config:
     """Weight of the old running statistics of batch norm. None: what the net was published with."""
     debias: bool = False
     """Correct the running statistics for their start at 0 and 1."""
+    epsilon: float | None = None
+    """What the norms add to the variance. None: as the net was published."""
     noise: Noise = "none"
     """After each batch norm: none, noise like that of ghost groups, or noise whose distribution changes each step."""
     tuning: Tuning = "trained"
@@ -134,8 +136,9 @@ class Config:
             )
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum={self.momentum!r}; a number from 0 to 1 is accepted, or None; choose one.")
-        if self.init_scale is not None:
-            _positive("init_scale", self.init_scale)
+        for name in ("epsilon", "init_scale"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
         if self.noise != "none" and (self.norm != "batch" or self.tuning != "trained"):
             raise ValueError(
                 f"noise={self.noise!r} with norm={self.norm!r} and tuning={self.tuning!r}; it is added to plain batch "

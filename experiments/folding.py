@@ -48,6 +48,47 @@ class Folded(NamedTuple):
     after: float
 
 
+class Pair(NamedTuple):
+    """A net before and after.
+
+    Attributes:
+      norms: number of batch norms before.
+      folded: how many of them are folded.
+      before: jitted, images -> logits.
+      after: the same of the folded net.
+    """
+
+    norms: int
+    folded: int
+    before: Callable[[jax.Array], jax.Array]
+    after: Callable[[jax.Array], jax.Array]
+
+
+def fold(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> Pair:
+    """Folds a net.
+
+    Args:
+      model: a linen or nnx net of the studies.
+      variables: of the linen net; None for nnx.
+      images: to try it on, shape [n, height, width, channels].
+    """
+    done = surgery.fold(model, variables, images, call=evaluate)
+    compiled = (_compiled(model, variables), _compiled(done.model, done.variables))
+    return Pair(len(done.layers) + len(done.kept), len(done.layers), *compiled)
+
+
+def difference(before: jax.Array, after: jax.Array) -> float:
+    """Returns the largest difference of a logit, over the largest logit in magnitude."""
+    before, after = (np.asarray(logits, np.float64) for logits in (before, after))
+    return float(abs(after - before).max() / abs(before).max())
+
+
+def seconds(pair: Pair, images: jax.Array, rounds: int) -> tuple[float, float]:
+    """Returns the median seconds of an evaluation of the images before and after, `rounds` of each in turns."""
+    calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
+    return tuple(statistics.median(values) for values in bench.time_calls(calls, rounds).values())
+
+
 def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int) -> Folded:
     """Folds a net, and compares its logits and its time with those before.
 
@@ -61,16 +102,9 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     Returns:
       The comparison.
     """
-    model, variables = _net(net, api, width, images)
-    done = surgery.fold(model, variables, images, call=evaluate)
-    calls = {
-        "before": functools.partial(_compiled(model, variables), images),
-        "after": functools.partial(_compiled(done.model, done.variables), images),
-    }
-    before, after = (np.asarray(call(), np.float64) for call in calls.values())
-    seconds = {name: statistics.median(values) for name, values in bench.time_calls(calls, rounds).items()}
-    difference = float(abs(after - before).max() / abs(before).max())
-    return Folded(len(done.layers) + len(done.kept), len(done.layers), difference, **seconds)
+    pair = fold(*_net(net, api, width, images), images)
+    changed = difference(pair.before(images), pair.after(images))
+    return Folded(pair.norms, pair.folded, changed, *seconds(pair, images, rounds))
 
 
 def evaluate(net: Any, images: jax.Array) -> jax.Array:

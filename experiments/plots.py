@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 PALETTE = {
     "blue": "#0072B2",
@@ -48,6 +48,7 @@ DPI = 120
 PANEL_INCHES = (5.6, 4.0)
 PANELS_IN_A_ROW = 3
 STANDING_BARS = 4  # so many have room for their names below
+TICK_LETTERS = 4  # a number of so many stands below an axis as it is
 LABEL_GAP = 0.07  # smallest vertical distance between two names, as a part of the axes' height
 
 
@@ -162,14 +163,25 @@ def _draw_lines(axes: Axes, panel: Lines):
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, yscale=panel.yscale)
     if panel.yscale == "linear" and panel.bottom is not None:
         axes.set_ylim(bottom=panel.bottom)
+    low, high = axes.get_ylim()
+    if panel.yscale == "log" and high < 100 * low:  # few powers of ten, if any
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.xscale == "log":
         axes.set_xscale("log")
-        axes.set_xticks(panel.lines[0].x, [f"{x:g}" for x in panel.lines[0].x])
+        axes.set_xticks(panel.lines[0].x, [tick(x) for x in panel.lines[0].x])
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _name_lines(axes, panel.lines)
+
+
+def tick(x: float) -> str:
+    """Returns a number as it stands below an axis: powers of ten that would take more room are written as such."""
+    text, exponent = f"{x:g}", round(np.log10(x))
+    return text if len(text) <= TICK_LETTERS or not np.isclose(x, 10.0**exponent, atol=0) else f"$10^{{{exponent}}}$"
 
 
 def _name_lines(axes, lines):

@@ -1,5 +1,7 @@
 """What the tests of training share: a data set that needs no file, and a net that compiles in seconds."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -64,7 +66,7 @@ def make_run():
         ]
         hardware = {"platform": "cpu", "device": "cpu", "devices": 1, "processes": 1, "cpu": "Z80", "cpu_count": 2}
         header = {
-            "config": vars(config).copy(),
+            "config": dataclasses.asdict(config),
             "images": "made up",
             "parameters": 7,
             "seconds": 60.0,

@@ -68,6 +68,7 @@ def test_differences_name_the_fields_and_both_values():
         (dict(classes=(1, 1)), r"classes=\(1, 1\); at least two different classes are accepted"),
         (dict(dropout=1.0), r"dropout=1.0; a number from 0 up to, not including, 1 is accepted"),
         (dict(momentum=1.5), r"momentum=1.5; a number from 0 to 1 is accepted, or None"),
+        (dict(epsilon=0.0), r"epsilon=0.0; a finite number above 0 is accepted"),
         (dict(init_scale=0.0), r"init_scale=0.0; a finite number above 0 is accepted"),
         (dict(noise="matched", norm="group"), r"noise='matched' with norm='group' .*; set norm to 'batch'"),
         (dict(norm="ghost"), r"group_size=None, but ghost batch norm and matched noise have groups; set it"),

@@ -61,6 +61,41 @@ def test_first_row_above_an_accuracy(run):
     assert [measures.first_above(run, accuracy) for accuracy in (10, 20, 55, 61)] == [0, 0, 1, None]
 
 
+def test_steps_to_an_accuracy_never_reached_are_infinite(run):
+    assert [measures.steps_to(run, accuracy) for accuracy in (10, 55, 61)] == [10, 20, math.inf]
+
+
+def test_generalization_gap_is_training_minus_test_accuracy_in_points(run):
+    run["rows"][-1]["train_accuracy"] = 0.8
+    assert measures.generalization_gap(run) == pytest.approx(30)
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "exceeds"),
+    [
+        ((2.0, 3.0, 4.0), 0.0, True),
+        ((1.0, 3.0, 5.0), 0.0, False),
+        ((12.0, 13.0, 14.0), 11.0, False),
+        ((9.0,), 0, False),
+    ],
+)
+def test_difference_counts_from_two_standard_deviations(values, least, exceeds):
+    assert measures.exceeds(measures.spread(values), least) == exceeds
+
+
+@pytest.mark.parametrize(
+    ("claims", "seeds", "verdict"),
+    [
+        ((True, True), 3, "holds"),
+        ((True, False), 3, "partly"),
+        ((False,), 2, "fails"),
+        ((True, True), 1, "unknown"),
+    ],
+)
+def test_verdict_needs_all_parts_of_a_claim_and_a_spread(claims, seeds, verdict):
+    assert measures.verdict(*claims, seeds=seeds) == verdict
+
+
 def test_measured_accuracy_is_that_of_the_one_entry_that_fits(run):
     found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
     assert measures.measured_accuracy(found, images=100) == 50.0

@@ -50,3 +50,23 @@ def test_names_keep_their_distance_and_stay_below_the_top(heights):
 
 def test_names_that_are_apart_stay_at_their_lines():
     assert plots.spread_out([0.1, 0.5, 0.9]) == [0.1, 0.5, 0.9]
+
+
+@pytest.mark.parametrize(("x", "text"), [(1e-5, "$10^{-5}$"), (0.01, "0.01"), (250, "250"), (0.0025, "0.0025")])
+def test_tick_takes_little_room(x, text):
+    assert plots.tick(x) == text
+
+
+def test_short_logarithmic_axis_has_plain_numbers():
+    line = plots.Line("a", np.array([1, 2]), np.array([[2.5, 11.0]]), "black")
+    figure = plots.draw([plots.Lines("epoch", "time (s)", [line], yscale="log")])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    shown = [
+        text.get_text()
+        for which in ("major", "minor")
+        for text in axes.get_yticklabels(which=which)
+        if low <= text.get_position()[1] <= high and text.get_text()
+    ]
+    assert shown == ["3", "5", "10"]

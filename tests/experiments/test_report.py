@@ -87,3 +87,20 @@ def test_report_links_to_the_figures_that_plot_writes(tmp_path, make_run):
     write_all(module, "small", tmp_path, make_run)
     (figure,) = report.figures(module, tmp_path, tmp_path)
     assert f"({FIGURES.name}/{figure.name})" in report.readme(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "said"), [(((0.5, 0.6), (0.1, 0.2)), "holds"), (((0.1, 0.2), (0.5, 0.6)), "not shown")]
+)
+def test_overview_says_whether_a_claim_held(tmp_path, make_run, accuracies, said):
+    module = study.load("bn_vs_none")
+    for (label, config), accuracy in zip(module.runs("small").items(), accuracies, strict=True):
+        for seed in range(3):
+            run = make_run(config.with_seed(seed), accuracy)
+            results.write(results.run_path(tmp_path, "bn_vs_none", "small", label, seed), run["header"], run["rows"])
+    (line,) = [line for line in report.readme(tmp_path).splitlines() if line.startswith("| [bn_vs_none](#bn_vs_none)")]
+    assert line.endswith(f"| {said} | no results yet |")
+
+
+def test_published_numbers_are_told(tmp_path):
+    assert "Published: On CIFAR-10 at 32x32" in report.readme(tmp_path)

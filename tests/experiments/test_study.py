@@ -62,7 +62,7 @@ def test_runs_are_configs_whose_labels_name_files(module, preset, tmp_path):
 def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run):
     for label, config in module.runs(preset).items():
         for seed in range(seeds):
-            run = make_run(config.replace(seed=seed), accuracies=(0.1 + 0.01 * seed, 0.5))
+            run = make_run(config.with_seed(seed), accuracies=(0.1 + 0.01 * seed, 0.5))
             path = results.run_path(tmp_path, study.short_name(module), preset, label, seed)
             results.write(path, run["header"], run["rows"])
     assert "{" not in report.readme(tmp_path)

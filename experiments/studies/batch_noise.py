@@ -1,0 +1,196 @@
+"""Is the regularising noise in the statistics?
+
+Command: python -m experiments run batch_noise --preset small
+
+Time: sized for six minutes on 2 CPU cores (small); measured: {time}
+
+Published: Statistics of small groups within a large batch close part of the gap in generalization between large and
+small batches (Hoffer et al. 2017); batch norm amounts to normalizing by population statistics plus a regularizer that
+stems from the noise of the batch's statistics (Luo et al. 2019). No number published for this comparison on CIFAR-10.
+
+Finding: {law}. After training in batches of 256 images the accuracy on the training images is {batch_gap} points above
+that on test images; with statistics over groups of 16 it is {ghost_gap} points above, and with those of the whole batch
+plus noise matched to groups of 16 {noise_gap}, so that {ghost} and {noise} points of the gap are gone. Test accuracy is
+{batch_test}, {ghost_test} and {noise_test} %. {verdict}.
+
+Refuted if: the spread of the batch means falls with the group size to a power that is not between -0.6 and -0.3; or
+statistics over groups of 16, or noise matched to them, make the gap no smaller than that of whole batches. All by more
+than twice the standard deviation over seeds.
+"""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import evaluation, models, plots, train
+from experiments.batch_spread import group_spread, image_moments, log_slope, sizes_for
+from experiments.config import PRESETS, Config
+from experiments.data import Dataset
+from experiments.measures import exceeds, measured, pairs, spread, verdict
+
+BATCH = 256  # images per step
+SIZES = (4, 16, 64)  # images that share statistics, or the noise that is matched to them
+RATE = 0.1
+TRAIN_IMAGES = {"small": 2_560, "full": 10_240}  # whole batches, since groups must fill the last one as well
+ROW_IMAGES = 1_000  # for testing during training, which shows no more than that it goes on
+SPREAD_IMAGES = 2_560
+
+ARMS = {"batch": "whole batch"}
+ARMS |= {f"ghost-{size}": f"statistics of {size}" for size in SIZES}
+ARMS |= {f"noise-{size}": f"whole batch, noise as of {size}" for size in SIZES}
+KINDS = {
+    "ghost": ("groups' statistics", plots.COLORS["ghost"]),
+    "noise": ("matched noise", plots.PALETTE["green"]),
+}
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns whole batches, groups within them, and whole batches with noise as of groups."""
+    config = PRESETS[preset].replace(train_images=TRAIN_IMAGES[preset], batch_size=BATCH, learning_rate=RATE)
+    config = config.replace(epochs=30, lr_decay_epochs=31, augment=False)
+    configs = {"batch": config}
+    configs |= {f"ghost-{size}": config.replace(norm="ghost", group_size=size) for size in SIZES}
+    return configs | {f"noise-{size}": config.replace(noise="matched", group_size=size) for size in SIZES}
+
+
+_ALL = (
+    f"Batches of {BATCH} images at a constant rate of {RATE:g} for 30 epochs, without augmentation; at the end the "
+    "net is tested on all images, those for training as well."
+)
+_DIFFERENT = runs("small")["batch"].differences(runs("full")["batch"])
+SETUP = {
+    "small": (
+        f"{_ALL} Not the protocol of full, but {_DIFFERENT}. One trial run with another seed showed that so many "
+        "epochs suffice to learn the training images by heart."
+    ),
+    "full": f"{_ALL} The net is that of the published comparison on CIFAR-10.",
+}
+
+
+def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+    """Trains, then tests the net on all training and test images, and measures the spread of its statistics.
+
+    Rows hold the accuracy on the first `ROW_IMAGES` test images.
+    """
+    first = dataset._replace(test_images=dataset.test_images[:ROW_IMAGES], test_labels=dataset.test_labels[:ROW_IMAGES])
+    trained = train.fit(config, first, **options)
+    net = models.build(config, len(dataset.class_names))
+    found = []
+    for which in ("training", "test"):
+        images, labels = (getattr(dataset, f"{which.removesuffix('ing')}_{what}") for what in ("images", "labels"))
+        score = evaluation.score(evaluation.predict(net, trained.variables, images), labels)
+        found.append({"images": which, **score._asdict()})
+    if config.norm == "batch" and config.noise == "none":
+        images = dataset.train_images[:SPREAD_IMAGES]
+        layers = image_moments(net, trained.variables, images)
+        sizes = [size for size in sizes_for(len(images)) if size <= BATCH]
+        found += [{"group_size": size, **group_spread(layers, size)._asdict()} for size in sizes]
+    return trained._replace(measured=found)
+
+
+def accuracy(run: dict, images: str) -> float:
+    """Returns the accuracy at the end on "training" or "test" images, in %."""
+    return 100 * measured(run, "accuracy", images=images)
+
+
+def gap(run: dict) -> float:
+    """Returns the accuracy on the training images less that on test images, in points."""
+    return accuracy(run, "training") - accuracy(run, "test")
+
+
+def spreads(run: dict) -> dict[int, dict]:
+    """Returns the spread of the statistics by group size."""
+    return {entry["group_size"]: entry for entry in run["measured"] if "group_size" in entry}
+
+
+def slope(run: dict, name: str) -> float:
+    """Returns the power of the group size by which the spread of "mean" or "std" falls."""
+    return log_slope(spreads(run), (entry[name] for entry in spreads(run).values()))
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding. Differences are taken between runs of the same seed."""
+    power = spread(slope(run, "mean") for run in results["batch"])
+    gone = {
+        kind: spread(gap(batch) - gap(other) for batch, other in pairs(results["batch"], results[f"{kind}-16"]))
+        for kind in KINDS
+    }
+    falls = exceeds(power, -0.6) and exceeds(spread(-slope(run, "mean") for run in results["batch"]), 0.3)
+    labels = {"batch": "batch", "ghost": "ghost-16", "noise": "noise-16"}
+    return {
+        "law": _law(results["batch"], power),
+        **{f"{name}_gap": spread(map(gap, results[label])).text() for name, label in labels.items()},
+        **{f"{name}_test": _accuracy(results[label], "test") for name, label in labels.items()},
+        **{kind: difference.text() for kind, difference in gone.items()},
+        "verdict": verdict(falls, *map(exceeds, gone.values()), seeds=power.n),
+    }
+
+
+def _law(runs, power):
+    """How the spread depends on the group size, in words."""
+    if not math.isfinite(power.mean):
+        return "The spread of the batch statistics could not be measured with every seed"
+    first, last = min(spreads(runs[0])), max(spreads(runs[0]))
+    means = {size: spread(measured(run, "mean", group_size=size) for run in runs).text(3) for size in (first, last)}
+    stds = spread(slope(run, "std") for run in runs)
+    return (
+        f"From {first} to {last} images the spread of their mean falls from {means[first]} to {means[last]} of a "
+        f"feature's standard deviation, as the group size to the power {power.text(2)}, where independence gives -0.5; "
+        f"that of their standard deviation to the power {stds.text(2)}"
+    )
+
+
+def _accuracy(runs, images):
+    return spread(accuracy(run, images) for run in runs).text()
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per arm."""
+    return [
+        {
+            "statistics": name,
+            "training accuracy, %": _accuracy(results[label], "training"),
+            "test accuracy, %": _accuracy(results[label], "test"),
+            "gap, points": spread(map(gap, results[label])).text(),
+            "less than whole batch": spread(gap(a) - gap(b) for a, b in pairs(results["batch"], results[label])).text(),
+            "test loss, nats": spread(measured(run, "loss", images="test") for run in results[label]).text(2),
+            "seeds": str(len(results[label])),
+        }
+        for label, name in ARMS.items()
+    ]
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns the spread of the statistics, the gap and the test accuracy, against the group size."""
+    return plots.draw(
+        [
+            _spread_panel(results["batch"]),
+            _panel(results, "training less test accuracy (points)", gap),
+            _panel(results, "test accuracy (%)", lambda run: accuracy(run, "test")),
+        ]
+    )
+
+
+def _panel(results, ylabel, measure):
+    """A measure against group size. A group of the whole batch is what both kinds end in."""
+    lines = []
+    for kind, (name, color) in KINDS.items():
+        groups = [*(results[f"{kind}-{size}"] for size in SIZES), results["batch"]]
+        y = np.array([[measure(run) for run in group] for group in groups]).T
+        lines.append(plots.Line(name, np.array([*SIZES, BATCH]), y, color, marker="o"))
+    return plots.Lines("images in a group", ylabel, lines, xscale="log", bottom=None)
+
+
+def _spread_panel(runs):
+    """The spread of means and standard deviations, and what independent images would give."""
+    sizes = np.array(list(spreads(runs[0])))
+    mean, std = (np.array([[spreads(run)[size][name] for size in sizes] for run in runs]) for name in ("mean", "std"))
+    law = mean[:, :1] * np.sqrt(sizes[:1] / sizes)
+    lines = [
+        plots.Line("mean", sizes, mean, plots.COLORS["batch"], marker="o"),
+        plots.Line("standard deviation", sizes, std, plots.PALETTE["orange"], marker="o"),
+        plots.Line("1 / sqrt(images)", sizes, law, plots.PALETTE["black"], dashes=":"),
+    ]
+    label = "spread over groups (feature's std)"
+    return plots.Lines("images in a group", label, lines, xscale="log", yscale="log")

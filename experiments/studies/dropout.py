@@ -1,0 +1,170 @@
+"""Does batch norm regularise as dropout does, and do both together help?
+
+Command: python -m experiments run dropout --preset small
+
+Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+
+Published: On a part of CIFAR-10, with a simple net trained for 50 epochs until it overfits, final validation accuracy
+is ~34 % without either, ~32 % with half of the features dropped and ~30 % with batch norm, whose validation loss is the
+noisiest; summed up as: batch norm regularises, similar to dropout (Kiefer 2020, read off a chart). On ImageNet, nets
+with batch norm do without dropout, and overfit no more (Ioffe and Szegedy 2015).
+
+Finding: Training accuracy ends {gap_none} points above test accuracy without either, {gap_dropout} with dropout,
+{gap_batch} with batch norm and {gap_both} with both: batch norm {narrows}. Test accuracy ends at {none}, {dropout},
+{batch} and {both} %; batch norm less dropout makes {over} points, both less batch norm alone {added}. From epoch to
+epoch the test loss changes by {noise_none}, {noise_dropout}, {noise_batch} and {noise_both} nats (standard deviation,
+second half). {verdict}.
+
+Refuted if: by more than twice the standard deviation over seeds, batch norm does not narrow the gap, ends below dropout
+in test accuracy, or gains test accuracy from dropout; if only some of the three are so, the claim holds in part.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import models, plots, train
+from experiments.config import PRESETS, Config
+from experiments.data import Dataset
+from experiments.evaluation import predict, score
+from experiments.measures import Spread, column, exceeds, measured_accuracy, pairs, quoted, spread, verdict
+
+EPOCHS = 50  # as published
+WATCHED = 2_000  # test images at every epoch: all 10,000 would take longer than the training, and wait for the end
+ARMS = {  # label: norm, dropout, name, color, dashes
+    "none": ("none", 0.0, "neither", plots.PALETTE["vermilion"], "-"),
+    "dropout": ("none", 0.5, "dropout", plots.PALETTE["orange"], "--"),
+    "batch": ("batch", 0.0, "batch norm", plots.PALETTE["blue"], "-"),
+    "both": ("batch", 0.5, "both", plots.PALETTE["sky"], "--"),
+}
+PUBLISHED = {"none": "~34", "dropout": "~32", "batch": "~30", "both": "none"}  # final validation accuracy in %
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns the four arms, at a constant rate on few images that stay as they are, so that the nets overfit."""
+    config = PRESETS[preset].replace(augment=False, batch_size=50, epochs=EPOCHS, lr_decay_epochs=EPOCHS + 1)
+    if preset == "small":
+        config = config.replace(image_size=8, train_images=2_000, learning_rate=0.05)
+    else:
+        config = config.replace(train_images=5_000)
+    return {label: config.replace(norm=norm, dropout=dropout) for label, (norm, dropout, *_) in ARMS.items()}
+
+
+_SHARED = (
+    "Dropout drops half of the features before the last layer. Accuracies at the end are measured in evaluation mode, "
+    f"on all training and all test images; the test loss of every epoch on {WATCHED:,} test images."
+)
+SETUP = {
+    "small": (
+        "Not the net of the other comparisons, but "
+        f"{runs('small')['batch'].differences(PRESETS['full'])}. {_SHARED} Trial runs with another seed set learning "
+        "rate, batch size and image size, so that the net without batch norm overfits as well within the time."
+    ),
+    "full": (
+        f"The net of the other comparisons, but {runs('full')['batch'].differences(PRESETS['full'])}: of the published "
+        f"comparison, neither the net nor the number of images is known. {_SHARED}"
+    ),
+}
+
+
+def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+    """Trains a run, watched on a part of the test images; then tests the net on all images."""
+    watched = dataset._replace(test_images=dataset.test_images[:WATCHED], test_labels=dataset.test_labels[:WATCHED])
+    trained = train.fit(config, watched, **options)
+    began = time.perf_counter()
+    net, variables = models.build(config, len(dataset.class_names)), jax.device_get(trained.variables)
+    sets = {
+        "training": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+    measured = [
+        {"images": name, **score(predict(net, variables, images), labels)._asdict()}
+        for name, (images, labels) in sets.items()
+    ]
+    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
+
+
+def training_accuracy(run: dict) -> float:
+    """Returns the accuracy on all training images in evaluation mode at the end, in %."""
+    return measured_accuracy(run, images="training")
+
+
+def final_test_accuracy(run: dict) -> float:
+    """Returns the accuracy on all test images at the end, in %."""
+    return measured_accuracy(run, images="test")
+
+
+def gap(run: dict) -> float:
+    """Returns the points by which the accuracy on training images exceeds that on test images."""
+    return training_accuracy(run) - final_test_accuracy(run)
+
+
+def noise(run: dict) -> float:
+    """Returns the standard deviation of the test loss's changes from row to row, in the second half of the rows."""
+    losses = [row["test_loss"] for row in run["rows"]]
+    changes = np.diff(losses[len(losses) // 2 :])
+    return float(changes.std(ddof=1)) if len(changes) > 1 else math.nan
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding. Differences are taken between runs of the same seed."""
+
+    def less(measure: Callable, label: str, other: str) -> Spread:
+        return spread(measure(a) - measure(b) for a, b in pairs(results[label], results[other]))
+
+    narrower = less(gap, "none", "batch")
+    claims = (
+        exceeds(narrower),
+        not exceeds(less(final_test_accuracy, "dropout", "batch")),
+        not exceeds(less(final_test_accuracy, "both", "batch")),
+    )
+    change = "narrows" if narrower.mean > 0 else "widens" if narrower.mean < 0 else "changes"
+    fields = {
+        "narrows": f"{change} this gap by {quoted(narrower._replace(mean=abs(narrower.mean)))} points",
+        "over": quoted(less(final_test_accuracy, "batch", "dropout")),
+        "added": quoted(less(final_test_accuracy, "both", "batch")),
+        "verdict": verdict(*claims, seeds=narrower.n),
+    }
+    for label, group in results.items():
+        fields[label] = quoted(spread(map(final_test_accuracy, group)))
+        fields[f"gap_{label}"] = quoted(spread(map(gap, group)))
+        fields[f"noise_{label}"] = quoted(spread(map(noise, group)), 2)
+    return fields
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per arm: accuracies, gap and noise of the test loss, and the published accuracy."""
+    return [
+        {
+            "arm": name,
+            "training accuracy, %": quoted(spread(map(training_accuracy, results[label]))),
+            "test accuracy, %": quoted(spread(map(final_test_accuracy, results[label]))),
+            "gap, points": quoted(spread(map(gap, results[label]))),
+            "changes of the test loss, nats": quoted(spread(map(noise, results[label])), 2),
+            "published test accuracy (a simpler net), %": PUBLISHED[label],
+            "seeds": str(len(results[label])),
+        }
+        for label, (_, _, name, *_) in ARMS.items()
+    ]
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns test accuracy and test loss against the epoch, and the gap at the end."""
+    accuracies, losses, bars = [], [], []
+    for label, (_, _, name, color, dashes) in ARMS.items():
+        group = results[label]
+        epochs = column(group, "epoch").max(axis=0)
+        accuracies.append(plots.Line(name, epochs, 100 * column(group, "test_accuracy"), color, dashes))
+        losses.append(plots.Line(name, epochs, column(group, "test_loss"), color, dashes))
+        bars.append(plots.Bar(name, [gap(run) for run in group], color))
+    return plots.draw(
+        [
+            plots.Lines("epoch", "test accuracy (%)", accuracies),
+            plots.Lines("epoch", "test loss (nats)", losses),
+            plots.Bars("training less test accuracy (points)", bars),
+        ]
+    )

@@ -1,0 +1,213 @@
+"""Does batch norm forgive a bad start?
+
+Command: python -m experiments run initialization --preset small
+
+Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+
+Published: A 7-layer CNN on CIFAR-10 whose weights start from U(-0.001, 0.001) does not train at all without batch norm:
+its pre-activations fall to about 1e-11 in the last layer. Batch norm on the last layer alone, before the softmax, was
+enough for it to train (notes on batch normalization, 2016; no accuracy published). Batch norm gives the same output and
+the same gradient with respect to the layer's input when the weights are multiplied by a, and 1/a times the gradient
+with respect to the weights (Ioffe and Szegedy 2015, section 3.3).
+
+Finding: From U(-0.001, 0.001), the net ends at {none} % test accuracy without batch norm, at {batch} % with it after
+every convolution ({gain} points more), and at {logits} % with it before the softmax alone ({logits_gain} points more);
+from the usual weights, without it, at {usual} %. Without it pre-activations fall from {first} in the first layer to
+{last} in the last, where the norm before the softmax, whose epsilon is larger than their variance, leaves logits of
+{normalized}. With an epsilon of {tiny} it leaves {restored}, but its gradient is as large as the weights are small:
+{tiny_epsilon}. From the usual start, multiplying one layer's weights by 100 changes the output of its batch norm by
+{output} of the largest value, the gradient with respect to the layer's input by {input_gradient}, and that with respect
+to its weights, times 100, by {weight_gradient}. Epsilon counts where the variance is small: multiplying by 0.01 changes
+the output by {small_output}, and from the tiny start, multiplying by 100 changes it by {tiny_output}. {verdict}.
+
+Refuted if: without batch norm the net ends at 15 % test accuracy or more, or batch norm everywhere does not exceed that
+by more than 10 points; batch norm before the softmax alone does not exceed it by more than 10 points; or multiplying
+the weights of a layer by 0.01, 0.1, 10 or 100, from the usual start, changes the output of its batch norm by more than
+0.0001 of its largest value. If not all three are so, the claim holds in part.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import layers, models, plots, train
+from experiments.config import PRESETS, Config
+from experiments.data import Dataset
+from experiments.measures import column, diverged, exceeds, final_accuracy, measured, pairs, spread, verdict
+
+ARMS = {
+    "none": "no norm",
+    "batch": "batch norm",
+    "logits": "batch norm last",
+    "tiny_epsilon": "last, tiny epsilon",
+    "usual": "usual, no norm",
+}
+COLORS = {
+    **plots.COLORS,
+    "logits": plots.PALETTE["sky"],
+    "tiny_epsilon": plots.PALETTE["green"],
+    "usual": plots.PALETTE["black"],
+}
+TINY_EPSILON = 1e-37  # below the variance of what the last layer puts out, and still a normal float32
+STARTS = {"usual": "usual start", "tiny": "tiny weights"}
+START_COLORS = {"usual": plots.PALETTE["black"], "tiny": plots.COLORS["batch"]}
+FACTORS = (0.01, 0.1, 10.0, 100.0)  # of the weights of a layer
+SCALED_IMAGES = 100  # on which their effect is measured
+CHANCE = 15.0  # %; below this, nothing was learned
+LEAST_GAIN = 10.0  # points
+UNCHANGED = 1e-4  # relative
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns the net with tiny weights in four variants, and with the usual weights for comparison."""
+    usual = PRESETS[preset].replace(norm="none")
+    tiny = usual.replace(init_scale=0.001)
+    logits = tiny.replace(norm="batch", norm_layers="logits")
+    return {
+        "none": tiny,
+        "batch": tiny.replace(norm="batch"),
+        "logits": logits,
+        "tiny_epsilon": logits.replace(epsilon=TINY_EPSILON),
+        "usual": usual,
+    }
+
+
+SETUP = {
+    "small": "Seven layers with weights; not the net and the protocol of the full preset, but "
+    f"{runs('small')['none'].differences(runs('full')['none'])}. One trial run of each arm with another seed, for the "
+    "time.",
+    "full": "Not the published net, but the Inception net and its protocol: 55 layers with weights.",
+}
+
+
+def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+    """Trains a run; measures the layers' sizes at both ends, and with batch norm everywhere what scaling changes."""
+    trained = train.fit(config, dataset, **options)
+    clock = time.perf_counter()
+    net = models.build(config, len(dataset.class_names))
+    (images, _), key = layers.first_images(dataset), jax.random.key(config.seed)
+    start, end = jax.device_get((train.initial_variables(config, dataset), trained.variables))
+    found = [
+        {"when": when, **layers.sizes(net, variables, images, key)._asdict()}
+        for when, variables in (("start", start), ("end", end))
+    ]
+    if config.norm == "batch" and config.norm_layers == "hidden":
+        images = images[:SCALED_IMAGES]
+        usual = models.build(config.replace(init_scale=None), len(dataset.class_names))
+        starts = {"usual": _initialize(usual, key, images[:1]), "tiny": start}
+        for name, variables in starts.items():
+            changes = layers.rescaling(net, variables, images, key, FACTORS)
+            found += [{"start": name, "factor": factor, **change._asdict()} for factor, change in changes.items()]
+    return trained._replace(measured=found, seconds=trained.seconds + time.perf_counter() - clock)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initialize(net, key, images):
+    return net.init(key, images, train=False)
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding; gains are taken between runs of the same seed."""
+
+    def gain(arm):
+        paired = pairs(results[arm], results["none"])
+        return spread(final_accuracy(run) - final_accuracy(none) for run, none in paired)
+
+    def change(name, start="usual", factor=100.0):
+        return scientific(measured(run, name, start=start, factor=factor) for run in results["batch"])
+
+    changes = [measured(run, "output", start="usual", factor=factor) for run in results["batch"] for factor in FACTORS]
+    at_chance = np.mean([final_accuracy(run) for run in results["none"]]) < CHANCE
+    claims = (
+        bool(at_chance) and exceeds(gain("batch"), LEAST_GAIN),
+        exceeds(gain("logits"), LEAST_GAIN),
+        all(change <= UNCHANGED for change in changes),
+    )
+    return {
+        **{arm: spread(map(final_accuracy, results[arm])).text() for arm in ARMS},
+        "tiny_epsilon": _end(results["tiny_epsilon"]),
+        "gain": gain("batch").text(),
+        "logits_gain": gain("logits").text(),
+        "first": scientific(measured(run, "layers", when="start")[0] for run in results["none"]),
+        "last": scientific(measured(run, "layers", when="start")[-1] for run in results["none"]),
+        "normalized": scientific(measured(run, "logits", when="start") for run in results["logits"]),
+        "restored": scientific(measured(run, "logits", when="start") for run in results["tiny_epsilon"]),
+        "tiny": f"{TINY_EPSILON:g}",
+        "output": change("output"),
+        "input_gradient": change("input_gradient"),
+        "weight_gradient": change("weight_gradient"),
+        "small_output": change("output", factor=0.01),
+        "tiny_output": change("output", start="tiny"),
+        "verdict": verdict(*claims, seeds=len(results["none"])),
+    }
+
+
+def _end(runs):
+    """How runs end that may diverge."""
+    lost = sum(map(diverged, runs))
+    accuracy = spread(map(final_accuracy, runs)).text()
+    return f"{lost} of {len(runs)} runs diverge" if lost else f"the net ends at {accuracy} %"
+
+
+def scientific(values: Iterable[float]) -> str:
+    """Returns numbers of any size as mean and deviation over seeds; in words where one is not finite."""
+    found = spread(values)
+    if not math.isfinite(found.mean):
+        return "(not finite)"
+    if found.mean >= 0.01:
+        return found.text(3)
+    return f"{found.mean:.1e} (1 seed)" if found.n == 1 else f"{found.mean:.1e} ± {found.std:.0e}"
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per arm: accuracy, and the pre-activations of the first and the last layer at both ends."""
+    lines = []
+    for arm, name in ARMS.items():
+        group = results[arm]
+        line = {"net": name, "final test accuracy, %": spread(map(final_accuracy, group)).text()}
+        for when in ("start", "end"):
+            for layer, place in (("first", 0), ("last", -1)):
+                sizes = [measured(run, "layers", when=when)[place] for run in group]
+                line[f"pre-activations, {layer} layer, {when}"] = scientific(sizes)
+        lines.append(line | {"seeds": str(len(group))})
+    return lines
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns pre-activations by layer, accuracy against epoch, and what the size of the weights changes."""
+    by_layer, by_epoch = [], []
+    for arm, name in ARMS.items():
+        group, dashes = results[arm], "--" if arm == "logits" else "-"
+        sizes = np.array([measured(run, "layers", when="start") for run in group], float)
+        sizes = np.where(sizes > 0, sizes, np.nan)  # what float32 cannot hold has no place on a log scale
+        epochs = column(group, "epoch").max(axis=0)
+        accuracy = 100 * column(group, "test_accuracy")
+        by_layer.append(plots.Line(name, np.arange(1, sizes.shape[1] + 1), sizes, COLORS[arm], dashes))
+        by_epoch.append(plots.Line(name, epochs, accuracy, COLORS[arm], dashes))
+    by_factor = [
+        plots.Line(name, np.array(FACTORS), _changes(results["batch"], start), START_COLORS[start], marker="o")
+        for start, name in STARTS.items()
+    ]
+    return plots.draw(
+        [
+            plots.Lines("layer", "pre-activations at the start (rms)", by_layer, yscale="log"),
+            plots.Lines("epoch", "test accuracy (%)", by_epoch),
+            plots.Lines(
+                "weights of a layer multiplied by",
+                "relative change of the output",
+                by_factor,
+                "log",
+                yscale="log",
+            ),
+        ]
+    )
+
+
+def _changes(group, start):
+    """The relative changes of the output, shape [seeds, factors]."""
+    return np.array([[measured(run, "output", start=start, factor=factor) for factor in FACTORS] for run in group])

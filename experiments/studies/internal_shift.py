@@ -1,0 +1,173 @@
+"""Does batch norm reduce internal covariate shift?
+
+Command: python -m experiments run internal_shift --preset small
+
+Time: sized for 7 minutes on 2 CPU cores (small); measured: {time}
+
+Published: Batch norm is said to reduce the change of the layers' input distributions, and thereby to speed up training
+(Ioffe and Szegedy 2015); their means and variances it fixes almost by construction, but for scale and bias. The change
+of a layer's gradient that follows from the update of the layers below was found to be no smaller with it; a net with
+noise after each batch norm shifts more than one without a norm and still trains better; and the loss is smoother along
+the gradient (Santurkar, Tsipras, Ilyas and Madry 2018, in figures alone). Lipton and Steinhardt (2018) question the
+explanation. No number published.
+
+Finding: From one row of the results to the next, with batch norm the means of the layers' inputs shift by {batch_mean}
+standard deviations and the logarithms of their variances by {batch_var}; without by {none_mean} and {none_var}; with
+noise after batch norm by {noisy_mean} and {noisy_var}. When the layers below take a step, a layer's gradient changes by
+{batch_gradient} of its length with batch norm, by {none_gradient} without and by {noisy_gradient} with noise. The final
+test accuracies are {batch_accuracy}, {none_accuracy} and {noisy_accuracy} %. Along the gradient, the loss varies
+{range_ratio} times as much with batch norm as without, and the gradient changes {beta_ratio} times as much per
+distance. {verdict}.
+
+Refuted if: the shift of the inputs (of means and of variances, averaged over layers and rows) or that of the gradient
+(relative to its length) is not smaller with batch norm than without, by more than twice the standard deviation of the
+difference over seeds. If one of the two is smaller, the claim holds in part.
+"""
+
+import time
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import layers, models, plots, shifts, train
+from experiments.config import PRESETS, Config
+from experiments.data import Dataset
+from experiments.measures import Spread, column, exceeds, final_accuracy, pairs, quoted, spread, verdict
+
+ARMS = {"batch": "batch norm", "none": "no norm", "noisy": "with noise"}
+COLORS = {**plots.COLORS, "noisy": plots.PALETTE["purple"]}
+STEPS = (0.05, 0.1, 0.2, 0.4)  # along the gradient: 0.5 to 4 times 0.1, to which rate 0.01 and momentum 0.9 add up
+MEASURES = {
+    "mean_shift": "shift of means (std)",
+    "var_shift": "shift of variances (log ratio)",
+    "gradient_shift": "gradient shift (relative)",
+    "gradient_cosine": "cosine of the gradients",
+    "loss_range": "loss range along gradient (nats)",
+    "gradient_change": "gradient change along it (relative)",
+    "beta": "effective beta-smoothness",
+}
+
+
+def runs(preset: str) -> dict[str, Config]:
+    """Returns batch norm, no norm, and batch norm with noise after it whose distribution changes at each step."""
+    config = PRESETS[preset]
+    if preset == "small":
+        config = config.replace(evaluations=2)
+    batch = config.replace(norm="batch")
+    return {"batch": batch, "none": config.replace(norm="none"), "noisy": batch.replace(noise="shifting")}
+
+
+MEASURED_ON = (
+    "Measured at every row on the first 500 training images, without augmentation, with the statistics of that batch. "
+    "Shifts of the inputs are those since the row before, each with its own noise; gradient shift and smoothness "
+    "compare points under the same noise. Steps of the layers below are of plain SGD at the rate of the row; those "
+    "along the gradient are 0.05, 0.1, 0.2 and 0.4 times the gradient in all arms."
+)
+SETUP = {
+    "small": "Seven layers with weights; not the net and the protocol of the full preset, but "
+    f"{runs('small')['batch'].differences(runs('full')['batch'])}. {MEASURED_ON} One trial run of each arm "
+    "with another seed, for the time, and to see that the net learns without a norm too.",
+    "full": f"The Inception net and its published protocol on CIFAR-10. {MEASURED_ON}",
+}
+
+
+def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+    """Trains a run whose rows hold the `MEASURES` too."""
+    net = models.build(config, len(dataset.class_names))
+    batch, key = layers.first_images(dataset), jax.random.key(config.seed)
+
+    def moments_of(variables, step):
+        return shifts.input_moments(net, variables, batch[0], jax.random.fold_in(key, step))
+
+    def probe(state, learning_rate):
+        variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        now = jax.random.fold_in(key, int(state.step))
+        shift = shifts.gradient_shift(net, variables, batch, now, learning_rate)
+        return {
+            "moments": moments_of(variables, int(state.step)),  # in the row, where a continued run finds them again
+            "gradient_shift": shift.distance,
+            "gradient_cosine": shift.cosine,
+            **shifts.along_gradient(net, variables, batch, now, STEPS)._asdict(),
+        }
+
+    trained = train.fit(config, dataset, probe=probe, **options)
+    clock = time.perf_counter()
+    before, rows = moments_of(jax.device_get(train.initial_variables(config, dataset)), 0), []
+    for row in trained.rows:
+        after = row["moments"]
+        shift = shifts.distribution_shift(before, after)
+        others = {name: value for name, value in row.items() if name != "moments"}
+        rows.append(others | {"mean_shift": shift.mean, "var_shift": shift.var})
+        before = after
+    return trained._replace(rows=rows, seconds=trained.seconds + time.perf_counter() - clock)
+
+
+def over_rows(run: dict, name: str) -> float:
+    """Returns the mean of a measure over the rows of a run in which it is finite; NaN where it is in none."""
+    values = np.array([row[name] for row in run["rows"]], float)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def summary(results: dict[str, list[dict]]) -> dict[str, str]:
+    """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
+    paired = pairs(results["batch"], results["none"])
+
+    def smaller(name):
+        return exceeds(spread(over_rows(none, name) - over_rows(batch, name) for batch, none in paired))
+
+    def ratio(name):
+        return quoted(spread(over_rows(batch, name) / over_rows(none, name) for batch, none in paired), 3)
+
+    fields = {}
+    for arm in ARMS:
+        for field, name in (("mean", "mean_shift"), ("var", "var_shift"), ("gradient", "gradient_shift")):
+            fields[f"{arm}_{field}"] = quoted(_mean(results[arm], name), 3)
+        fields[f"{arm}_accuracy"] = spread(map(final_accuracy, results[arm])).text()
+    return fields | {
+        "range_ratio": ratio("loss_range"),
+        "beta_ratio": ratio("beta"),
+        "verdict": verdict(
+            smaller("mean_shift") and smaller("var_shift"), smaller("gradient_shift"), seeds=len(paired)
+        ),
+    }
+
+
+def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
+    """Returns one line per arm: accuracy, and the measures averaged over the rows."""
+    return [
+        {
+            "net": name,
+            "final test accuracy, %": spread(map(final_accuracy, results[arm])).text(),
+            **{label: quoted(_mean(results[arm], measure), 3) for measure, label in MEASURES.items()},
+            "seeds": str(len(results[arm])),
+        }
+        for arm, name in ARMS.items()
+    ]
+
+
+def plot(results: dict[str, list[dict]]) -> Figure:
+    """Returns the shifts of the inputs and of the gradient, the smoothness and the accuracy against the step."""
+
+    def panel(name, label, factor=1, **options):
+        lines = [
+            plots.Line(arm, column(group, "step").max(axis=0), factor * column(group, name), COLORS[key])
+            for key, arm in ARMS.items()
+            for group in [results[key]]
+        ]
+        return plots.Lines("step", label, lines, **options)
+
+    shown = ("mean_shift", "var_shift", "gradient_shift")
+    bent = ("loss_range", "beta")
+    return plots.draw(
+        [
+            *(panel(name, MEASURES[name]) for name in shown),
+            *(panel(name, MEASURES[name], yscale="log") for name in bent),
+            panel("test_accuracy", "test accuracy (%)", 100),
+        ]
+    )
+
+
+def _mean(group: list[dict], name: str) -> Spread:
+    return spread(over_rows(run, name) for run in group)

@@ -1,0 +1,126 @@
+"""The measures and the conclusions of the study dropout, on made-up runs."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments import study, train
+from experiments.studies import dropout
+from experiments.studies.dropout import PUBLISHED, fit, gap, noise, plot, runs, summary, table
+
+OVERFITS = {"none": (0.9, 0.3), "dropout": (0.8, 0.4), "batch": (0.8, 0.5), "both": (0.7, 0.5)}  # training, test
+
+
+@pytest.fixture
+def made_up(make_run):
+    """Returns a function of the accuracies at the end, (training, test) by arm, that gives results over seeds."""
+
+    def make(seeds=2, measured=True, diverged=(), **changes):
+        results = {}
+        for label, config in runs("small").items():
+            accuracies = (OVERFITS | changes)[label]
+            results[label] = [make_run(config.replace(seed=seed), (0.2, 0.3, 0.4, 0.4)) for seed in range(seeds)]
+            for seed, run in enumerate(results[label]):
+                if measured:
+                    for images, accuracy in zip(("training", "test"), accuracies, strict=True):
+                        run["measured"].append({"images": images, "loss": 1.0, "accuracy": accuracy + 0.01 * seed})
+                if label in diverged:
+                    run["rows"] = run["rows"][:1]
+                    run["rows"][0] |= {"diverged": True, "test_loss": math.nan}
+        return results
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "holds"),
+        ({"batch": (0.8, 0.4), "both": (0.7, 0.4)}, "holds"),  # no better than dropout, but not worse
+        ({"batch": (1.0, 0.4), "both": (0.7, 0.4)}, "partly"),  # wider gap
+        ({"batch": (0.7, 0.3), "both": (0.7, 0.3)}, "partly"),  # below dropout
+        ({"both": (0.7, 0.6)}, "partly"),  # dropout helps batch norm
+        ({"batch": (1.0, 0.3), "both": (0.7, 0.4)}, "fails"),
+    ],
+)
+def test_claim_is_a_narrower_gap_and_no_need_of_dropout(made_up, changes, verdict):
+    assert summary(made_up(**changes))["verdict"] == verdict
+
+
+def test_single_seed_gives_no_verdict_and_no_spread(made_up):
+    fields = summary(made_up(seeds=1))
+    assert fields["verdict"] == "unknown"
+    assert not any("nan" in text or "±" in text for text in fields.values())
+
+
+def test_gap_is_training_less_test_accuracy_in_evaluation_mode(made_up):
+    assert gap(made_up()["none"][0]) == pytest.approx(60)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"), [((0.8, 0.5), "narrows this gap by 30.0"), ((1.0, 0.3), "widens this gap by 10.0")]
+)
+def test_change_of_the_gap_is_said_in_words(made_up, batch, text):
+    assert summary(made_up(batch=batch))["narrows"] == f"{text} ± 0.0 points"
+
+
+def test_differences_in_test_accuracy_are_quoted_with_their_sign(made_up):
+    fields = summary(made_up(both=(0.7, 0.45)))
+    assert (fields["over"], fields["added"]) == ("10.0 ± 0.0", "-5.0 ± 0.0")
+
+
+def test_noise_is_the_spread_of_the_changes_in_the_second_half(make_run):
+    run = make_run(runs("small")["none"], [0.5] * 8)
+    for row, loss in zip(run["rows"], (9.0, 0.0, 9.0, 0.0, 1.0, 2.0, 3.0, 6.0), strict=True):
+        row["test_loss"] = loss
+    assert noise(run) == pytest.approx(np.std((1, 1, 3), ddof=1))
+
+
+def test_steadily_rising_loss_is_no_noise(make_run):
+    run = make_run(runs("small")["none"], [0.5] * 8)
+    for i, row in enumerate(run["rows"]):
+        row["test_loss"] = i / 4
+    assert noise(run) == 0
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("how", [{"measured": False}, {"diverged": ("none", "both")}])
+def test_what_was_not_measured_is_said_and_the_rest_is_shown(made_up, how, seeds):
+    results = made_up(seeds=seeds, **how)
+    texts = [*summary(results).values(), *(text for line in table(results, "small") for text in line.values())]
+    assert "(not measured)" in texts and not any("nan" in text for text in texts)
+    assert plot(results)
+
+
+def test_table_has_the_published_accuracy_of_every_arm_beside_ours(made_up):
+    lines = table(made_up(), "small")
+    assert [line["published test accuracy (a simpler net), %"] for line in lines] == list(PUBLISHED.values())
+    assert lines[0]["test accuracy, %"] == "30.5 ± 0.7" and lines[0]["gap, points"] == "60.0 ± 0.0"
+
+
+def test_finding_fills_every_field(made_up):
+    finding = study.sections(dropout)["Finding"]
+    assert "{" not in finding.format(**summary(made_up()))
+
+
+def test_rate_stays_constant_so_that_the_nets_overfit():
+    for preset in ("small", "full"):
+        for config in runs(preset).values():
+            assert train.learning_rate(config, config.epochs - 1) == config.learning_rate
+
+
+def test_training_is_watched_on_a_part_of_the_test_images_and_ends_with_all(tiny, blobs, monkeypatch):
+    seen = []
+
+    def trained(config, dataset, **_):
+        seen.append(len(dataset.test_images))
+        return train.Trained([], {}, 1.0)
+
+    monkeypatch.setattr(dropout, "WATCHED", 100)
+    monkeypatch.setattr(train, "fit", trained)
+    monkeypatch.setattr(dropout, "predict", lambda net, variables, images: np.eye(4)[np.zeros(len(images), int)])
+    measured = fit(tiny, blobs).measured
+    assert seen == [100]
+    labels = {"training": blobs.train_labels, "test": blobs.test_labels}
+    assert {each["images"]: each["accuracy"] for each in measured} == {k: np.mean(v == 0) for k, v in labels.items()}
