@@ -27,7 +27,7 @@ from experiments.measures import exceeds, final_accuracy, pairs, spread, verdict
 SIZES = (2, 4, 8, 16, 32, 64)  # images per device
 DEVICES = 8  # of the arms that have several
 # Whole batches of all sizes, since groups must fill the last one as well.
-TRAIN_IMAGES = {"small": 4_608, "full": 49_664}
+TRAIN_IMAGES = {"small": 4_096, "full": 49_664}
 RATE = 0.1 / 128  # for each image of a step: the linear scaling rule
 
 ARMS = {
