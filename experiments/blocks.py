@@ -58,7 +58,7 @@ class ConvNorm(nn.Module):
       kernel_size: side of the square kernel.
       block: what is put around it.
       strides: steps between the positions of the kernel.
-      use_bias: whether the convolution has a bias. None: where no norm follows, which would remove it again.
+      use_bias: whether the convolution has a bias. None: where no norm follows at once, which would remove it again.
       activate: False leaves the activation to the caller.
       kernel_init: initializer of the kernel, where `block` has none.
       momentum: of batch norm's running statistics, where `block` has none: the weight of the old value.
@@ -85,7 +85,7 @@ class ConvNorm(nn.Module):
             self.features,
             (self.kernel_size, self.kernel_size),
             self.strides,
-            use_bias=block.hidden_norm == "none" if self.use_bias is None else self.use_bias,
+            use_bias=needs_bias(block) if self.use_bias is None else self.use_bias,
             kernel_init=start(block, self.kernel_init),
         )(x)
         activate = ACTIVATIONS[block.activation] if self.activate else lambda x: x
@@ -94,6 +94,11 @@ class ConvNorm(nn.Module):
         options = {"momentum": self.momentum, "epsilon": self.epsilon, "use_scale": self.use_scale}
         norm = functools.partial(normalize, block, train=train, mask=mask, **options)
         return norm(activate(x)) if block.placement == "after" else activate(norm(x))
+
+
+def needs_bias(block: Block) -> bool:
+    """Says whether a convolution's bias does something: not where a norm follows at once, which would remove it again."""
+    return block.hidden_norm == "none" or block.placement == "after"
 
 
 def classify(

@@ -45,11 +45,44 @@ def exceeds(difference: Spread, least: float = 0.0) -> bool:
     return difference.mean - least > 2 * difference.std
 
 
-def verdict(*claims: bool, seeds: int) -> str:
-    """Returns the one of `VERDICTS` for the parts of a claim that were found true or false, over so many seeds."""
+def below(difference: Spread, most: float) -> bool:
+    """Says whether a difference is below `most` by more than twice its standard deviation over seeds."""
+    return exceeds(Spread(-difference.mean, difference.std, difference.n), -most)
+
+
+def within(difference: Spread, margin: float) -> bool:
+    """Says whether a difference is between -margin and margin, by more than twice its standard deviation over seeds.
+
+    That is how a claim that something makes no difference is judged: a large spread does not speak for it.
+    """
+    return below(difference, margin) and exceeds(difference, -margin)
+
+
+def judge(*claims: bool, seeds: int) -> dict[str, str]:
+    """Returns what became of the claims of a study, over so many seeds: fields of its summary.
+
+    Returns:
+      `verdict`, one of `VERDICTS`, and `claims`, which says in words which of them hold, by their numbers.
+    """
     if seeds < 2:
-        return "unknown"
-    return "holds" if all(claims) else "partly" if any(claims) else "fails"
+        return {"verdict": "unknown", "claims": ""}
+    word = "holds" if all(claims) else "partly" if any(claims) else "fails"
+    kept, lost = ([i for i, claim in enumerate(claims, start=1) if claim == held] for held in (True, False))
+    parts = [f"{enumerate_in_words(kept)} hold{'s' * (len(kept) == 1)}"] * bool(kept)
+    parts += [f"{enumerate_in_words(lost)} {'is' if len(lost) == 1 else 'are'} not shown"] * bool(lost)
+    return {"verdict": word, "claims": ", ".join(parts) if word == "partly" else ""}
+
+
+def enumerate_in_words(numbers: list[int]) -> str:
+    """Returns numbers as a reader lists them: "(1), (2) and (4)"."""
+    *first, last = (f"({number})" for number in numbers)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def compared(difference: Spread, more: str, less: str, *, unit: str = "points", decimals: int = 1) -> str:
+    """Returns a difference in words that fit its sign: "2.1 ± 0.3 points more", or "... less"."""
+    size = Spread(abs(difference.mean), difference.std, difference.n)
+    return f"{size.text(decimals)} {unit} {more if difference.mean >= 0 else less}"
 
 
 def pairs(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:

@@ -107,7 +107,7 @@ INCEPTION_CHANNELS = (
 class Inception(nn.Module):
     """Nine Inception modules straight on the image, without a stem: the net of the published CIFAR-10 comparison.
 
-    Its convolutions never have a bias, its norms have no scale, and the rest follows Keras's defaults (momentum 0.99,
+    Its convolutions have no bias, but for where the norm comes after the activation; its norms have no scale, and the rest follows Keras's defaults (momentum 0.99,
     epsilon 1e-3, Glorot-uniform kernels), as published.
 
     References:
@@ -149,7 +149,7 @@ class InceptionModule(nn.Module):
                 features,
                 kernel_size,
                 self.block,
-                use_bias=False,
+                use_bias=self.block.placement == "after",
                 use_scale=False,
                 momentum=0.99,
                 epsilon=1e-3,

@@ -13,7 +13,8 @@ HEAD = """# Experiments
 Written by `python -m experiments table` from the files in `results/`; to change it, change a study or its results.
 Every number is mean ± standard deviation over seeds, or that of a single seed where it says so; accuracies are on the
 test set; times depend on the hardware. A difference counts where it is more than twice its standard deviation over
-seeds; differences are taken between runs of the same seed.
+seeds, and there is none where all of that range is within a margin; differences are taken between runs of the same
+seed. "Refuted if" numbers the claims of a study, and says for each what would speak against it.
 
 `python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
 interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
@@ -73,10 +74,16 @@ def _chapter(module, folder):
             parts.append(f"{module.SETUP[preset]} {_state(module, preset, folder).capitalize()}.")
             continue
         fields = module.summary(found)
-        finding = study.sections(module)["Finding"].format(**fields | {"verdict": VERDICTS[fields["verdict"]]})
+        finding = study.sections(module)["Finding"].format(**fields | {"verdict": _verdict(fields)})
         parts += [module.SETUP[preset], _markdown(module.table(found, preset)), finding]
         parts += [f"![{name}, {preset}](figures/{_figure_name(module, preset)})", _origin(found)]
     return "\n\n".join(parts) + "\n"
+
+
+def _verdict(fields):
+    """What became of the claims, in words."""
+    said = VERDICTS[fields["verdict"]]
+    return f"{said}: {fields['claims']}" if fields["claims"] else said
 
 
 def _state(module, preset, folder):

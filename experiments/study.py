@@ -6,7 +6,8 @@ A study is a module in `experiments.studies`, named after its question, with
   braces are filled in from results, so that no finding is typed by hand;
 - `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
 - `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
-- `summary(results) -> dict[field, text]`: the fields of the finding, and as `verdict` one of `measures.VERDICTS`;
+- `summary(results) -> dict[field, text]`: the fields of the finding, with those of `measures.judge`, whose claims come in
+  the order in which "Refuted if" numbers them;
 - `table(results, preset) -> list[dict[column, text]]`;
 - `plot(results) -> Figure`;
 - where it measures more than `train.fit` does: `fit(config, dataset, **options) -> Trained`, which calls that one, with

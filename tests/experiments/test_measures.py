@@ -96,6 +96,33 @@ def test_verdict_needs_all_parts_of_a_claim_and_a_spread(claims, seeds, verdict)
     assert measures.verdict(*claims, seeds=seeds) == verdict
 
 
+@pytest.mark.parametrize(
+    ("claims", "seeds", "judged"),
+    [
+        ((True, True), 3, {"verdict": "holds", "claims": ""}),
+        ((True, False, True), 3, {"verdict": "partly", "claims": "(1) and (3) hold, (2) is not shown"}),
+        ((False, True, False, False), 3, {"verdict": "partly", "claims": "(2) holds, (1), (3) and (4) are not shown"}),
+        ((False,), 2, {"verdict": "fails", "claims": ""}),
+        ((True, True), 1, {"verdict": "unknown", "claims": ""}),
+    ],
+)
+def test_claims_are_judged_by_their_numbers(claims, seeds, judged):
+    assert measures.judge(*claims, seeds=seeds) == judged
+
+
+@pytest.mark.parametrize(
+    ("values", "within"),
+    [((0.1, 0.0, -0.1), True), ((2.0, 2.1, 2.2), False), ((-1.0, 0.0, 1.0), False), ((0.0,), False)],
+)
+def test_no_difference_is_one_whose_whole_range_is_within_the_margin(values, within):
+    assert measures.within(measures.spread(values), 1.0) == within
+
+
+def test_difference_is_told_in_words_that_fit_its_sign():
+    assert measures.compared(measures.spread([1.0, 2.0, 3.0]), "more", "less") == "2.0 ± 1.0 points more"
+    assert measures.compared(measures.spread([-3.0]), "more", "less", unit="%") == "3.0 (1 seed) % less"
+
+
 def test_measured_accuracy_is_that_of_the_one_entry_that_fits(run):
     found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
     assert measures.measured_accuracy(found, images=100) == 50.0
