@@ -97,7 +97,7 @@ class ConvNorm(nn.Module):
 
 
 def needs_bias(block: Block) -> bool:
-    """Says whether a convolution's bias does something: not where a norm follows at once, which would remove it again."""
+    """Says whether a convolution has a bias: not where a norm follows at once, which would remove it again."""
     return block.hidden_norm == "none" or block.placement == "after"
 
 
@@ -160,6 +160,8 @@ def normalize(
     """
     epsilon = epsilon if block.epsilon is None else block.epsilon
     learned = {"use_scale": use_scale and block.affine, "use_bias": block.affine}
+    if block.norm == "none":
+        raise ValueError("norm='none' normalizes nothing; call this where there is a norm.")
     if block.norm == "group":
         return nn.GroupNorm(num_groups(x.shape[-1]), epsilon=epsilon, **learned)(x)
     if block.tuning != "trained":

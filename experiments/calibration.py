@@ -4,19 +4,17 @@ A trained net is tested with the running averages of its training, with wrecked 
 images drawn at random from those that it was trained on.  Nothing is downloaded.
 """
 
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import demo, models, train
+from experiments import demo, evaluation, models, train
 from experiments.data import Dataset
 from experiments.display import Display
 from experiments.measures import Spread, spread
@@ -63,8 +61,7 @@ def measure(net: Any, variables: dict, dataset: Dataset, n: int) -> dict[str, Sp
     def calibrated(function: Callable, batch_size: int, draw: int) -> dict:
         # RandomState, because NumPy promises never to change its stream.
         images = dataset.train_images[np.random.RandomState(draw).permutation(len(dataset.train_images))[:n]]
-        batches = [images[first : first + batch_size] for first in range(0, n, batch_size)]
-        return function(net, variables, batches, call=call)
+        return function(net, variables, evaluation.split(images, batch_size), call=evaluation.call)
 
     return {
         name: spread(accuracy(net, calibrated(*method, draw), dataset) for draw in range(DRAWS))
@@ -74,18 +71,7 @@ def measure(net: Any, variables: dict, dataset: Dataset, n: int) -> dict[str, Sp
 
 def accuracy(net: Any, variables: dict, dataset: Dataset) -> float:
     """Returns the accuracy on the test set, in %."""
-    logits = _evaluate(net, variables, dataset.test_images)
-    return 100 * float(np.mean(np.argmax(logits, -1) == dataset.test_labels))
-
-
-def call(net: Any, images: jax.Array) -> jax.Array:
-    """Evaluates a batch of uint8 images."""
-    return net(images.astype(jnp.float32) / 255, train=False)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluate(net, variables, images):
-    return net.apply(variables, images, method=call)
+    return 100 * evaluation.score(evaluation.predict(net, variables, dataset.test_images), dataset.test_labels).accuracy
 
 
 def table(measured: dict[int, dict[str, Spread]]) -> Table:

@@ -62,7 +62,7 @@ class Config:
     """What the norms add to the variance. None: as the net was published."""
     noise: Noise = "none"
     """After each batch norm: none, noise like that of ghost groups, or noise whose distribution changes each step."""
-    tuning: Tuning = "trained"
+    tuning: Annotated[Tuning, Suppress] = "trained"
     """Batch norms in fine-tuning: as ever, frozen altogether, or affine maps that learn."""
     start: Annotated["Config | None", Suppress] = None
     """The run whose trained net this one starts from, with a new last layer. None: from random weights."""
@@ -122,7 +122,9 @@ class Config:
     def _check_classes(self):
         """Refuses classes that are no choice of classes."""
         if self.classes is not None:
-            whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.classes)
+            whole = isinstance(self.classes, tuple) and all(
+                isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.classes
+            )
             if not whole or len(set(self.classes)) < max(2, len(self.classes)):
                 raise ValueError(
                     f"classes={self.classes}; at least two different classes are accepted, counted from 0; name such."
@@ -134,11 +136,14 @@ class Config:
             raise ValueError(
                 f"dropout={self.dropout!r}; a number from 0 up to, not including, 1 is accepted; choose one."
             )
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
+        for name in ("augment", "affine", "debias", "deep_supervision"):
+            _one_of(name, getattr(self, name), (True, False))
+        if self.momentum is not None and not (isinstance(self.momentum, int | float) and 0 <= self.momentum <= 1):
             raise ValueError(f"momentum={self.momentum!r}; a number from 0 to 1 is accepted, or None; choose one.")
         for name in ("epsilon", "init_scale"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        self._check_effects()
         if self.noise != "none" and (self.norm != "batch" or self.tuning != "trained"):
             raise ValueError(
                 f"noise={self.noise!r} with norm={self.norm!r} and tuning={self.tuning!r}; it is added to plain batch "
@@ -148,6 +153,11 @@ class Config:
             if self.group_size is None:
                 raise ValueError("group_size=None, but ghost batch norm and matched noise have groups; set it.")
             _at_least_one("group_size", self.group_size)
+        if self.noise == "matched" and self.group_size == self.batch_size:
+            raise ValueError(
+                f"group_size={self.group_size} with noise='matched' and batch_size={self.batch_size}; a single group "
+                "has no spread, and so no noise; choose a smaller divisor of the batch."
+            )
         if self.group_size is not None and (not grouped or self.batch_size % self.group_size):
             raise ValueError(
                 f"group_size={self.group_size} with norm={self.norm!r}, noise={self.noise!r} and "
@@ -160,6 +170,24 @@ class Config:
                 "placement='after' with net='resnet20', which adds before it activates; choose another net."
             )
 
+    def _check_effects(self):
+        """Refuses settings that the net of this run would not heed."""
+        without = []
+        if self.norm == "none":
+            without = ["norm_layers", "placement", "affine", "momentum", "debias", "epsilon"]
+        elif self.norm == "group":
+            without = ["norm_layers", "momentum", "debias"]
+        elif self.tuning != "trained":
+            without = ["affine", "momentum", "debias", "epsilon"]
+        elif self.norm_layers == "logits":
+            without = ["placement"]
+        defaults = {field.name: field.default for field in fields(self)}
+        if ignored := [name for name in without if getattr(self, name) != defaults[name]]:
+            raise ValueError(
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in ignored)} with norm={self.norm!r}, "
+                f"tuning={self.tuning!r} and norm_layers={self.norm_layers!r}, where that has no effect; leave it out."
+            )
+
     def _check_start(self):
         """Refuses a start that does not fit."""
         if self.tuning != "trained" and (self.start is None or self.norm in ("none", "group")):
@@ -169,10 +197,22 @@ class Config:
             )
         if self.start is None:
             return
-        alike = ("net", "width", "norm", "norm_layers", "placement", "affine", "activation")
+        if self.start.start is not None or self.norm_layers == "logits" or self.deep_supervision:
+            raise ValueError(
+                f"start={'a run that has a start itself' if self.start.start else 'a run'} with "
+                f"norm_layers={self.norm_layers!r} and deep_supervision={self.deep_supervision}; a run starts from one "
+                "that started from random weights, and takes over all but a last layer alone; change that."
+            )
+        alike = ["net", "width", "norm", "norm_layers", "placement", "activation", "deep_supervision"]
+        if self.tuning == "trained":
+            alike += ["affine", "debias", "noise"]
         if different := [name for name in alike if getattr(self, name) != getattr(self.start, name)]:
             raise ValueError(
                 f"start is a run with another {', '.join(different)}; its net must be of the same kind; change either."
+            )
+        if self.start.data == "digits" and self.data != "digits":
+            raise ValueError(
+                f"start is a run on grey images (digits), but data={self.data!r} has colours; start from another run."
             )
 
     def with_seed(self, seed: int) -> Self:
@@ -197,7 +237,7 @@ class Config:
         """Returns the fields that differ from those of `other`, in words; empty where none does."""
         pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return ", ".join(
-            f"`{name}` {'all' if mine is None else mine} instead of {'all' if theirs is None else theirs}"
+            f"`{name}` {_in_words(name, mine)} instead of {_in_words(name, theirs)}"
             for name, mine, theirs in pairs
             if mine != theirs
         )
@@ -212,6 +252,15 @@ _CHOICES = {
     "sampling": Sampling,
     "tuning": Tuning,
 }
+
+
+def _in_words(name, value):
+    """A value as a reader takes it."""
+    if value is None:
+        return "all" if name in ("train_images", "classes") else "none" if name == "start" else "as published"
+    if name == "start":
+        return "another run"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _one_of(name, value, accepted):

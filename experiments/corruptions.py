@@ -5,9 +5,10 @@ returns images of the same shape and dtype; the same arguments give the same ima
 without colour, of one channel, are corrupted as grey ones.
 
 Differs from CIFAR-10-C in:
-  1. Blur has the published widths in pixels on images of any size. On 16x16 images it is thus twice as wide as
-     published, when compared with what is seen; half the width would hardly change them.
-  2. Values are rounded, not truncated, to whole numbers.
+  1. Noise and blur have the published sizes on images of any size. On 16x16 images both are thus about twice as strong
+     as on 32x32 ones that are halved afterwards: means over blocks of 2x2 halve the noise and the width of a blur.
+  2. Gaussian blur is one of its extra corruptions, not of the 15 that its mean is taken over.
+  3. Values are rounded, not truncated, to whole numbers.
 
 References:
   Hendrycks and Dietterich 2019, arXiv:1903.12261; the constants for 32x32 images are in the code that goes with it.

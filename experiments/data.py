@@ -120,6 +120,16 @@ def _keep_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
     )
 
 
+def balance(dataset: Dataset) -> Dataset:
+    """Returns the data set with as many training images of each class, the first ones, as the smallest class has."""
+    labels = dataset.train_labels
+    rank = np.zeros(len(labels), int)  # of each image among those of its class
+    for label in range(len(dataset.class_names)):
+        rank[labels == label] = np.arange(np.sum(labels == label))
+    kept = rank < np.bincount(labels, minlength=len(dataset.class_names)).min()
+    return dataset._replace(train_images=dataset.train_images[kept], train_labels=labels[kept])
+
+
 def _cifar10(folder: Path) -> Dataset:
     """Returns CIFAR-10 from the folder of its files."""
     images, labels, official = read_cifar10(folder)

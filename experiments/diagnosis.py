@@ -6,14 +6,11 @@ shows how far its statistics are from those of plain images.
 
 from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import checkpoints, models, study
+from experiments import checkpoints, evaluation, models, study
 from jaxbn.diagnose import COLUMNS, LEFT, LEGEND, WIDTH, Diagnosis, diagnose
 
 BATCHES = 20  # of each set of images: enough for every finding
@@ -42,12 +39,7 @@ def run(checkpoint: Path, *, data_dir: Path | None = None, console: Console | No
     for name, images in (("training images", dataset.train_images), ("test images", dataset.test_images)):
         batches = split(images, config.batch_size)
         title = f"{config.net} on {len(batches)} batches of {len(batches[0])} {name} of {dataset.name}"
-        show(console, title, diagnose(net, variables, batches, call=evaluate))
-
-
-def evaluate(net: nn.Module, images: jax.Array) -> jax.Array:
-    """Evaluates a batch of uint8 images."""
-    return net(jnp.asarray(images, jnp.float32) / 255, False)
+        show(console, title, diagnose(net, variables, batches, call=evaluation.call))
 
 
 def split(images: np.ndarray, batch_size: int) -> list[np.ndarray]:

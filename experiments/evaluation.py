@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.config import Config
+
 Statistics = Literal["running", "batch"]
 
 
@@ -43,12 +45,29 @@ def predict(
       net: as `models.build` returns it.
       variables: its `params` and `batch_stats`.
       images: what to look at.
-      statistics: those with which batch norm normalizes: the running ones, or those of each batch.
+      statistics: those with which batch norm normalizes: the running ones, or those of each batch. The latter wants a
+        net of plain batch norm (`plain`), since it does what the net does in training.
       batch_size: images that share their statistics, where these are the batch's.
     """
     forward = _with_running if statistics == "running" else _with_batch
     batches = split(images, batch_size)
     return np.concatenate([jax.device_get(forward(net, variables, jnp.asarray(batch))) for batch in batches])
+
+
+def plain(config: Config) -> Config:
+    """Returns the run with plain batch norm in the place of its variants, and without noise and dropout.
+
+    The variables of the one fit the net of the other.
+
+    Raises:
+      ValueError: the run has no batch norm whose statistics could be those of a batch.
+    """
+    if config.norm in ("none", "group") or config.tuning != "trained" or config.noise == "matched":
+        raise ValueError(
+            f"norm={config.norm!r}, tuning={config.tuning!r}, noise={config.noise!r}; accepted are nets that normalize "
+            "with statistics of a batch; test this one with its running statistics."
+        )
+    return config.replace(norm="batch", group_size=None, noise="none", dropout=0.0)
 
 
 def split(images: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -151,7 +151,8 @@ def rescaling(
 ) -> dict[float, Rescaling]:
     """Returns what changes when the weights of a layer before a batch norm are multiplied by a factor.
 
-    One layer at a time; the largest changes over all of them. Without epsilon there would be none but rounding.
+    One layer at a time; the largest changes over all of them. Without epsilon there would be none but rounding, that of
+    float32: products of lower precision, which some devices choose, are ruled out.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, section 3.3.
@@ -161,15 +162,21 @@ def rescaling(
     found = {factor: [] for factor in factors}
     for layer, path in enumerate(paths):
         chosen = np.arange(len(paths)) == layer
-        before = _gradients(net, variables, images, key, chosen)
+        before = _precisely(net, variables, images, key, chosen)
         if before[0][layer] is None:
             continue
         for factor, changes in found.items():
             scaled = unflatten_dict(params | {path: params[path] * factor})
-            after = _gradients(net, variables | {"params": scaled}, images, key, chosen)
+            after = _precisely(net, variables | {"params": scaled}, images, key, chosen)
             ours, theirs = ((a[layer], b[layer], flatten_dict(c)[path]) for a, b, c in (before, after))
             changes.append([_change(a, b * by) for a, b, by in zip(ours, theirs, (1, 1, factor), strict=True)])
     return {factor: Rescaling(*np.max(changes, axis=0).tolist()) for factor, changes in found.items()}
+
+
+def _precisely(net, *arguments):
+    """`_gradients` with products in full float32: those of TF32 round by a thousandth."""
+    with jax.default_matmul_precision("highest"):
+        return _gradients(net, *arguments)
 
 
 @functools.partial(jax.jit, static_argnums=0)

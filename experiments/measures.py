@@ -40,7 +40,7 @@ def spread(values: Iterable[float]) -> Spread:
 def exceeds(difference: Spread, least: float = 0.0) -> bool:
     """Says whether a difference is above `least` by more than twice its standard deviation over seeds.
 
-    That is the measure of all claims here. It is never so for a single seed.
+    It is never so for a single seed, whose deviation is NaN.
     """
     return difference.mean - least > 2 * difference.std
 
@@ -68,9 +68,13 @@ def judge(*claims: bool, seeds: int) -> dict[str, str]:
         return {"verdict": "unknown", "claims": ""}
     word = "holds" if all(claims) else "partly" if any(claims) else "fails"
     kept, lost = ([i for i, claim in enumerate(claims, start=1) if claim == held] for held in (True, False))
-    parts = [f"{enumerate_in_words(kept)} hold{'s' * (len(kept) == 1)}"] * bool(kept)
-    parts += [f"{enumerate_in_words(lost)} {'is' if len(lost) == 1 else 'are'} not shown"] * bool(lost)
-    return {"verdict": word, "claims": ", ".join(parts) if word == "partly" else ""}
+    if word != "partly":
+        return {"verdict": word, "claims": ""}
+    held = f"{enumerate_in_words(kept)} hold{'s' * (len(kept) == 1)}"
+    return {
+        "verdict": word,
+        "claims": f"{held}, {enumerate_in_words(lost)} {'is' if len(lost) == 1 else 'are'} not shown",
+    }
 
 
 def enumerate_in_words(numbers: list[int]) -> str:
@@ -81,6 +85,8 @@ def enumerate_in_words(numbers: list[int]) -> str:
 
 def compared(difference: Spread, more: str, less: str, *, unit: str = "points", decimals: int = 1) -> str:
     """Returns a difference in words that fit its sign: "2.1 ± 0.3 points more", or "... less"."""
+    if not math.isfinite(difference.mean):
+        return "(not measured)"
     size = Spread(abs(difference.mean), difference.std, difference.n)
     return f"{size.text(decimals)} {unit} {more if difference.mean >= 0 else less}"
 
@@ -139,17 +145,6 @@ def step_milliseconds(run: dict) -> float:
 def first_above(run: dict, accuracy: float) -> int | None:
     """Returns the index of the first row whose test accuracy is at least `accuracy` (in %), or None."""
     return next((i for i, row in enumerate(run["rows"]) if 100 * row["test_accuracy"] >= accuracy), None)
-
-
-def steps_to(run: dict, accuracy: float) -> float:
-    """Returns the steps to the first row whose test accuracy is at least `accuracy` (in %); infinite without one."""
-    row = first_above(run, accuracy)
-    return math.inf if row is None else run["rows"][row]["step"]
-
-
-def generalization_gap(run: dict) -> float:
-    """Returns, at the end, the accuracy met while training minus the test accuracy, in points."""
-    return 100 * (run["rows"][-1]["train_accuracy"] - run["rows"][-1]["test_accuracy"])
 
 
 def diverged(run: dict) -> bool:

@@ -107,8 +107,8 @@ INCEPTION_CHANNELS = (
 class Inception(nn.Module):
     """Nine Inception modules straight on the image, without a stem: the net of the published CIFAR-10 comparison.
 
-    Its convolutions have no bias, but for where the norm comes after the activation; its norms have no scale, and the rest follows Keras's defaults (momentum 0.99,
-    epsilon 1e-3, Glorot-uniform kernels), as published.
+    Its convolutions have no bias (but where the norm comes after the activation), its norms have no scale, and the rest
+    follows Keras's defaults (momentum 0.99, epsilon 1e-3, Glorot-uniform kernels), as published.
 
     References:
       Szegedy et al. 2015, "Going deeper with convolutions".

@@ -51,8 +51,8 @@ def half_the_classes(
 ) -> jax.Array:
     """Returns an order of the images in an epoch, int32 [n], in which a batch holds a random half of the classes.
 
-    Each of these classes has as many images in the batch. Images that fill no pair of batches come last, and where
-    classes differ in size, a few images stand in for a neighbouring class.
+    Each of these classes has as many images in the batch. That ends with the images of the smallest class; what is left
+    of the others comes last.
 
     Args:
       labels: int32 [n].
@@ -71,15 +71,17 @@ def half_the_classes(
             "of classes, and a multiple of half of it as batch_size; choose such."
         )
     each = batch_size // half  # images of a class in a batch
-    rounds = len(labels) // (num_classes * each)  # in each, two batches share the classes out
-    in_class, pick = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), 1))
     order = shuffled(labels, key, epoch)
-    order, rest = order[: rounds * num_classes * each], order[rounds * num_classes * each :]
-    by_class = order[jnp.argsort(labels[order], stable=True)].reshape(num_classes, rounds * each)
-    by_class = jax.random.permutation(in_class, by_class, axis=1, independent=True)
-    by_round = by_class.reshape(num_classes, rounds, each).swapaxes(0, 1)
-    halves = jax.vmap(jax.random.permutation)(jax.random.split(pick, rounds), by_round)
-    return jnp.concatenate([halves.ravel(), rest])
+    classes = labels[order]
+    members = jax.nn.one_hot(classes, num_classes, dtype=jnp.int32)
+    rank = (members * (members.cumsum(0) - 1)).sum(1)  # of each image among those of its class
+    # In each round, two batches share the classes out: a class's place among them says which one it belongs to.
+    rounds = jnp.arange(-(-len(labels) // each))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), i))(rounds)
+    places = jax.vmap(lambda key: jax.random.permutation(key, num_classes))(keys)
+    place = (rank // each * num_classes + places[rank // each, classes]) * each + rank % each
+    complete = rank < members.sum(0).min() // each * each
+    return order[jnp.argsort(jnp.where(complete, place, len(labels) + rank), stable=True)]
 
 
 ORDERS = {"shuffled": shuffled, "one_class": one_class, "half_the_classes": half_the_classes}

@@ -85,8 +85,17 @@ def compile_programs(
       mesh: the devices.
 
     Raises:
-      ValueError: another process would compile another program.
+      ValueError: another process would compile another program; or the run draws noise, and the devices do not divide
+        its batches.
     """
+    sizes = {config.batch_size, train_shape[0] % config.batch_size}
+    if (config.noise != "none" or config.dropout) and any(size % mesh.size for size in sizes):
+        # A batch that is filled up draws other random numbers, and its copies would take part in the groups.
+        raise ValueError(
+            f"noise={config.noise!r} and dropout={config.dropout} with batches of {config.batch_size} (the last of an "
+            f"epoch: {train_shape[0] % config.batch_size or config.batch_size}) on {mesh.size} devices, which do not "
+            "divide them; choose a batch_size and train_images that they divide."
+        )
     same = config.replace(
         seed=0, learning_rate=1.0, lr_decay_epochs=1, epochs=1, evaluations=1, train_images=None, classes=None
     )

@@ -96,11 +96,12 @@ def _state(module, preset, folder):
 
 
 def _times(module, folder):
-    """The time a study has taken, by preset."""
+    """The time a study has taken, by preset, with the nets that its runs start from."""
     times = []
     for preset in PRESETS:
-        runs = [run for group in (study.collect(module, preset, folder) or {}).values() for run in group]
-        if runs:
+        if study.collect(module, preset, folder):
+            every = results.read_study(folder, study.short_name(module), preset).values()
+            runs = [run for group in every for run in group]
             minutes = sum(run["header"]["seconds"] for run in runs) / 60
             times.append(f"{preset} {minutes:.1f} min for {len(runs)} runs")
         else:

@@ -70,15 +70,25 @@ def read(path: Path) -> dict:
     return {"header": header, "rows": _numbers(rows), "measured": _numbers(measured)}
 
 
-def finished(path: Path, config: Config) -> bool:
+def finished(path: Path, config: Config, settings: dict | None = None) -> bool:
     """Says whether the run `config` has already been written to `path`.
 
+    Args:
+      path: the file.
+      config: the run.
+      settings: what its measurements depend on besides.
+
     Raises:
-      ValueError: the file is the result of another config.
+      ValueError: the file is the result of another config, or was measured with other settings.
     """
     if not path.exists():
         return False
-    if changed := differences(read(path)["header"]["config"], config):
+    header, settings = read(path)["header"], json.loads(json.dumps(settings or {}))
+    changed = differences(header["config"], config)
+    if not changed and (was := header.get("settings", {})) != settings:
+        other = [key for key in {**was, **settings} if was.get(key) != settings.get(key)]
+        changed = ", ".join(f"{key} was {was.get(key)!r} and is now {settings.get(key)!r}" for key in other)
+    if changed:
         raise ValueError(
             f"{path} is the result of another run: {changed}. It is not overwritten; delete it to run anew, "
             "or write to another folder."
@@ -91,13 +101,18 @@ def differences(stored: dict, config: Config) -> str:
 
     A setting that was not there yet when the config was stored had its default value.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as it would be stored
+    return ", ".join(_differences(stored, json.loads(json.dumps(dataclasses.asdict(config))), ""))
+
+
+def _differences(stored, wanted, prefix):
+    """The differences, one by one. With lists for tuples, as they are stored."""
     stored = {field.name: field.default for field in dataclasses.fields(Config)} | stored
-    return ", ".join(
-        f"{key} was {stored.get(key)!r} and is now {wanted.get(key)!r}"
-        for key in {**wanted, **stored}
-        if stored.get(key) != wanted.get(key)
-    )
+    for key in {**wanted, **stored}:
+        was, now = stored.get(key), wanted.get(key)
+        if key == "start" and was is not None and now is not None:
+            yield from _differences(was, now, "start.")
+        elif was != now:
+            yield f"{prefix}{key} was {was!r} and is now {now!r}"
 
 
 def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:

@@ -89,13 +89,14 @@ class GradientShift(NamedTuple):
     cosine: float
 
 
-def gradient_shift(
-    net: nn.Module, variables: dict, batch: Batch, key: jax.Array, learning_rate: float
-) -> GradientShift:
+def gradient_shift(net: nn.Module, variables: dict, batch: Batch, key: jax.Array, step: float) -> GradientShift:
     """Returns the internal covariate shift of Santurkar et al., for each layer from the second, averaged.
 
     G_i is the gradient with respect to the weights of layer i; G'_i the same once all that comes before layer i (norms
-    as well) has taken a step of plain SGD on the same batch. Layers without a gradient do not count.
+    as well) has moved by -step times its gradient on the same batch. Layers without a gradient do not count.
+
+    Differs from the definition in:
+      1. The distance is relative to the length of G_i, so that nets whose gradients differ in size can be compared.
 
     References:
       Santurkar, Tsipras, Ilyas, Madry 2018, arXiv:1805.11604, definition 2.1.
@@ -103,7 +104,7 @@ def gradient_shift(
     order = order_of(net, batch[0].shape[1:])
     params = flatten_dict(variables["params"])
     gradients = flatten_dict(gradient(net, variables, batch, key)[1])
-    stepped = {path: value - learning_rate * gradients[path] for path, value in params.items()}
+    stepped = {path: value - step * gradients[path] for path, value in params.items()}
     distances, cosines = [], []
     for depth, layer in enumerate(order.layers[1:], start=2):
         below = {path: value for path, value in stepped.items() if order.depth[path[:-1]] < depth}

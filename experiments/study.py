@@ -6,16 +6,18 @@ A study is a module in `experiments.studies`, named after its question, with
   braces are filled in from results, so that no finding is typed by hand;
 - `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
 - `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
-- `summary(results) -> dict[field, text]`: the fields of the finding, with those of `measures.judge`, whose claims come in
-  the order in which "Refuted if" numbers them;
+- `summary(results) -> dict[field, text]`: the fields of the finding, and those of `measures.judge`, whose claims come
+  in the order in which "Refuted if" numbers them;
 - `table(results, preset) -> list[dict[column, text]]`;
 - `plot(results) -> Figure`;
 - where it measures more than `train.fit` does: `fit(config, dataset, **options) -> Trained`, which calls that one, with
-  a `probe` or not, and adds what it has `measured`.
+  a `probe` or not, and adds what it has `measured`; and `SETTINGS`, a dict of all that this depends on besides the
+  config, which is kept in the results: those made with other settings are refused as those of another config are.
 
 `results` is always label -> runs over seeds, as `results.read_study` returns them.
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -35,7 +37,7 @@ from experiments.config import PRESETS, Config
 from experiments.display import Display
 
 SECTIONS = ("Command", "Time", "Published", "Finding", "Refuted if")
-START = "start-"  # begins the name of the checkpoints of a net that other runs start from
+START = "start-"  # begins the names of the files of a net that other runs start from
 MIN_SEEDS = {"small": 3, "full": 1}  # three give a spread; a run of `full` is long, and one seed is quoted as one
 
 
@@ -97,11 +99,17 @@ def collect(module: ModuleType, preset: str, folder: Path) -> dict[str, list[dic
     seeds = {label: [run["header"]["config"]["seed"] for run in found.get(label, [])] for label in configs}
     for label, config in configs.items():
         for seed in seeds[label]:
-            results.finished(results.run_path(folder, name, preset, label, seed), config.with_seed(seed))
+            path = results.run_path(folder, name, preset, label, seed)
+            results.finished(path, config.with_seed(seed), settings_of(module))
     first, *others = seeds.values()
     if len(first) < MIN_SEEDS[preset] or any(other != first for other in others):
         return None
     return {label: found[label] for label in configs}
+
+
+def settings_of(module: ModuleType) -> dict:
+    """Returns what the measurements of a study depend on besides the config of a run."""
+    return getattr(module, "SETTINGS", {})
 
 
 def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, folder: Path) -> None:
@@ -125,9 +133,9 @@ def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, f
         for seed in range(seeds)
         for label, config in module.runs(preset).items()
     ]
-    train_missing(plan, data_dir=data_dir, fit=getattr(module, "fit", train.fit))
+    train_missing(plan, data_dir=data_dir, fit=getattr(module, "fit", train.fit), settings=settings_of(module))
     if distributed.is_primary():
-        for started in folder.glob(f"{short_name(module)}/{preset}/{START}*"):
+        for started in folder.glob(f"{short_name(module)}/{preset}/{START}*.unfinished"):
             shutil.rmtree(started, ignore_errors=True)
 
 
@@ -136,6 +144,7 @@ def train_missing(
     *,
     data_dir: Path | None,
     fit: Callable[..., train.Trained] = train.fit,
+    settings: dict | None = None,
     keep_checkpoints: bool = False,
 ) -> None:
     """Trains the runs that have no result yet.
@@ -144,6 +153,7 @@ def train_missing(
       plan: the runs, each with the name by which it is shown, the file of its result, and its Config.
       data_dir: where CIFAR-10 is.
       fit: trains a run, and is called as `train.fit` is.
+      settings: of `fit`, kept in the results.
       keep_checkpoints: whether the last ones of a run stay, at `kept_checkpoints`; otherwise they go once it is done.
 
     Raises:
@@ -151,17 +161,17 @@ def train_missing(
     """
     results.commit()  # of the sources as they are now; it is kept for the headers
     for _, path, config in plan:
-        _finished(path, config)  # refuses a stale file before the first second of training
+        _finished(path, config, settings)  # refuses a stale file before the first second of training
     with Display(len(plan), None if distributed.is_primary() else Console(quiet=True)) as display:
         for name, path, config in plan:
-            if _finished(path, config):
+            if _finished(path, config, settings):
                 display.skip(name)
                 if distributed.is_primary():
                     _put_away(path, keep_checkpoints)
             else:
                 shown = display.run(name)
                 options = {"data_dir": data_dir, "on_progress": shown, "keep_checkpoints": keep_checkpoints}
-                train_to_file(config, path, fit=fit, **options)
+                train_to_file(config, path, fit=fit, settings=settings, **options)
 
 
 def train_to_file(
@@ -170,6 +180,7 @@ def train_to_file(
     *,
     data_dir: Path | None,
     fit: Callable[..., train.Trained] = train.fit,
+    settings: dict | None = None,
     on_progress: Callable | None = None,
     keep_checkpoints: bool = False,
 ) -> None:
@@ -180,12 +191,18 @@ def train_to_file(
     options = {} if config.start is None else {"start": _trained(config.start, path.parent, data_dir)}
     dataset = load_data(config, data_dir)
     trained = fit(config, dataset, checkpoint_dir=_checkpoints(path), on_progress=on_progress, **options)
+    _write(path, config, dataset, trained, settings)
+    if distributed.is_primary():
+        _put_away(path, keep_checkpoints)
+
+
+def _write(path, config, dataset, trained, settings=None):
+    """Writes the result of a run, in process 0."""
     if not distributed.is_primary():
         return
     parameters = sum(a.size for a in jax.tree.leaves(trained.variables["params"]))
-    header = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
-    results.write(path, header, trained.rows, trained.measured)
-    _put_away(path, keep_checkpoints)
+    head = results.header(config, images=dataset.provenance, parameters=parameters, seconds=trained.seconds)
+    results.write(path, head | {"settings": settings or {}}, trained.rows, trained.measured)
 
 
 def load_data(config: Config, data_dir: Path | None) -> data.Dataset:
@@ -197,14 +214,29 @@ def load_data(config: Config, data_dir: Path | None) -> data.Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _trained(config, folder, data_dir):
-    """The variables of the net that other runs start from, kept for the next one of them."""
-    name = f"{START}{hashlib.sha256(repr(config).encode()).hexdigest()[:16]}.unfinished"
-    return train.fit(config, load_data(config, data_dir), checkpoint_dir=folder / name).variables
+    """The variables of the net that other runs start from, kept for the next one of them; its rows are a result too.
+
+    Its checkpoints stay until the study is done, so that an interrupted one does not train it again.
+
+    Raises:
+      ValueError: its training diverged.
+    """
+    defaults = dataclasses.asdict(Config())
+    changes = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
+    name = f"{START}{hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]}-seed{config.seed}"
+    dataset = load_data(config, data_dir)
+    trained = train.fit(config, dataset, checkpoint_dir=folder / f"{name}.unfinished")
+    _write(folder / f"{name}.jsonl", config, dataset, trained)
+    if trained.rows[-1]["diverged"]:
+        raise ValueError(
+            f"The run that others of {folder} start from has diverged, see {name}.jsonl; lower its learning rate."
+        )
+    return trained.variables
 
 
-def _finished(path, config):
+def _finished(path, config, settings):
     """What process 0 finds, so that all processes train, or none."""
-    return distributed.from_primary(lambda: results.finished(path, config))
+    return distributed.from_primary(lambda: results.finished(path, config, settings))
 
 
 @functools.lru_cache(maxsize=4)

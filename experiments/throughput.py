@@ -196,7 +196,7 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, float], dict[str, fl
 
     Args:
       config: the run; batch_size divides train_images.
-      rounds: timings of `STEPS` steps of each arm; there is one of an epoch for five of these.
+      rounds: timings of `STEPS` steps of each arm; there is one of an epoch for two of these.
 
     Raises:
       ValueError: batch_size does not divide train_images.
@@ -209,7 +209,7 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, float], dict[str, fl
     dataset, mesh = made_up(config), Mesh(np.array(jax.devices()[:1]), (distributed.AXIS,))
     where = (config, dataset, plain_state(config), mesh)
     steps = bench.time_calls(step_calls(*where), rounds)
-    epochs = bench.time_calls(epoch_calls(*where), -(-rounds // 5))
+    epochs = bench.time_calls(epoch_calls(*where), -(-rounds // 2))
     return (
         {name: statistics.median(seconds) / STEPS for name, seconds in steps.items()},
         {name: statistics.median(seconds) for name, seconds in epochs.items()},
@@ -225,12 +225,13 @@ def run(*, batch_size: int, rounds: int) -> None:
     """
     config = PRESETS["small"].replace(batch_size=batch_size)
     steps, epochs = measure(config, rounds)
-    device = f"float32, {jax.devices()[0].device_kind}, jax {jax.__version__}"
     console = Console(width=120)
-    size = f"{config.image_size} x {config.image_size}"
-    console.print(table(f"A training step of cnn7, {size}, batch {batch_size}, {device}", steps, batch_size))
-    images = config.train_images
-    console.print(table(f"An epoch of {images:,} images, with all that fit does around it, {device}", epochs, images))
+    console.print(
+        f"Training cnn7 on {config.image_size} x {config.image_size} images, batch {batch_size}, float32, "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
+    )
+    console.print(table("A training step", steps, batch_size))
+    console.print(table(f"A run of {config.train_images:,} images", epochs, config.train_images))
     added = 100 * (steps[FIT] / steps[AT_HAND] - 1)
     console.print(f"Gathering and augmenting the images adds {added:.1f} % to a step.")
 

@@ -221,6 +221,11 @@ def _steps_per_epoch(config, dataset):
             f"batch_size={config.batch_size} is larger than the {n} training images of {dataset.name}; "
             "a step needs a whole batch; lower it."
         )
+    if config.group_size is not None and n % config.batch_size % config.group_size:
+        raise ValueError(
+            f"group_size={config.group_size} does not divide the last batch of an epoch, of {n % config.batch_size} "
+            f"images; set train_images to {n - n % config.batch_size}, or choose another group_size."
+        )
     steps = -(-n // config.batch_size)
     if config.evaluations > steps:
         raise ValueError(

@@ -43,9 +43,14 @@ def _evaluate(net: nn.Module, images: jax.Array) -> jax.Array:
 
 def _must_fit(moved: Any, fresh: Any) -> None:
     """Refuses variables of another structure or other shapes than the net's."""
-    shapes = [jax.tree.map(jnp.shape, dict(tree)) for tree in (moved, fresh)]
-    if shapes[0] != shapes[1]:
+    found, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (moved, fresh)
+    )
+    if different := [path for path in sorted({**found, **wanted}) if found.get(path) != wanted.get(path)]:
+        path = different[0]
         raise ValueError(
-            f"the net to start from has variables of the shapes {shapes[0]}, that of this run {shapes[1]}; "
-            "start from a net of the same kind, trained on images with as many channels."
+            f"the net to start from does not fit that of this run at {len(different)} of its variables, the first of "
+            f"them {path}: shape {found.get(path)}, and this run wants {wanted.get(path)}; start from a net of the "
+            "same kind, trained on images with as many channels."
         )

@@ -5,17 +5,20 @@ Command: python -m experiments run ensemble --preset small
 Time: sized for six minutes on 2 CPU cores (small); measured: {time}
 
 Published: On ImageNet, one Inception net with batch norm has a top-5 validation error of 5.82 %, and six of them, their
-probabilities averaged, 4.9 %; their error on the test set is 4.82 % (Ioffe and Szegedy 2015). No number published for
-CIFAR-10, or for the same net without batch norm.
+probabilities averaged, 4.9 %: 16 % of the error is gone. Both are means over 144 crops of an image; with a single crop,
+one net has 7.82 %. The six differed in their first weights, in dropout and in the kind of norm in the last layers. On
+the test set they have 4.82 % (Ioffe and Szegedy 2015). No number published for CIFAR-10, or for the same net without
+batch norm.
 
-Finding: With batch norm, six nets together have {batch} % test accuracy and one alone {batch_single} %, a gain of
-{batch_gain} points. Without, it is {none} % and {none_single} %, a gain of {none_gain} points, so that batch norm gains
-{more} points more. {verdict}.
+Finding: With batch norm, six nets together have {batch} % test accuracy and one alone {batch_single} % on average, so
+that together they make {batch_share} errors. Without, it is {none} % and {none_single} %, and they make {none_share}
+errors. The share of the errors that six nets remove is {more} with batch norm than without. {verdict}.
 
-Refuted if: six nets with batch norm are no more accurate than one of them is on average, by more than twice the
-standard deviation over seeds; or they gain less than nets without batch norm do, by as much.
+Refuted if: (1) six nets with batch norm remove no more than 5 % of the errors that one of them makes on average; (2)
+the share that they remove is a point or more smaller than the share without batch norm.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +30,14 @@ from matplotlib.figure import Figure
 from experiments import evaluation, models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import exceeds, measured, pairs, spread, verdict
+from experiments.measures import compared, exceeds, judge, measured, pairs, quoted, spread
 
 ARMS = ("batch", "none")
 NETS = 6
 SEEDS_APART = 1_000  # between the first nets of two runs, so that no net belongs to both
+SETTINGS = {"nets": NETS, "seeds_apart": SEEDS_APART}
+LEAST_SHARE = 5  # % of the errors
+MARGIN = 1  # points, by which the share may be smaller than without batch norm
 
 
 def runs(preset: str) -> dict[str, Config]:
@@ -64,7 +70,7 @@ def fit(
       The rows and variables of the first net, the seconds of all, and the tests.
     """
     module = models.build(config, len(dataset.class_names))
-    logits, trained = [], []
+    logits, trained, seconds = [], [], 0.0
     for k in range(NETS):
         trained.append(
             train.fit(
@@ -75,9 +81,10 @@ def fit(
                 **options,
             )
         )
+        began = time.perf_counter()
         logits.append(evaluation.predict(module, trained[-1].variables, dataset.test_images))
-    scores = score_together(np.array(logits), dataset.test_labels)
-    return trained[0]._replace(seconds=sum(each.seconds for each in trained), measured=scores)
+        seconds += trained[-1].seconds + time.perf_counter() - began
+    return trained[0]._replace(seconds=seconds, measured=score_together(np.array(logits), dataset.test_labels))
 
 
 def _as_one_run(on_progress, k, epochs):
@@ -123,20 +130,22 @@ def gain(run: dict) -> float:
     return accuracies(run)[-1] - single(run)
 
 
+def share(run: dict) -> float:
+    """Returns the part of the errors of one net that all nets together do not make, in %."""
+    errors = 100 - single(run)
+    return 100 * gain(run) / errors if errors > 0 else 0.0  # where there are none, none are removed
+
+
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
-    paired = pairs(*(results[norm] for norm in ARMS))
-    helps = exceeds(spread(map(gain, results["batch"])))
-    helps_less = exceeds(spread(gain(none) - gain(batch) for batch, none in paired))
-    fields = {
-        "more": spread(gain(batch) - gain(none) for batch, none in paired).text(),
-        "verdict": verdict(helps, not helps_less, seeds=len(paired)),
-    }
+    shares = {norm: spread(map(share, results[norm])) for norm in ARMS}
+    more = spread(share(batch) - share(none) for batch, none in pairs(*(results[norm] for norm in ARMS)))
+    fields = {"more": compared(more, "larger", "smaller")}
     for norm in ARMS:
         fields[norm] = spread(accuracies(run)[-1] for run in results[norm]).text()
         fields[f"{norm}_single"] = spread(map(single, results[norm])).text()
-        fields[f"{norm}_gain"] = spread(map(gain, results[norm])).text()
-    return fields
+        fields[f"{norm}_share"] = compared(shares[norm], "fewer", "more", unit="%")
+    return fields | judge(exceeds(shares["batch"], LEAST_SHARE), exceeds(more, -MARGIN), seeds=more.n)
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
@@ -151,8 +160,9 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
         together = [measured(run, "loss", nets=NETS) for run in group]
         line |= {
             "gain, points": spread(map(gain, group)).text(),
-            "loss of one, nats": spread(losses).text(2),
-            f"loss of {NETS}, nats": spread(together).text(2),
+            "errors removed, %": spread(map(share, group)).text(),
+            "loss of one, nats": quoted(spread(losses), 2),
+            f"loss of {NETS}, nats": quoted(spread(together), 2),
             "seeds": str(len(group)),
         }
         lines.append(line)
@@ -160,17 +170,18 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns the accuracy, and its gain over that of one net on average, against the number of nets."""
-    nets, accuracy, gained = np.arange(1, NETS + 1), [], []
+    """Returns the accuracy, and the share of the errors of one net that is removed, against the number of nets."""
+    nets, accuracy, removed = np.arange(1, NETS + 1), [], []
     for norm in ARMS:
         name, color = plots.NAMES[norm], plots.COLORS[norm]
         together = np.array([accuracies(run) for run in results[norm]])
         alone = np.array([[single(run)] for run in results[norm]])
         accuracy.append(plots.Line(name, nets, together, color, marker="o"))
-        gained.append(plots.Line(name, nets, together - alone, color, marker="o"))
+        shares = 100 * (together - alone) / np.maximum(100 - alone, 1e-9)
+        removed.append(plots.Line(name, nets, shares, color, marker="o"))
     return plots.draw(
         [
             plots.Lines("nets together", "test accuracy (%)", accuracy),
-            plots.Lines("nets together", "gain over one net (points)", gained, bottom=None),
+            plots.Lines("nets together", "errors of one net removed (%)", removed, bottom=None),
         ]
     )

@@ -9,12 +9,12 @@ Published: On CIFAR-10 with the Inception net, best validation accuracy in 30 ep
 all others (Kiefer 2020, read off a bar chart). On ImageNet, batch norm allowed a rate 30 times larger (Ioffe and
 Szegedy 2015).
 
-Finding: A rate works where the best test accuracy, on average over seeds, is at least 20 %, twice chance. With batch
-norm {batch_range}, without {none_range}. {extremes}. The best is {batch_best} with batch norm, and {none_best} without.
+Finding: A rate works where the best test accuracy is at least 20 %, twice chance, with every seed. With batch norm
+{batch_range}, without {none_range}. {extremes}. The best is {batch_best} with batch norm, and {none_best} without.
 {verdict}.
 
-Refuted if: the largest rate that works with batch norm is no larger than the largest without, and the smallest no
-smaller; if one of the two is so, the claim holds in part.
+Refuted if: (1) the largest rate that works with batch norm is no larger than the largest that works without; (2) the
+smallest is no smaller. A rate that works for one net alone counts as larger, and as smaller, than none at all.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import best_accuracy, column, diverged, pairs, spread, verdict
+from experiments.measures import best_accuracy, column, diverged, judge, pairs, spread
 
 ARMS = ("batch", "none")
 PUBLISHED = {  # rate: best validation accuracy in %, with batch norm and without, read off a bar chart
@@ -62,7 +62,7 @@ SETUP = {
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding."""
-    working = {norm: [rate for rate in RATES if _mean(results, norm, rate) >= WORKS] for norm in ARMS}
+    working = {norm: [rate for rate in RATES if works(results[_label(norm, rate)])] for norm in ARMS}
     batch, none = working["batch"], working["none"]
     higher = bool(batch) and (not none or max(batch) > max(none))
     lower = bool(batch) and (not none or min(batch) < min(none))
@@ -72,12 +72,13 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         "extremes": _extremes(batch, none),
         "batch_best": _best(results, "batch"),
         "none_best": _best(results, "none"),
-        "verdict": verdict(higher, lower, seeds=len(results[_label("batch", RATES[0])])),
+        **judge(higher, lower, seeds=len(results[_label("batch", RATES[0])])),
     }
 
 
-def _mean(results, norm, rate):
-    return spread(map(best_accuracy, results[_label(norm, rate)])).mean
+def works(group: list[dict]) -> bool:
+    """Says whether every run of a rate has learned something."""
+    return all(best_accuracy(run) >= WORKS for run in group)
 
 
 def _range(rates):
@@ -90,7 +91,7 @@ def _range(rates):
 def _extremes(batch, none):
     """Says how the largest and the smallest rates that work compare."""
     if not (batch and none):
-        return "The largest and the smallest cannot be compared"
+        return "So there is no largest and no smallest rate to compare"
     largest, smallest = (_times(extreme(batch) / extreme(none)) for extreme in (max, min))
     return f"With batch norm the largest is {largest}, the smallest {smallest}"
 
@@ -103,8 +104,9 @@ def _times(ratio):
 
 def _best(results, norm):
     """The accuracy at the rate where it is highest."""
-    rate = max(RATES, key=lambda rate: _mean(results, norm, rate))
-    return f"{spread(map(best_accuracy, results[_label(norm, rate)])).text()} % at {rate:g}"
+    best = {rate: spread(map(best_accuracy, results[_label(norm, rate)])) for rate in RATES}
+    rate = max(RATES, key=lambda rate: best[rate].mean)
+    return f"{best[rate].text()} % at {rate:g}"
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:

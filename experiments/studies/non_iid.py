@@ -8,17 +8,20 @@ Published: On ImageNet, with batches of 32 that hold two images of each of 16 la
 validation accuracy with batch norm and 78.5 % with batch renormalization; with i.i.d. batches 78.3 % with batch norm
 (Ioffe 2017). No number published for CIFAR-10.
 
-Finding: Tested with running statistics, batch norm ends at {shuffled} % when batches are shuffled, at {half} % when
-they hold two images of each of five classes (a loss of {half_cost} points) and at {one} % when they hold one class (a
-loss of {one_cost} points); group norm, for which batches are nothing but an order of the images, loses {group_half} and
-{group_one} points. With half of the classes, batch renormalization is {renorm_gain} points above batch norm, and the
-statistics of test batches that are put together as in training add {read} points to batch norm. {verdict}.
+Finding: Tested with running statistics, batch norm ends at {batch_shuffled} % when batches are shuffled, at
+{batch_half} % when they hold two images of each of five classes, and at {batch_one} % when they hold one class. Group
+norm, for which batches are nothing but an order of the images, ends at {group_shuffled}, {group_half} and {group_one}
+%. So batches of half of the classes cost batch norm {half_beyond} than group norm, and those of one class {one_beyond}.
+With half of the classes, batch renormalization ends {renorm} than batch norm; the statistics of test batches that are
+put together as in training, which takes their labels, {read}. {verdict}.
 
-Refuted if: one of these is no larger than twice its standard deviation over seeds: what batch norm with running
-statistics loses to batches of half of the classes; what it loses to batches of one class, less 10 points; and, with
-half of the classes, the gain by batch renormalization, and that by statistics of test batches as in training.
+Refuted if: (1) batches of half of the classes cost batch norm, tested with running statistics, no more accuracy than
+group norm; (2) batches of one class cost it at most 10 points more than group norm; (3) with half of the classes, batch
+renormalization is no more accurate than batch norm; (4) with half of the classes, batch norm is no more accurate with
+the statistics of test batches that are put together as in training than with running statistics.
 """
 
+import math
 import time
 
 import jax
@@ -28,34 +31,46 @@ from matplotlib.figure import Figure
 
 from experiments import models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.evaluation import predict, score
+from experiments.data import Dataset, balance
+from experiments.evaluation import plain, predict, score
 from experiments.measures import (
-    Spread,
+    compared,
     exceeds,
     final_accuracy,
+    judge,
     measured_accuracy,
     pairs,
     quoted,
     spread,
-    verdict,
 )
 from experiments.orders import ORDERS
 
 NORMS = ("batch", "renorm", "group")
 NAMES = {"shuffled": "shuffled", "half_the_classes": "half the classes", "one_class": "one class"}  # of samplings
-RATES = (0.001, 0.002, 0.005)  # tried for batch norm on shuffled batches; the last one gave most
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02)  # tried for batch norm on shuffled batches
+RATE = 0.01  # which gave most
 
 
 def runs(preset: str) -> dict[str, Config]:
     """Returns every norm with every sampling; what `small` makes smaller is said in `SETUP`."""
-    config = PRESETS[preset].replace(batch_size=10, momentum=0.99)
+    config = PRESETS[preset].replace(batch_size=10)
     if preset == "small":
-        config = config.replace(train_images=5_000, epochs=4, learning_rate=RATES[-1])
-    return {f"{norm}-{sampling}": config.replace(norm=norm, sampling=sampling) for sampling in NAMES for norm in NORMS}
+        config = config.replace(train_images=5_000, epochs=4, learning_rate=RATE)
+    momentum = {"batch": 0.99, "renorm": 0.99, "group": None}  # group norm has no running statistics
+    return {
+        f"{norm}-{sampling}": config.replace(norm=norm, sampling=sampling, momentum=momentum[norm])
+        for sampling in NAMES
+        for norm in NORMS
+    }
 
 
-SHARED = "For comparison: a shuffled batch of 10 images holds 6.5 of the ten classes on average."
+SHARED = (
+    "All classes have as many training images as the smallest. For comparison: a shuffled batch of 10 images holds 6.5 "
+    "of the ten classes on average. To put test batches together as in training takes the labels of the test images: "
+    "that is a diagnosis, which shows where accuracy is lost, and no method. Batch renorm has the limits 3 and 5 from "
+    "the first step; the published recipe begins with 1 and 0, which is batch norm, and widens them in thousands of "
+    "steps."
+)
 SETUP = {
     "small": (
         "Not the published net and protocol, but "
@@ -68,7 +83,11 @@ SETUP = {
 
 
 def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
-    """Trains a run and tests the net with the statistics of test batches, where it has any."""
+    """Trains a run, on as many images of each class, and tests the net with the statistics of test batches.
+
+    With classes of unequal size, a part of the batches could not be put together as wanted.
+    """
+    dataset = balance(dataset)
     trained = train.fit(config, dataset, **options)
     if config.norm == "group" or trained.rows[-1]["diverged"]:
         return trained
@@ -79,7 +98,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns loss and accuracy by what shares a test batch: the same as in training, and any images."""
-    net = models.build(config, len(dataset.class_names))
+    net = models.build(plain(config), len(dataset.class_names))
     options = {"num_classes": len(dataset.class_names), "batch_size": config.batch_size}
     found = []
     for sampling in dict.fromkeys((config.sampling, "shuffled")):
@@ -95,29 +114,39 @@ def read(run: dict, sampling: str | None = None) -> float:
     return measured_accuracy(run, sampling=sampling or run["header"]["config"]["sampling"])
 
 
-def above(first: list[dict], second: list[dict]) -> Spread:
-    """Returns how far the first arm ends above the second, in points, between runs of the same seed."""
-    return spread(final_accuracy(one) - final_accuracy(other) for one, other in pairs(first, second))
+def above(first: list[dict], second: list[dict]) -> np.ndarray:
+    """Returns how far the first arm ends above the second, in points, seed by seed."""
+    return np.array([final_accuracy(one) - final_accuracy(other) for one, other in pairs(first, second)])
+
+
+def cost(results: dict[str, list[dict]], norm: str, sampling: str) -> np.ndarray:
+    """Returns the points that a norm loses where batches are not shuffled but put together so, seed by seed."""
+    return above(results[f"{norm}-shuffled"], results[f"{norm}-{sampling}"])
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
-    shuffled, half, one = (results[f"batch-{sampling}"] for sampling in NAMES)
-    half_cost, one_cost = above(shuffled, half), above(shuffled, one)
-    renorm_gain = above(results["renorm-half_the_classes"], half)
+    half_beyond, one_beyond = (
+        spread(cost(results, "batch", sampling) - cost(results, "group", sampling))
+        for sampling in ("half_the_classes", "one_class")
+    )
+    half = results["batch-half_the_classes"]
+    renorm = spread(above(results["renorm-half_the_classes"], half))
     reads = spread(read(run) - final_accuracy(run) for run in half)
-    claims = exceeds(half_cost), exceeds(one_cost, least=10), exceeds(renorm_gain), exceeds(reads)
+    read_text = "were not measured with every seed"  # one diverged
+    if math.isfinite(reads.mean):
+        read_text = f"make batch norm {compared(reads, 'more', 'less')} accurate"
     return {
-        "shuffled": spread(map(final_accuracy, shuffled)).text(),
-        "half": spread(map(final_accuracy, half)).text(),
-        "half_cost": half_cost.text(),
-        "one": spread(map(final_accuracy, one)).text(),
-        "one_cost": one_cost.text(),
-        "group_half": above(results["group-shuffled"], results["group-half_the_classes"]).text(),
-        "group_one": above(results["group-shuffled"], results["group-one_class"]).text(),
-        "renorm_gain": renorm_gain.text(),
-        "read": quoted(reads),
-        "verdict": verdict(*claims, seeds=half_cost.n),
+        **{
+            f"{norm}_{sampling.partition('_')[0]}": spread(map(final_accuracy, results[f"{norm}-{sampling}"])).text()
+            for norm in ("batch", "group")
+            for sampling in NAMES
+        },
+        "half_beyond": compared(half_beyond, "more", "less"),
+        "one_beyond": compared(one_beyond, "more", "less"),
+        "renorm": compared(renorm, "higher", "lower"),
+        "read": read_text,
+        **judge(exceeds(half_beyond), exceeds(one_beyond, 10), exceeds(renorm), exceeds(reads), seeds=renorm.n),
     }
 
 

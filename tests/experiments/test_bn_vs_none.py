@@ -27,21 +27,39 @@ def test_better_and_faster_shows_the_claim(made_up):
     assert summary(made_up((0.3, 0.6), (0.1, 0.2)))["verdict"] == "holds"
 
 
-def test_worse_does_not_show_the_claim(made_up):
-    assert summary(made_up((0.3, 0.1), (0.1, 0.2)))["verdict"] == "fails"
+@pytest.mark.parametrize(
+    ("batch", "none", "claims"),
+    [
+        ((0.1, 0.6), (0.3, 0.2), "(1) holds, (2) is not shown"),  # better, and slower
+        ((0.3, 0.1), (0.1, 0.2), "(2) holds, (1) is not shown"),  # faster, and worse in the end
+    ],
+)
+def test_one_of_the_two_shows_the_claim_in_part(made_up, batch, none, claims):
+    fields = summary(made_up(batch, none))
+    assert (fields["verdict"], fields["claims"]) == ("partly", claims)
 
 
-def test_better_but_slower_does_not_show_the_claim(made_up):
-    assert summary(made_up((0.1, 0.6), (0.3, 0.2)))["verdict"] == "fails"
+def test_worse_and_never_as_good_does_not_show_the_claim(made_up):
+    assert summary(made_up((0.1, 0.1), (0.1, 0.2)))["verdict"] == "fails"
 
 
-def test_difference_is_quoted_with_its_spread(made_up):
-    assert summary(made_up((0.3, 0.6), (0.1, 0.2)))["gain"] == "40.0 ± 0.0"
+def test_time_that_varies_over_seeds_is_not_called_shorter(made_up):
+    results = made_up((0.3, 0.6), (0.2, 0.2))
+    for run, seconds in zip(results["batch"], (1.8, 0.2), strict=True):
+        run["rows"][0]["seconds"] = seconds
+    assert summary(results)["claims"] == "(1) holds, (2) is not shown"
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"), [((0.3, 0.6), "40.0 ± 0.0 points more"), ((0.3, 0.1), "10.0 ± 0.0 points less")]
+)
+def test_difference_is_quoted_with_its_spread_in_words_that_fit(made_up, batch, text):
+    assert summary(made_up(batch, (0.1, 0.2)))["gain"] == text
 
 
 def test_epochs_and_time_to_the_other_net_s_best_are_quoted(made_up):
     passes = summary(made_up((0.3, 0.6), (0.1, 0.2)))["passes"]
-    assert "after 1.0 ± 0.0 of 6 epochs, in 50.0 ± 0.0 % of the time" in passes
+    assert "after 1.0 ± 0.0 of 6 epochs, at the resolution of an epoch, in 50.0 ± 0.0 % of the time" in passes
 
 
 def test_accuracy_never_reached_is_said(made_up):
@@ -60,7 +78,7 @@ def test_differences_are_taken_between_runs_of_the_same_seed(make_run):
         norm: [make_run(configs[norm].replace(seed=seed), (accuracy,)) for seed, accuracy in by_seed.items()]
         for norm, by_seed in accuracies.items()
     }
-    assert summary(results)["gain"] == "20.0 ± 0.0"
+    assert summary(results)["gain"] == "20.0 ± 0.0 points more"
 
 
 def test_missing_middle_seed_is_refused(make_run):

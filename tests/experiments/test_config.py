@@ -43,6 +43,11 @@ def test_differences_name_the_fields_and_both_values():
     assert Config().differences(Config()) == ""
     small = Config(train_images=1000, epochs=2)
     assert small.differences(Config()) == "`train_images` 1000 instead of all, `epochs` 2 instead of 30"
+    started = Config(momentum=1 / 3, start=Config())
+    assert (
+        started.differences(Config())
+        == "`momentum` 0.3333 instead of as published, `start` another run instead of none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,19 @@ def test_differences_name_the_fields_and_both_values():
         (dict(deep_supervision=True), r"deep_supervision=True with net='inception'; only 'cnn7' has it"),
         (dict(placement="after", net="resnet20"), r"placement='after' with net='resnet20', which adds before"),
         (dict(tuning="frozen"), r"tuning='frozen' with norm='batch' and start=None; .*, or name such a start"),
+        (dict(norm="none", momentum=0.9), r"momentum=0.9 with norm='none', .*, where that has no effect; leave it out"),
+        (dict(norm="none", norm_layers="logits"), r"norm_layers='logits' with norm='none'"),
+        (dict(norm="group", debias=True), r"debias=True with norm='group'"),
+        (dict(norm_layers="logits", placement="after"), r"placement='after' with norm='batch'"),
+        (dict(tuning="frozen", start=Config(), epsilon=1e-3), r"epsilon=0.001 with norm='batch', tuning='frozen'"),
+        (
+            dict(noise="matched", group_size=250),
+            r"group_size=250 with noise='matched' .*; a single group has no spread",
+        ),
+        (dict(start=Config(start=Config())), r"start='?a run that has a start itself"),
+        (dict(start=Config(data="digits")), r"start is a run on grey images"),
+        (dict(affine="no"), r"affine='no'; accepted are True, False"),
+        (dict(classes=[0, 1]), r"classes=\[0, 1\]; at least two different classes"),
         (dict(start=Config(net="cnn7", norm="none")), r"start is a run with another net, norm; .*; change either"),
         (dict(train_images=100), r"batch_size=250 is larger than train_images=100; .*; lower batch_size"),
     ],

@@ -97,6 +97,14 @@ def test_cifar10_has_60000_images_of_ten_equally_frequent_classes():
     np.testing.assert_allclose(cifar10.train_images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=0.002)
 
 
+def test_balanced_data_has_as_many_images_of_each_class_in_their_order(blobs):
+    labels = np.array([0, 1, 1, 2, 3, 0, 1, 2, 2, 3], np.int32)
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None]
+    balanced = data.balance(blobs._replace(train_images=images, train_labels=labels))
+    assert balanced.train_labels.tolist() == [0, 1, 1, 2, 3, 0, 2, 3]
+    assert balanced.train_images.ravel().tolist() == [0, 1, 2, 3, 4, 5, 7, 9]
+
+
 # Augmentation ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import checkpoints, data, diagnosis, distributed, models, programs, results, study, train
+from experiments import checkpoints, data, diagnosis, distributed, evaluation, models, programs, results, study, train
 from experiments.config import Config
 from jaxbn.diagnose import diagnose
 from tests.experiments.conftest import mesh_of
@@ -135,4 +135,4 @@ def test_nets_of_the_studies_have_no_findings(net, monkeypatch):
     for images in (digits.train_images, digits.test_images):
         batches = diagnosis.split(images, config.batch_size)
         built = models.build(config, len(digits.class_names))
-        assert diagnose(built, variables, batches, call=diagnosis.evaluate).findings == []
+        assert diagnose(built, variables, batches, call=evaluation.call).findings == []

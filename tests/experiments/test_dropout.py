@@ -34,18 +34,36 @@ def made_up(make_run):
 
 
 @pytest.mark.parametrize(
-    ("changes", "verdict"),
+    ("changes", "verdict", "claims"),
     [
-        ({}, "holds"),
-        ({"batch": (0.8, 0.4), "both": (0.7, 0.4)}, "holds"),  # no better than dropout, but not worse
-        ({"batch": (1.0, 0.4), "both": (0.7, 0.4)}, "partly"),  # wider gap
-        ({"batch": (0.7, 0.3), "both": (0.7, 0.3)}, "partly"),  # below dropout
-        ({"both": (0.7, 0.6)}, "partly"),  # dropout helps batch norm
-        ({"batch": (1.0, 0.3), "both": (0.7, 0.4)}, "fails"),
+        ({}, "holds", ""),
+        ({"batch": (0.8, 0.395), "both": (0.7, 0.4)}, "holds", ""),  # hardly below dropout
+        ({"both": (0.7, 0.3)}, "holds", ""),  # dropout does harm
+        ({"batch": (0.7, 0.3), "both": (0.7, 0.3)}, "partly", "(2) and (3) hold, (1) is not shown"),
+        ({"batch": (1.0, 0.4), "both": (0.7, 0.4)}, "partly", "(1) and (3) hold, (2) is not shown"),  # wider gap
+        ({"both": (0.7, 0.53)}, "partly", "(1) and (2) hold, (3) is not shown"),  # dropout helps batch norm
+        ({"batch": (1.0, 0.3), "both": (0.7, 0.4)}, "fails", ""),
     ],
 )
-def test_claim_is_a_narrower_gap_and_no_need_of_dropout(made_up, changes, verdict):
-    assert summary(made_up(**changes))["verdict"] == verdict
+def test_claims_are_that_batch_norm_regularises_and_needs_no_dropout(made_up, changes, verdict, claims):
+    fields = summary(made_up(**changes))
+    assert (fields["verdict"], fields["claims"]) == (verdict, claims)
+
+
+def test_narrower_gap_of_a_net_that_learns_less_is_no_regularisation(made_up):
+    fields = summary(made_up(batch=(0.3, 0.25), dropout=(0.8, 0.2), both=(0.3, 0.25)))
+    assert fields["claims"] == "(1) and (3) hold, (2) is not shown"
+
+
+@pytest.mark.parametrize(
+    ("label", "claims"),
+    [("dropout", "(2) and (3) hold, (1) is not shown"), ("both", "(1) and (2) hold, (3) is not shown")],
+)
+def test_large_spread_does_not_speak_for_no_difference(made_up, label, claims):
+    results = made_up(dropout=(0.8, 0.5))
+    for run, change in zip(results[label], (0.1, -0.1), strict=True):
+        run["measured"][1]["accuracy"] += change
+    assert summary(results)["claims"] == claims
 
 
 def test_single_seed_gives_no_verdict_and_no_spread(made_up):
@@ -59,15 +77,21 @@ def test_gap_is_training_less_test_accuracy_in_evaluation_mode(made_up):
 
 
 @pytest.mark.parametrize(
-    ("batch", "text"), [((0.8, 0.5), "narrows this gap by 30.0"), ((1.0, 0.3), "widens this gap by 10.0")]
+    ("batch", "text"), [((0.8, 0.5), "30.0 ± 0.0 points smaller"), ((1.0, 0.3), "10.0 ± 0.0 points larger")]
 )
 def test_change_of_the_gap_is_said_in_words(made_up, batch, text):
-    assert summary(made_up(batch=batch))["narrows"] == f"{text} ± 0.0 points"
+    assert summary(made_up(batch=batch))["narrower"] == text
 
 
-def test_differences_in_test_accuracy_are_quoted_with_their_sign(made_up):
+def test_differences_in_test_accuracy_are_said_in_words_that_fit(made_up):
     fields = summary(made_up(both=(0.7, 0.45)))
-    assert (fields["over"], fields["added"]) == ("10.0 ± 0.0", "-5.0 ± 0.0")
+    quoted = [fields[name] for name in ("over", "beside", "added")]
+    assert quoted == ["20.0 ± 0.0 points better", "10.0 ± 0.0 points better", "5.0 ± 0.0 points worse"]
+
+
+def test_training_accuracies_are_quoted_beside_the_gap(made_up):
+    fields = summary(made_up())
+    assert (fields["training_none"], fields["training_both"]) == ("90.5 ± 0.7", "70.5 ± 0.7")
 
 
 def test_noise_is_the_spread_of_the_changes_in_the_second_half(make_run):

@@ -30,30 +30,48 @@ def made_up(make_run):
     return make
 
 
-def test_gain_at_least_as_large_with_batch_norm_shows_the_claim(made_up):
-    fields = summary(made_up(batch=0.05, none=0.05))
+@pytest.mark.parametrize("none", [0.03, 0.06, 0.065])
+def test_share_of_errors_that_is_not_a_point_smaller_with_batch_norm_shows_the_claim(made_up, none):
+    fields = summary(made_up(batch=0.06, none=none))
     assert fields["verdict"] == "holds"
-    assert (fields["batch"], fields["batch_single"], fields["batch_gain"]) == ("45.0 ± 0.0", "40.0 ± 0.0", "5.0 ± 0.0")
+    assert (fields["batch"], fields["batch_single"]) == ("46.0 ± 0.0", "40.0 ± 0.0")
+    assert fields["batch_share"] == "10.0 ± 0.0 % fewer"
 
 
-def test_smaller_gain_than_without_shows_the_claim_in_part(made_up):
-    fields = summary(made_up(batch=0.05, none=0.1))
-    assert fields["verdict"] == "partly" and fields["more"] == "-5.0 ± 0.0"
+def test_share_a_point_smaller_than_without_shows_the_claim_in_part(made_up):
+    fields = summary(made_up(batch=0.06, none=0.12))
+    assert (fields["verdict"], fields["claims"]) == ("partly", "(1) holds, (2) is not shown")
+    assert fields["more"] == "10.0 ± 0.0 points smaller"
 
 
-def test_no_gain_does_not_show_the_claim(made_up):
-    assert summary(made_up(batch=-0.01, none=0.1))["verdict"] == "fails"
+def test_less_than_a_twentieth_of_the_errors_shows_the_claim_in_part(made_up):
+    assert summary(made_up(batch=0.02, none=0.0))["claims"] == "(2) holds, (1) is not shown"
 
 
-def test_single_seed_gives_no_verdict(made_up):
-    assert summary(made_up(seeds=(0,), batch=0.05, none=0.0))["verdict"] == "unknown"
+def test_more_errors_together_do_not_show_the_claim(made_up):
+    fields = summary(made_up(batch=-0.03, none=0.06))
+    assert fields["verdict"] == "fails" and fields["batch_share"] == "5.0 ± 0.0 % more"
+
+
+def test_nets_without_errors_have_none_removed(made_up):
+    (run, *_) = made_up(batch=0.6, none=0.0)["batch"]
+    for entry in run["measured"]:
+        entry["accuracy"] = 1.0
+    assert ensemble.share(run) == 0
+
+
+def test_single_seed_gives_no_verdict_and_no_spread(made_up):
+    fields = summary(made_up(seeds=(0,), batch=0.05, none=0.0))
+    assert fields["verdict"] == "unknown"
+    assert not any("±" in text or "nan" in text for text in fields.values())
 
 
 def test_table_and_figure_survive_nets_that_diverged(made_up):
     results = made_up(batch=0.05, none=0.0)
     for entry in results["none"][0]["measured"]:
         entry["loss"] = math.nan
-    assert table(results, "small") and plot(results)
+    assert not any("nan" in text for line in table(results, "small") for text in line.values())
+    assert plot(results)
 
 
 def test_nets_together_average_their_probabilities():
@@ -102,7 +120,7 @@ def test_every_net_has_checkpoints_of_its_own(six):
 def test_rows_are_those_of_the_first_net_and_seconds_those_of_all(six):
     trained, _ = six()
     assert trained.variables == {"params": 1} and len(trained.rows) == 2
-    assert trained.seconds == sum(range(1, NETS + 1))
+    assert trained.seconds == pytest.approx(sum(range(1, NETS + 1)), abs=0.5)
     assert [entry["nets"] for entry in trained.measured if "nets" in entry] == list(range(1, NETS + 1))
 
 

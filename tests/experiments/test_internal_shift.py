@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from experiments import programs, shifts, train
 from experiments.config import Config
 from experiments.studies import internal_shift
 from experiments.studies.internal_shift import MEASURES, SETUP, over_rows, plot, runs, summary, table
@@ -17,7 +19,7 @@ def made_up(make_run):
 
     def make(seeds=2, diverged=(), **changed):
         measures = {arm: dict.fromkeys(MEASURES, LARGE) for arm in ("batch", "none", "noisy")}
-        measures["batch"] = dict.fromkeys(MEASURES, SMALL)
+        measures["batch"] = dict.fromkeys(MEASURES, SMALL) | {"gradient_cosine": 0.9}
         for arm, values in changed.items():
             measures[arm] = measures[arm] | values
         return {
@@ -40,9 +42,12 @@ def test_smaller_shifts_of_both_kinds_show_the_claim(made_up):
     assert summary(made_up())["verdict"] == "holds"
 
 
-@pytest.mark.parametrize("name", ["gradient_shift", "mean_shift", "var_shift"])
-def test_shift_that_is_no_smaller_leaves_the_claim_in_part(made_up, name):
-    assert summary(made_up(batch={name: LARGE}))["verdict"] == "partly"
+@pytest.mark.parametrize(
+    ("name", "lost"), [("mean_shift", 1), ("var_shift", 1), ("gradient_shift", 2), ("gradient_cosine", 2)]
+)
+def test_shift_that_is_no_smaller_leaves_the_claim_in_part(made_up, name, lost):
+    fields = summary(made_up(batch={name: LARGE}))
+    assert fields["verdict"] == "partly" and fields["claims"] == f"({3 - lost}) holds, ({lost}) is not shown"
 
 
 def test_no_smaller_shift_of_either_kind_does_not_show_the_claim(made_up):
@@ -50,13 +55,14 @@ def test_no_smaller_shift_of_either_kind_does_not_show_the_claim(made_up):
 
 
 def test_smoothness_and_noise_do_not_enter_the_verdict(made_up):
-    smooth = {"loss_range": LARGE, "beta": LARGE, "gradient_change": LARGE, "gradient_cosine": LARGE}
+    smooth = {"loss_range": LARGE, "beta": LARGE, "gradient_change": LARGE}
     assert summary(made_up(batch=smooth, noisy=dict.fromkeys(MEASURES, 9.0)))["verdict"] == "holds"
 
 
 def test_shifts_are_quoted_with_their_spread(made_up):
     fields = summary(made_up())
     assert (fields["batch_mean"], fields["none_var"]) == ("0.105 ± 0.007", "0.505 ± 0.007")
+    assert (fields["batch_cosine"], fields["noisy_cosine"]) == ("0.905 ± 0.007", "0.505 ± 0.007")
 
 
 def test_smoothness_is_quoted_as_a_ratio_of_runs_of_the_same_seed(made_up):
@@ -74,12 +80,43 @@ def test_measures_are_averaged_over_the_rows_before_divergence(made_up):
     assert math.isnan(run["rows"][-1]["mean_shift"]) and over_rows(run, "mean_shift") == LARGE
 
 
+def test_rows_of_a_lower_rate_do_not_count(made_up):
+    (run, _) = made_up()["batch"]
+    run["rows"][-1] |= {"learning_rate": 0.1 * run["rows"][0]["learning_rate"], "mean_shift": 9.0}
+    assert over_rows(run, "mean_shift") == SMALL
+    run["rows"] = run["rows"][-1:]
+    assert math.isnan(over_rows(run, "mean_shift"))
+
+
+def test_initial_rate_is_that_of_several_rows():
+    for preset, rows in (("small", 6), ("full", 9)):
+        config = runs(preset)["batch"]
+        rates = [train.learning_rate(config, epoch) for epoch in range(config.epochs)]
+        assert config.evaluations * rates.count(config.learning_rate) == rows
+
+
+def test_step_of_the_layers_below_is_what_momentum_adds_up_to(tiny, blobs, monkeypatch):
+    steps = []
+
+    def fit(config, dataset, probe):
+        probe(programs.State(np.int32(1), {}, {}, None, 0.0, 0), 0.02)
+        return train.Trained([], {}, 0.0)
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "initial_variables", lambda *_: {})
+    monkeypatch.setattr(shifts, "input_moments", lambda *_: [])
+    monkeypatch.setattr(shifts, "along_gradient", lambda *_: shifts.Smoothness(0.0, 0.0, 0.0))
+    monkeypatch.setattr(shifts, "gradient_shift", lambda *a: steps.append(a[-1]) or shifts.GradientShift(0.0, 1.0))
+    internal_shift.fit(tiny, blobs)
+    assert steps == [pytest.approx(0.2)]
+
+
 def test_arm_that_diverged_at_once_is_reported_too(made_up):
     results = made_up(diverged=["none"])
     for run in results["none"]:
         run["rows"] = run["rows"][-1:]
     fields = summary(results)
-    assert fields["none_mean"] == "(not measured)" and fields["verdict"] == "fails"
+    assert fields["none_mean"] == fields["none_cosine"] == "(not measured)" and fields["verdict"] == "fails"
     assert "nan" not in str(fields) + str(table(results, "small"))
     assert len(plot(results).axes) == 6
 

@@ -97,6 +97,19 @@ def test_scaling_the_weights_scales_their_gradient_back_and_changes_nothing_else
     np.testing.assert_array_less(list(changes.values()), 1e-4)
 
 
+def test_scaling_is_measured_with_products_in_full_float32(variables, images, monkeypatch):
+    chosen = []
+
+    def gradients(*_):
+        chosen.append(jax.config.jax_default_matmul_precision)
+        return [None, None], None, None
+
+    monkeypatch.setattr(layers, "_gradients", gradients)
+    with pytest.raises(ValueError):  # nothing was measured, and nothing is the largest
+        layers.rescaling(Small(), variables, images, KEY, (10.0,))
+    assert set(chosen) == {"highest"}
+
+
 def test_scaling_changes_the_output_as_epsilon_has_it(images):
     """Weights times a give an output of (x - mean) / sqrt(var + epsilon / a²), of the unscaled x, mean and var."""
     epsilon, factor = 0.01, 0.5

@@ -56,12 +56,21 @@ def test_rate_works_by_the_best_accuracy_of_all_epochs_and_not_the_last(made_up)
     assert summary(made_up((0.01,), ()))["batch_range"] == "1 of 7 does (0.01)"
 
 
-def test_rate_works_by_its_mean_over_seeds(make_run):
+@pytest.mark.parametrize(("accuracies", "text"), [((0.5, 0.19), "none of them does"), ((0.5, 0.2), "7 of 7 do")])
+def test_rate_works_only_where_it_does_with_every_seed(make_run, accuracies, text):
     results = {
-        label: [make_run(config.replace(seed=seed), [accuracy]) for seed, accuracy in enumerate((0.1, 0.29))]
+        label: [make_run(config.replace(seed=seed), [accuracy]) for seed, accuracy in enumerate(accuracies)]
         for label, config in runs("small").items()
     }
-    assert summary(results)["batch_range"] == "none of them does"
+    assert summary(results)["batch_range"].startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("batch", "claims"),
+    [((0.01, 0.1), "(1) holds, (2) is not shown"), ((1e-3, 0.01), "(2) holds, (1) is not shown")],
+)
+def test_claims_are_larger_and_smaller_in_this_order(made_up, batch, claims):
+    assert summary(made_up(batch, (0.01,)))["claims"] == claims
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,7 @@ def test_rate_works_by_its_mean_over_seeds(make_run):
     [
         ((1e-3, 0.01, 1.0), (0.01,), "With batch norm the largest is 100 times larger, the smallest 10 times smaller"),
         ((0.01,), (0.01, 0.1), "With batch norm the largest is 10 times smaller, the smallest the same"),
-        ((0.01,), (), "The largest and the smallest cannot be compared"),
+        ((0.01,), (), "So there is no largest and no smallest rate to compare"),
     ],
 )
 def test_extremes_are_compared_in_words(made_up, batch, none, text):

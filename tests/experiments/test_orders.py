@@ -51,6 +51,16 @@ def test_every_batch_has_as_many_images_of_each_class_in_a_half_of_them(batch_si
     assert len({tuple(np.unique(batch)) for batch in batches}) > 3
 
 
+def test_classes_of_other_sizes_keep_the_batches_pure_until_the_smallest_ends():
+    labels = jnp.asarray(
+        np.random.RandomState(1).permutation(np.repeat(np.arange(6), [20, 31, 40, 26, 22, 23])), jnp.int32
+    )
+    made = order("half_the_classes", labels=labels)
+    assert sorted(made.tolist()) == list(range(len(labels)))
+    batches = labels[made][:120].reshape(-1, 6)  # twenty of each class
+    assert all(sorted(np.unique(batch, return_counts=True)[1]) == [2, 2, 2] for batch in batches)
+
+
 @pytest.mark.parametrize("batch_size", [4, 7])
 def test_batches_that_no_half_of_the_classes_fills_are_refused(batch_size):
     with pytest.raises(ValueError, match=f"batch_size={batch_size} with 6 classes; .* a multiple of half"):

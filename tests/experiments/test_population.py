@@ -36,18 +36,33 @@ def test_all_three_parts_show_the_claim(made_up):
     fields = summary(made_up())
     assert fields["verdict"] == "holds"
     assert [fields[name] for name in ("short_gain", "debias_gain", "long_gain")] == [
-        "30.0 ± 0.0",
-        "20.0 ± 0.0",
-        "0.0 ± 0.0",
+        "30.0 ± 0.0 points more",
+        "20.0 ± 0.0 points more",
+        "0.0 ± 0.0 points more",
     ]
 
 
-def test_precise_statistics_far_better_after_long_training_speak_against_the_claim(made_up):
-    assert summary(made_up(AS_CLAIMED | {"long-0.9": 0.48}))["verdict"] == "partly"
+@pytest.mark.parametrize("running", [0.48, 0.52])
+def test_a_difference_to_either_side_after_long_training_speaks_against_the_claim(made_up, running):
+    fields = summary(made_up(AS_CLAIMED | {"long-0.99": running}))
+    assert fields["claims"] == "(1) and (2) hold, (3) is not shown"
+    assert fields["long_gain"] == f"2.0 ± 0.0 points {'more' if running < 0.5 else 'less'}"
+
+
+@pytest.mark.parametrize(("changed", "lost"), [({"short-0.99": 0.51}, 1), ({"short-0.999-debiased": 0.09}, 2)])
+def test_a_loss_in_short_training_refutes_a_gain(made_up, changed, lost):
+    fields = summary(made_up(AS_CLAIMED | changed))
+    assert fields["claims"].endswith(f", ({lost}) is not shown")
+    assert fields["short_gain" if lost == 1 else "debias_gain"] == "1.0 ± 0.0 points less"
+
+
+def test_momentum_of_0_9_is_told_and_not_judged(made_up):
+    fields = summary(made_up(AS_CLAIMED | {"long-0.9": 0.1, "short-0.9": 0.1}))
+    assert fields["verdict"] == "holds" and fields["long_fast"] == fields["short_fast"] == "10.5 ± 0.7"
 
 
 def test_nothing_of_it_does_not_show_the_claim(made_up):
-    assert summary(made_up({"long-0.9": 0.4}))["verdict"] == "fails"
+    assert summary(made_up({"long-0.99": 0.4}))["verdict"] == "fails"
 
 
 def test_single_seed_gives_no_verdict_and_no_spread(made_up):

@@ -1,5 +1,6 @@
 """Result files: what is written is what is read, completely or not at all, and never over another run's."""
 
+import dataclasses
 import json
 import math
 import os
@@ -72,6 +73,23 @@ def test_setting_added_after_the_run_had_its_default_value(make_run):
     del stored["evaluations"]
     assert results.differences(stored, CONFIG) == ""
     assert results.differences(stored, CONFIG.replace(evaluations=2)) == "evaluations was 1 and is now 2"
+
+
+def test_differences_reach_into_the_run_that_another_starts_from():
+    config = CONFIG.replace(classes=(1, 2), start=CONFIG.replace(classes=(3, 4)))
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
+    del stored["start"]["evaluations"]
+    assert results.differences(stored, config) == ""
+    other = config.replace(start=CONFIG.replace(classes=(3, 5)))
+    assert results.differences(stored, other) == "start.classes was [3, 4] and is now [3, 5]"
+
+
+def test_result_that_was_measured_with_other_settings_is_refused(tmp_path, make_run):
+    run = make_run(CONFIG)
+    results.write(tmp_path / "r.jsonl", run["header"] | {"settings": {"images": [10, 100]}}, run["rows"])
+    assert results.finished(tmp_path / "r.jsonl", CONFIG, {"images": (10, 100)})
+    with pytest.raises(ValueError, match=r"another run: images was \[10, 100\] and is now \[10\]\..*delete it"):
+        results.finished(tmp_path / "r.jsonl", CONFIG, {"images": (10,)})
 
 
 @pytest.mark.parametrize(

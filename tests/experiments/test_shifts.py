@@ -11,7 +11,7 @@ import pytest
 from experiments import shifts
 
 KEY = jax.random.key(0)
-RATE = 0.3
+STEP = 0.3
 
 
 class Linear(nn.Module):
@@ -99,8 +99,8 @@ def test_shift_of_a_diverged_net_is_not_a_number():
 def test_gradient_shift_is_the_change_that_the_update_of_the_layers_below_makes(variables, batch):
     first, second = kernels(variables)
     below, g = derivatives(first, second, *batch)
-    _, shifted = derivatives(first - RATE * below, second, *batch)
-    found = shifts.gradient_shift(Linear(), variables, batch, KEY, RATE)
+    _, shifted = derivatives(first - STEP * below, second, *batch)
+    found = shifts.gradient_shift(Linear(), variables, batch, KEY, STEP)
     length = np.linalg.norm(g)
     assert found.distance == pytest.approx(np.linalg.norm(shifted - g) / length, rel=1e-3)
     assert found.cosine == pytest.approx(np.vdot(g, shifted) / length / np.linalg.norm(shifted), rel=1e-5)
@@ -112,7 +112,7 @@ def test_gradient_does_not_shift_without_an_update(variables, batch):
 
 
 def test_net_without_a_gradient_has_no_gradient_shift(variables, batch):
-    found = shifts.gradient_shift(Linear(), jax.tree.map(jnp.zeros_like, variables), batch, KEY, RATE)
+    found = shifts.gradient_shift(Linear(), jax.tree.map(jnp.zeros_like, variables), batch, KEY, STEP)
     assert all(map(math.isnan, found))
 
 

@@ -193,3 +193,22 @@ def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, 
     study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
     assert results.read(tmp_path / "r.jsonl")["header"]["parameters"] > 1000
+
+
+@pytest.mark.slow
+def test_net_that_runs_start_from_is_trained_once_and_is_a_result_too(tmp_path, tiny, blobs, monkeypatch):
+    monkeypatch.setattr(study, "_load", lambda *_: blobs)
+    study._trained.cache_clear()
+    trained_configs, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda config, *a, **k: (trained_configs.append(config), fit(config, *a, **k))[1])
+    module = types.ModuleType("experiments.studies.tuned", "What? Command: c. Time: {time}")
+    module.runs = lambda preset: {
+        tuning: tiny.replace(start=tiny, tuning=tuning, epochs=1) for tuning in ("frozen", "affine")
+    }
+    module.fit = lambda config, dataset, **options: train.fit(config, dataset, **options)
+    run_toy(module, tmp_path, seeds=1)
+    assert [config.start for config in trained_configs] == [None, tiny, tiny]
+    names = sorted(path.name for path in (tmp_path / "tuned" / "small").iterdir())
+    assert len(names) == 3 and names[:2] == ["affine-seed0.jsonl", "frozen-seed0.jsonl"]
+    start = results.read(tmp_path / "tuned" / "small" / names[2])
+    assert names[2].startswith(study.START) and len(start["rows"]) == 2 and start["header"]["seconds"] > 0

@@ -304,3 +304,59 @@ def test_batch_larger_than_the_data_set_is_refused(tiny, blobs):
 def test_more_evaluations_than_steps_are_refused(tiny, blobs):
     with pytest.raises(ValueError, match="evaluations=5 per epoch, but an epoch has only 4 steps"):
         fit(tiny.replace(evaluations=5), blobs)
+
+
+def test_last_batch_that_groups_do_not_divide_is_refused(tiny, blobs):
+    config = tiny.replace(norm="ghost", group_size=8, batch_size=24)  # 64 images leave 16
+    fits = fit(config.replace(epochs=1), blobs)
+    assert len(fits.rows) == 1
+    fewer = blobs._replace(train_images=blobs.train_images[:60], train_labels=blobs.train_labels[:60])
+    with pytest.raises(ValueError, match="group_size=8 does not divide the last batch .* of 12 images; .* to 48"):
+        fit(config, fewer)
+
+
+def test_noise_on_devices_that_do_not_divide_the_batch_is_refused(tiny, blobs):
+    with pytest.raises(ValueError, match=r"dropout=0.5 with batches of 16 .* on 3 devices, which do not divide"):
+        fit(tiny.replace(dropout=0.5), blobs, mesh=mesh_of(3))
+
+
+def test_start_is_wanted_where_the_config_names_one_and_nowhere_else(tiny, blobs):
+    for config, start in ((tiny, {}), (tiny.replace(start=tiny), None)):
+        with pytest.raises(ValueError, match="a run that starts from another one wants the variables"):
+            fit(config, blobs, start=start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise": "matched", "group_size": 8, "dropout": 0.5},
+        {"noise": "shifting"},
+        {"sampling": "half_the_classes"},
+        {"norm": "none", "deep_supervision": True},
+    ],
+    ids=str,
+)
+def test_interruption_leaves_no_trace_in_runs_of_the_studies(tmp_path, tiny, blobs, changes):
+    config = tiny.replace(**changes)
+
+    def probe(state, learning_rate):
+        return {"step_of_state": int(state.step), "rate": learning_rate}
+
+    straight = fit(config, blobs, probe=probe)
+    with pytest.raises(Stop):
+        fit(config, blobs, probe=probe, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
+    resumed = fit(config, blobs, probe=probe, checkpoint_dir=tmp_path)
+    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
+    assert [row["step_of_state"] for row in resumed.rows] == [4, 8]
+    assert_same_bits(resumed.variables, straight.variables)
+
+
+@pytest.mark.slow
+def test_run_that_starts_from_another_continues_with_the_same_bits(tmp_path, tiny, blobs):
+    start = fit(tiny, blobs).variables
+    config = tiny.replace(start=tiny, tuning="affine", seed=1)
+    straight = fit(config, blobs, start=start)
+    with pytest.raises(Stop):
+        fit(config, blobs, start=start, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
+    assert_same_bits(fit(config, blobs, start=start, checkpoint_dir=tmp_path).variables, straight.variables)
