@@ -6,6 +6,7 @@ a run killed while it writes continues from the checkpoint before. Several proce
 folder that all of them see.
 """
 
+import copy
 import dataclasses
 import uuid
 from pathlib import Path
@@ -68,7 +69,8 @@ class Checkpoints:
         """Copies the state to the host and writes it in the background; `progress` must be plain JSON."""
         if self._manager is None:
             return
-        saved = {"config": dataclasses.asdict(self._config), "progress": progress}
+        # A copy, since it is written in the background, while the run goes on and adds to its rows.
+        saved = {"config": dataclasses.asdict(self._config), "progress": copy.deepcopy(progress)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(saved))
         self._manager.save(step, args=arguments)
 

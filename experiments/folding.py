@@ -192,5 +192,11 @@ def _compiled(model: nn.Module | nnx.Module, variables: Any) -> Callable[[jax.Ar
         definition, variables = nnx.split(model)
         evaluated = jax.jit(lambda variables, images: evaluate(nnx.merge(definition, variables), images))
     else:
-        evaluated = jax.jit(functools.partial(model.apply, method=evaluate))
+        evaluated = _jitted(model)
     return functools.partial(evaluated, variables)
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the jitted evaluation of a linen net, the same for the same net with other weights."""
+    return jax.jit(functools.partial(model.apply, method=evaluate))

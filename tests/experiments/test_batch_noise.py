@@ -119,6 +119,7 @@ def test_all_arms_take_the_same_steps_at_a_constant_rate(preset):
     assert {train.learning_rate(config, e) for config in configs.values() for e in range(config.epochs)} == {0.1}
 
 
+@pytest.mark.slow
 def test_net_is_tested_on_all_images_and_rows_on_the_first(blobs, tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(batch_noise, "ROW_IMAGES", 100)

@@ -214,6 +214,7 @@ def test_evaluation_needs_no_key_and_sees_each_image_alone(block):
     np.testing.assert_array_equal(all_of_them[:4], first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["matched", "shifting"])
 def test_noise_is_another_with_another_key(noise):
     block = Block(noise=noise, group_size=2 if noise == "matched" else None)

@@ -92,6 +92,7 @@ def test_weights_of_zero_have_outputs_of_size_zero(variables, images):
     assert found == ([0.0, 0.0], 0.0)
 
 
+@pytest.mark.slow
 def test_scaling_the_weights_scales_their_gradient_back_and_changes_nothing_else_without_epsilon(variables, images):
     changes = layers.rescaling(Small(), variables, images, KEY, (0.1, 10.0))
     np.testing.assert_array_less(list(changes.values()), 1e-4)

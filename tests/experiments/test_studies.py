@@ -67,6 +67,7 @@ def rehearse(module, configs, preset, folder):
         trained = fit(config, generate(len(config.classes or range(10))), checkpoint_dir=None, **options)
         for seed in range(study.MIN_SEEDS[preset]):
             header = results.header(config.with_seed(seed), images="generated", parameters=1, seconds=1.0)
+            header["settings"] = study.settings_of(module)
             path = results.run_path(folder, study.short_name(module), preset, label, seed)
             results.write(path, header, copy.deepcopy(trained.rows), trained.measured)
 

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import data, distributed, models, orders, programs, train
 from experiments.blocks import Block, ConvNorm
+from experiments.checkpoints import Checkpoints
 from experiments.train import fit
 from tests.experiments.conftest import mesh_of
 
@@ -267,6 +268,15 @@ def test_half_written_checkpoint_is_passed_over(tmp_path, tiny, blobs):
     assert without_seconds(resumed.rows) == without_seconds(straight.rows)
 
 
+def test_checkpoint_holds_the_rows_of_its_step_though_it_is_written_while_the_run_goes_on(tmp_path, tiny, monkeypatch):
+    written, rows = [], [{"step": 1}]
+    with Checkpoints(tmp_path, tiny) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", lambda step, args: written.append(args.progress.item))
+        checkpoints.save(1, {"x": np.zeros(2)}, {"rows": rows})
+    rows.append({"step": 2})
+    assert written[0]["progress"] == {"rows": [{"step": 1}]}
+
+
 def test_checkpoint_of_another_config_is_refused(tmp_path, tiny, blobs):
     fit(tiny, blobs, checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.05 and is now 0\.5.*delete that folder"):
@@ -307,9 +317,7 @@ def test_more_evaluations_than_steps_are_refused(tiny, blobs):
 
 
 def test_last_batch_that_groups_do_not_divide_is_refused(tiny, blobs):
-    config = tiny.replace(norm="ghost", group_size=8, batch_size=24)  # 64 images leave 16
-    fits = fit(config.replace(epochs=1), blobs)
-    assert len(fits.rows) == 1
+    config = tiny.replace(norm="ghost", group_size=8, batch_size=24)
     fewer = blobs._replace(train_images=blobs.train_images[:60], train_labels=blobs.train_labels[:60])
     with pytest.raises(ValueError, match="group_size=8 does not divide the last batch .* of 12 images; .* to 48"):
         fit(config, fewer)
