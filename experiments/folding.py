@@ -196,7 +196,7 @@ def _compiled(model: nn.Module | nnx.Module, variables: Any) -> Callable[[jax.Ar
     return functools.partial(evaluated, variables)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)  # more than a study has between two uses of a net
 def _jitted(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns the jitted evaluation of a linen net, the same for the same net with other weights."""
     return jax.jit(functools.partial(model.apply, method=evaluate))
