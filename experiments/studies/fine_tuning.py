@@ -8,10 +8,10 @@ Published: No number. The advice: freeze batch norm where the set to fine-tune o
 pre-training, or where the batch is too small for good statistics; with a large set and long training, or a similar set,
 there is no need to; a map whose scale and bias learn, while the statistics stay, is an option in between.
 
-Finding: With frozen in the place of trained batch norms, the final test accuracy is {small_batch} at batch 4, on average
-over the four targets (with affine maps that learn, {affine_small_batch}), and {small_far} on the small far target at
-batch 64 (with affine maps, {affine_small_far}). On the large targets at batch 64, it is {large} with trained batch
-norms than with frozen ones. {verdict}.
+Finding: With frozen in the place of trained batch norms, the final test accuracy is {small_batch} at batch 4, on
+average over the four targets (with affine maps that learn, {affine_small_batch}), and {small_far} on the small far
+target at batch 64 (with affine maps, {affine_small_far}). On the large targets at batch 64, it is {large} with trained
+batch norms than with frozen ones. {verdict}.
 
 Refuted if: (1) at batch 4, frozen batch norms do not end above trained ones; (2) on the small far target at batch 64,
 they do not either; (3) on the large targets at batch 64, trained batch norms end more than 1 point below frozen ones.
@@ -66,8 +66,8 @@ def _label(target, size, batch, tuning):
 START = runs("small")["small-near-64-trained"].start
 TUNED = (
     "The rates for batch 64, 0.03 with trained batch norms and 0.003 with frozen and affine ones, were chosen on the "
-    "large near target in trial runs of `small` with another seed, from 0.001 to 0.3 for the former, and from 0.03 and a "
-    "tenth of it for the latter; the rates for batch 4 follow in proportion to the batch."
+    "large near target in trial runs of `small` with another seed, from 0.001 to 0.3 for the former, and from 0.03 and "
+    "a tenth of it for the latter; the rates for batch 4 follow in proportion to the batch."
 )
 FINE_TUNED = (
     "Then a new last layer and all weights learn, without augmentation, on the other five classes (near) or on "

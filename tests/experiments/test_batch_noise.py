@@ -135,6 +135,7 @@ def test_net_is_tested_on_all_images_and_rows_on_the_first(blobs, tiny, monkeypa
     assert trained.measured[1]["loss"] == pytest.approx(math.log(4))
 
 
+@pytest.mark.slow
 def test_seconds_hold_those_of_measuring(blobs, tiny, monkeypatch):
     def predict(net, variables, images):
         time.sleep(0.01)

@@ -134,6 +134,7 @@ def test_rate_stays_constant_so_that_the_nets_overfit():
             assert train.learning_rate(config, config.epochs - 1) == config.learning_rate
 
 
+@pytest.mark.slow
 def test_training_is_watched_on_a_part_of_the_test_images_and_ends_with_all(tiny, blobs, monkeypatch):
     seen = []
 

@@ -105,6 +105,7 @@ def six(monkeypatch, tiny, blobs, make_run):
     return run
 
 
+@pytest.mark.slow
 def test_nets_of_all_seeds_are_different(six, tiny):
     for seed in range(3):
         _, nets = six(tiny.replace(seed=seed))

@@ -103,11 +103,12 @@ def test_targets_hold_none_of_the_classes_that_the_net_has_learned(preset):
     assert len({config.start for config in configs}) == 1
 
 
-def test_tunings_differ_in_nothing_else():
+def test_tunings_differ_in_their_rates_and_nothing_else():
     configs = runs("small")
     for label, config in configs.items():
-        other = label.rpartition("-")[0] + "-trained"
-        assert config.replace(tuning="trained", momentum=configs[other].momentum) == configs[other]
+        other = configs[label.rpartition("-")[0] + "-trained"]
+        same = {"momentum": other.momentum, "learning_rate": other.learning_rate}
+        assert config.replace(tuning="trained", **same) == other
 
 
 def test_running_statistics_are_averages_of_as_many_images_at_either_batch():

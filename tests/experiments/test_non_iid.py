@@ -109,6 +109,7 @@ def test_arms_differ_in_norm_and_sampling_alone(preset):
     assert {(config.norm, config.sampling) for config in configs.values()} == {(n, s) for n in NORMS for s in NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "classes"), [pytest.param("half_the_classes", 2, marks=pytest.mark.slow), ("one_class", 1)]
 )

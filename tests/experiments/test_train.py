@@ -208,6 +208,7 @@ def test_batch_is_split_over_the_devices_and_all_else_is_whole(tiny, blobs, smal
     assert "all-reduce(" in text and "all-gather(" not in text
 
 
+@pytest.mark.slow
 def test_run_continues_on_another_number_of_devices(tmp_path, tiny, blobs, small_net):
     straight = fit(tiny, blobs)
     with pytest.raises(Stop):
