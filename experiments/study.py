@@ -32,7 +32,7 @@ from types import ModuleType
 import jax
 from rich.console import Console
 
-from experiments import data, distributed, results, studies, train
+from experiments import data, distributed, programs, results, studies, train
 from experiments.config import PRESETS, Config
 from experiments.display import Display
 
@@ -137,6 +137,7 @@ def run(module: ModuleType, *, preset: str, seeds: int, data_dir: Path | None, f
     if distributed.is_primary():
         for started in folder.glob(f"{short_name(module)}/{preset}/{START}*.unfinished"):
             shutil.rmtree(started, ignore_errors=True)
+    programs.release()  # the next study has others
 
 
 def train_missing(
