@@ -68,6 +68,7 @@ def test_figure_has_a_line_for_each_arm(arms, runs):
     assert {text.get_text() for text in demo.plot(arms, runs).axes[0].texts} == set(arms)
 
 
+@pytest.mark.slow
 def test_demo_runs_from_start_to_end(no_cifar10, monkeypatch, tmp_path, capsys, tiny, blobs):
     monkeypatch.setattr(demo, "choose_data", lambda _: (blobs._replace(name="digits"), "Made up."))
     monkeypatch.setitem(demo.CONFIGS, "digits", tiny)

@@ -171,6 +171,7 @@ def test_the_shortcut_keeps_the_input_and_fills_new_channels_with_zeros():
     np.testing.assert_array_equal(y[..., 3:], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("size", [7, 8])
 def test_max_pool_and_its_gradient_equal_those_of_flax(size, strides):

@@ -145,6 +145,7 @@ def test_every_test_image_counts_once(tiny, blobs):
     np.testing.assert_allclose(measured, (losses.mean(), correct / len(blobs.test_labels)), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "images"), [(16, [16, 16, 16, 16]), (18, [18, 18, 18, 10])])
 def test_training_metrics_are_means_over_the_images_since_the_last_row(tiny, blobs, small_net, batch_size, images):
     coarse, fine = (fit(tiny.replace(batch_size=batch_size, evaluations=n), blobs).rows for n in (1, 4))
@@ -153,6 +154,7 @@ def test_training_metrics_are_means_over_the_images_since_the_last_row(tiny, blo
         np.testing.assert_allclose([row[name] for row in coarse], means, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_training_image_counts_once_per_epoch(tiny, blobs, small_net, monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
     config = tiny.replace(norm="none", augment=False, batch_size=18, epochs=1)

@@ -81,6 +81,7 @@ def test_trained_net_is_taken_over_bit_by_bit_where_its_batch_norms_stay(moved):
     )
 
 
+@pytest.mark.slow
 def test_batch_norms_that_are_trained_go_on_counting(moved):
     evaluated, before = moved.features("trained", moved.variables["trained"], train=False)
     logits, after = moved.features("trained", moved.variables["trained"], train=True)
