@@ -120,6 +120,11 @@ def _keep_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
     )
 
 
+def first_tests(dataset: Dataset, n: int) -> Dataset:
+    """Returns the data set with the first n test images alone, or all where there are fewer."""
+    return dataset._replace(test_images=dataset.test_images[:n], test_labels=dataset.test_labels[:n])
+
+
 def balance(dataset: Dataset) -> Dataset:
     """Returns the data set with as many training images of each class, the first ones, as the smallest class has."""
     labels = dataset.train_labels

@@ -67,8 +67,7 @@ def choose_data(data_dir: Path | None) -> tuple[Dataset, str]:
     dataset = data.load(
         name, image_size=config.image_size, train_images=config.train_images, data_dir=data_dir, download=False
     )
-    few = {"test_images": dataset.test_images[:TEST_IMAGES], "test_labels": dataset.test_labels[:TEST_IMAGES]}
-    return dataset._replace(**few), why
+    return data.first_tests(dataset, TEST_IMAGES), why
 
 
 def configs(name: str) -> dict[str, Config]:

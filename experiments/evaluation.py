@@ -5,7 +5,7 @@ perhaps smaller.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,9 +75,14 @@ def split(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
 
 
+def evaluate(net: Any, images: jax.Array) -> jax.Array:
+    """Returns the logits of a linen or nnx net in evaluation, of images that are floats in [0, 1]."""
+    return net(images, train=False)
+
+
 def call(net: nn.Module, images: jax.Array) -> jax.Array:
     """Evaluates a batch of images with the running statistics: what `jaxbn.calibrate` wants to be told."""
-    return net(images.astype(jnp.float32) / 255, train=False)
+    return evaluate(net, images.astype(jnp.float32) / 255)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import bench, models, models_nnx
+from experiments.evaluation import evaluate
 from jaxbn import calibrate, surgery
 
 Api = Literal["linen", "nnx"]
@@ -105,11 +106,6 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     pair = fold(*_net(net, api, width, images), images)
     changed = difference(pair.before(images), pair.after(images))
     return Folded(pair.norms, pair.folded, changed, *seconds(pair, images, rounds))
-
-
-def evaluate(net: Any, images: jax.Array) -> jax.Array:
-    """Returns the logits of a linen or nnx net in evaluation."""
-    return net(images, train=False)
 
 
 def run(*, batch_size: int, inception_width: float, rounds: int) -> None:

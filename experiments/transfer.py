@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments import models
 from experiments.config import Config
+from experiments.evaluation import evaluate
 from jaxbn import surgery
 
 LAST = "Dense_0"  # the name of every net's last layer
@@ -28,17 +28,13 @@ def transplant(config: Config, trained: dict, fresh: dict, sample: jax.Array) ->
     if config.tuning != "trained":
         net = models.build(config.start, num_classes=trained["params"][LAST]["bias"].size)
         learnable = config.tuning == "affine"
-        trained = surgery.to_affine(net, trained, jnp.asarray(sample), call=_evaluate, learnable=learnable).variables
+        trained = surgery.to_affine(net, trained, jnp.asarray(sample), call=evaluate, learnable=learnable).variables
     moved = {
         "params": {**trained["params"], LAST: fresh["params"][LAST]},
         "batch_stats": trained.get("batch_stats", {}),
     }
     _must_fit(moved, fresh)
     return moved
-
-
-def _evaluate(net: nn.Module, images: jax.Array) -> jax.Array:
-    return net(images, train=False)
 
 
 def _must_fit(moved: Any, fresh: Any) -> None:

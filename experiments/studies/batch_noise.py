@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from experiments import evaluation, models, plots, train
 from experiments.batch_spread import group_spread, image_moments, log_slope, sizes_for
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
+from experiments.data import Dataset, first_tests
 from experiments.measures import compared, exceeds, judge, measured, pairs, quoted, spread
 
 BATCH = 256  # images per step
@@ -78,7 +78,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
 
     Rows hold the accuracy on the first `ROW_IMAGES` test images.
     """
-    first = dataset._replace(test_images=dataset.test_images[:ROW_IMAGES], test_labels=dataset.test_labels[:ROW_IMAGES])
+    first = first_tests(dataset, ROW_IMAGES)
     trained = train.fit(config, first, **options)
     began = time.perf_counter()
     net = models.build(config, len(dataset.class_names))

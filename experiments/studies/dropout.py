@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from experiments import models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
+from experiments.data import Dataset, first_tests
 from experiments.evaluation import predict, score
 from experiments.measures import (
     Spread,
@@ -88,7 +88,7 @@ SETUP = {
 
 def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     """Trains a run, watched on a part of the test images; then tests the net on all images."""
-    watched = dataset._replace(test_images=dataset.test_images[:WATCHED], test_labels=dataset.test_labels[:WATCHED])
+    watched = first_tests(dataset, WATCHED)
     trained = train.fit(config, watched, **options)
     began = time.perf_counter()
     net, variables = models.build(config, len(dataset.class_names)), jax.device_get(trained.variables)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from experiments import data, models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.evaluation import predict, score, split
+from experiments.evaluation import evaluate, predict, score, split
 from experiments.measures import (
     compared,
     exceeds,
@@ -120,7 +120,7 @@ def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     for n in IMAGES:
         if n <= len(dataset.train_images):
             batches = augmented(config, dataset, n)
-            found.append(tested("precise", n, calibrate.one_pass(net, variables, batches, call=call)))
+            found.append(tested("precise", n, calibrate.one_pass(net, variables, batches, call=evaluate)))
     return found
 
 
@@ -138,11 +138,6 @@ def augmented(config: Config, dataset: Dataset, n: int) -> list[jax.Array]:
 @functools.partial(jax.jit, static_argnums=2)
 def _augment(key, images, flip):
     return data.augment(key, images.astype(jnp.float32) / 255, flip=flip)
-
-
-def call(net, images: jax.Array) -> jax.Array:
-    """Evaluates a batch of floats."""
-    return net(images, train=False)
 
 
 def precise(run: dict, images: int = ENOUGH) -> float:

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
+from experiments.data import Dataset, first_tests
 from experiments.measures import below, column, compared, exceeds, judge, pairs, spread
 
 WATCHED = 2_000  # test images of every evaluation: with all 10,000, evaluating would take longer than training
@@ -84,7 +84,7 @@ SETUP = {
 
 def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     """Trains a run, evaluated on a part of the test images."""
-    watched = dataset._replace(test_images=dataset.test_images[:WATCHED], test_labels=dataset.test_labels[:WATCHED])
+    watched = first_tests(dataset, WATCHED)
     return train.fit(config, watched, **options)
 
 
