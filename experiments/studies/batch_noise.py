@@ -19,7 +19,6 @@ those of whole batches, or test accuracy is a point or more lower; (2) the same 
 """
 
 import math
-import time
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -79,20 +78,23 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     Rows hold the accuracy on the first `ROW_IMAGES` test images.
     """
     first = first_tests(dataset, ROW_IMAGES)
-    trained = train.fit(config, first, **options)
-    began = time.perf_counter()
+    return train.fit(config, first, **options).measure(lambda variables: measure(config, dataset, variables))
+
+
+def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
+    """Returns the scores of a net on all training and test images, and the spread of its statistics at each size."""
     net = models.build(config, len(dataset.class_names))
     found = []
     for which in ("training", "test"):
         images, labels = (getattr(dataset, f"{which.removesuffix('ing')}_{what}") for what in ("images", "labels"))
-        score = evaluation.score(evaluation.predict(net, trained.variables, images), labels)
+        score = evaluation.score(evaluation.predict(net, variables, images), labels)
         found.append({"images": which, **score._asdict()})
     if config.norm == "batch" and config.noise == "none":
         images = dataset.train_images[:SPREAD_IMAGES]
-        layers = image_moments(net, trained.variables, images)
+        layers = image_moments(net, variables, images)
         sizes = [size for size in sizes_for(len(images)) if size <= BATCH]
         found += [{"group_size": size, **group_spread(layers, size)._asdict()} for size in sizes]
-    return trained._replace(measured=found, seconds=trained.seconds + time.perf_counter() - began)
+    return found
 
 
 def accuracy(run: dict, images: str) -> float:
@@ -175,12 +177,12 @@ def plot(results: dict[str, list[dict]]) -> Figure:
     )
 
 
-def _panel(results, ylabel, measure):
+def _panel(results, ylabel, number):
     """A measure against group size. A group of the whole batch is what both kinds end in."""
     lines = []
     for kind, (name, color) in KINDS.items():
         groups = [*(results[f"{kind}-{size}"] for size in SIZES), results["batch"]]
-        y = np.array([[measure(run) for run in group] for group in groups]).T
+        y = np.array([[number(run) for run in group] for group in groups]).T
         lines.append(plots.Line(name, np.array([*SIZES, BATCH]), y, color, marker="o"))
     return plots.Lines("images in a group", ylabel, lines, xscale="log", bottom=None)
 

@@ -23,11 +23,9 @@ no more than 80 % of what those of 1,000 do. All at the largest strength, in the
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -77,9 +75,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     trained = train.fit(config, dataset, **options)
     if trained.rows[-1]["diverged"]:
         return trained
-    began = time.perf_counter()
-    measured = measure(config, dataset, jax.device_get(trained.variables))
-    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
+    return trained.measure(lambda variables: measure(config, dataset, variables))
 
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:

@@ -22,10 +22,8 @@ lower; (3) dropout added to batch norm may raise test accuracy by a point or mor
 """
 
 import math
-import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -89,18 +87,20 @@ SETUP = {
 def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     """Trains a run, watched on a part of the test images; then tests the net on all images."""
     watched = first_tests(dataset, WATCHED)
-    trained = train.fit(config, watched, **options)
-    began = time.perf_counter()
-    net, variables = models.build(config, len(dataset.class_names)), jax.device_get(trained.variables)
+    return train.fit(config, watched, **options).measure(lambda variables: measure(config, dataset, variables))
+
+
+def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
+    """Returns the scores of a net on all training and on all test images."""
+    net = models.build(config, len(dataset.class_names))
     sets = {
         "training": (dataset.train_images, dataset.train_labels),
         "test": (dataset.test_images, dataset.test_labels),
     }
-    measured = [
+    return [
         {"images": name, **score(predict(net, variables, images), labels)._asdict()}
         for name, (images, labels) in sets.items()
     ]
-    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
 
 
 def training_accuracy(run: dict) -> float:
@@ -128,8 +128,8 @@ def noise(run: dict) -> float:
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
 
-    def less(measure: Callable, label: str, other: str) -> Spread:
-        return spread(measure(a) - measure(b) for a, b in pairs(results[label], results[other]))
+    def less(number: Callable, label: str, other: str) -> Spread:
+        return spread(number(a) - number(b) for a, b in pairs(results[label], results[other]))
 
     narrower = less(gap, "none", "batch")
     over, beside = (less(final_test_accuracy, "batch", other) for other in ("none", "dropout"))

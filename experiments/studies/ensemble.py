@@ -18,7 +18,6 @@ Refuted if: (1) six nets with batch norm remove no more than 5 % of the errors t
 the share that they remove is a point or more smaller than the share without batch norm.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,22 +68,23 @@ def fit(
     Returns:
       The rows and variables of the first net, the seconds of all, and the tests.
     """
-    module = models.build(config, len(dataset.class_names))
-    logits, trained, seconds = [], [], 0.0
-    for k in range(NETS):
-        trained.append(
-            train.fit(
-                config.with_seed(SEEDS_APART * (config.seed + 1) + k),
-                dataset,
-                checkpoint_dir=checkpoint_dir and checkpoint_dir / f"net{k}",
-                on_progress=on_progress and _as_one_run(on_progress, k, config.epochs),
-                **options,
-            )
+    nets = [
+        train.fit(
+            config.with_seed(SEEDS_APART * (config.seed + 1) + k),
+            dataset,
+            checkpoint_dir=checkpoint_dir and checkpoint_dir / f"net{k}",
+            on_progress=on_progress and _as_one_run(on_progress, k, config.epochs),
+            **options,
         )
-        began = time.perf_counter()
-        logits.append(evaluation.predict(module, trained[-1].variables, dataset.test_images))
-        seconds += trained[-1].seconds + time.perf_counter() - began
-    return trained[0]._replace(seconds=seconds, measured=score_together(np.array(logits), dataset.test_labels))
+        for k in range(NETS)
+    ]
+
+    def measure(_):
+        module = models.build(config, len(dataset.class_names))
+        logits = [evaluation.predict(module, net.variables, dataset.test_images) for net in nets]
+        return score_together(np.array(logits), dataset.test_labels)
+
+    return nets[0]._replace(seconds=sum(net.seconds for net in nets)).measure(measure)
 
 
 def _as_one_run(on_progress, k, epochs):

@@ -67,7 +67,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     if trained.rows[-1]["diverged"]:
         return trained
     net = models.build(config, len(dataset.class_names))
-    return trained._replace(measured=measure(net, trained.variables, dataset))
+    return trained.measure(lambda variables: measure(net, variables, dataset))
 
 
 def measure(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:

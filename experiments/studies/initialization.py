@@ -30,7 +30,6 @@ output of its batch norm by more than 0.0001 of its largest value, with any seed
 
 import functools
 import math
-import time
 from collections.abc import Iterable
 
 import jax
@@ -99,14 +98,17 @@ SETUP = {
 
 def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     """Trains a run; measures the layers' sizes at both ends, and with batch norm everywhere what scaling changes."""
-    trained = train.fit(config, dataset, **options)
-    clock = time.perf_counter()
+    return train.fit(config, dataset, **options).measure(lambda variables: measure(config, dataset, variables))
+
+
+def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
+    """Returns the layers' sizes at the start of a run and at its end, and what scaling the weights changes."""
     net = models.build(config, len(dataset.class_names))
     (images, _), key = layers.first_images(dataset), jax.random.key(config.seed)
-    start, end = jax.device_get((train.initial_variables(config, dataset), trained.variables))
+    start = jax.device_get(train.initial_variables(config, dataset))
     found = [
-        {"when": when, **layers.sizes(net, variables, images, key)._asdict()}
-        for when, variables in (("start", start), ("end", end))
+        {"when": when, **layers.sizes(net, of_then, images, key)._asdict()}
+        for when, of_then in (("start", start), ("end", variables))
     ]
     if config.norm == "batch" and config.norm_layers == "hidden":
         images = images[:SCALED_IMAGES]
@@ -120,7 +122,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
             changes = layers.rescaling(nets[epsilon], starts[name], images, key, FACTORS)
             which = {"start": name, "epsilon": epsilon}
             found += [which | {"factor": factor, **change._asdict()} for factor, change in changes.items()]
-    return trained._replace(measured=found, seconds=trained.seconds + time.perf_counter() - clock)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

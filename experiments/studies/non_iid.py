@@ -22,7 +22,6 @@ the statistics of test batches that are put together as in training than with ru
 """
 
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +90,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     trained = train.fit(config, dataset, **options)
     if config.norm == "group" or trained.rows[-1]["diverged"]:
         return trained
-    began = time.perf_counter()
-    measured = measure(config, dataset, jax.device_get(trained.variables))
-    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
+    return trained.measure(lambda variables: measure(config, dataset, variables))
 
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:

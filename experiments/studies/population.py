@@ -22,7 +22,6 @@ gain and are one-sided: a loss refutes them as no difference does. The third is 
 """
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +98,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
     trained = train.fit(config, dataset, **options)
     if (config.momentum, config.debias) != AVERAGES[MEASURED] or trained.rows[-1]["diverged"]:
         return trained
-    began = time.perf_counter()
-    measured = measure(config, dataset, jax.device_get(trained.variables))
-    return trained._replace(measured=measured, seconds=trained.seconds + time.perf_counter() - began)
+    return trained.measure(lambda variables: measure(config, dataset, variables))
 
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:

@@ -1,7 +1,6 @@
 """The conclusions of the study batch_noise, on made-up runs."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -133,14 +132,3 @@ def test_net_is_tested_on_all_images_and_rows_on_the_first(blobs, tiny, monkeypa
     assert seen == [100, 64, 620]
     assert [entry["images"] for entry in trained.measured] == ["training", "test"]
     assert trained.measured[1]["loss"] == pytest.approx(math.log(4))
-
-
-@pytest.mark.slow
-def test_seconds_hold_those_of_measuring(blobs, tiny, monkeypatch):
-    def predict(net, variables, images):
-        time.sleep(0.01)
-        return np.zeros((len(images), 4), np.float32)
-
-    monkeypatch.setattr(train, "fit", lambda *_: train.Trained([], {}, 1.0))
-    monkeypatch.setattr(batch_noise.evaluation, "predict", predict)
-    assert fit(tiny.replace(norm="ghost", group_size=4), blobs).seconds > 1.02

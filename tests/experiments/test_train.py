@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 
 import flax.linen as nn
 import jax
@@ -371,3 +372,10 @@ def test_run_that_starts_from_another_continues_with_the_same_bits(tmp_path, tin
     with pytest.raises(Stop):
         fit(config, blobs, start=start, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
     assert_same_bits(fit(config, blobs, start=start, checkpoint_dir=tmp_path).variables, straight.variables)
+
+
+def test_measuring_is_added_to_the_seconds_of_a_run():
+    run = train.Trained([], {"params": {"w": jax.numpy.ones(3)}}, seconds=10.0)
+    measured = run.measure(lambda variables: time.sleep(0.01) or [{"sum": variables["params"]["w"].sum()}])
+    assert measured.measured == [{"sum": 3.0}]
+    assert 10.01 <= measured.seconds < 11
