@@ -5,7 +5,7 @@ come out in %, times in milliseconds for a step and in seconds for a run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,15 @@ def pairs(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
     if seeds[0] != seeds[1]:
         raise ValueError(f"seeds={seeds[0]} beside {seeds[1]}; pairs need the same seeds; train the missing runs.")
     return [tuple(runs[seed] for runs in by_seed) for seed in seeds[0]]
+
+
+def differences(number: Callable[[dict], float], first: list[dict], second: list[dict]) -> np.ndarray:
+    """Returns what a number of the runs of one arm is above that of another's, seed by seed, shape [seeds].
+
+    Raises:
+      ValueError: the arms do not have the same seeds.
+    """
+    return np.array([number(run) - number(other) for run, other in pairs(first, second)])
 
 
 def column(runs: list[dict], name: str) -> np.ndarray:

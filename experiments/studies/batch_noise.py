@@ -27,7 +27,7 @@ from experiments import evaluation, models, plots, train
 from experiments.batch_spread import group_spread, image_moments, log_slope, sizes_for
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset, first_tests
-from experiments.measures import compared, exceeds, judge, measured, pairs, quoted, spread
+from experiments.measures import compared, differences, exceeds, judge, measured, quoted, spread
 
 BATCH = 256  # images per step
 SIZES = (4, 16, 64)  # images that share statistics, or the noise that is matched to them
@@ -122,9 +122,9 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     fields = {"law": _law(results["batch"]), "batch_gap": spread(map(gap, results["batch"])).text()}
     claims = []
     for kind in KINDS:
-        paired = pairs(results["batch"], results[f"{kind}-16"])
-        gone = spread(gap(batch) - gap(other) for batch, other in paired)
-        gained = spread(accuracy(other, "test") - accuracy(batch, "test") for batch, other in paired)
+        batch, other = results["batch"], results[f"{kind}-16"]
+        gone = spread(differences(gap, batch, other))
+        gained = spread(differences(lambda run: accuracy(run, "test"), other, batch))
         claims.append(exceeds(gone) and exceeds(gained, -MARGIN))
         fields[kind] = compared(gone, "smaller", "larger")
     for name, label in {"batch": "batch", "ghost": "ghost-16", "noise": "noise-16"}.items():
@@ -158,7 +158,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
             "training accuracy, %": _accuracy(results[label], "training"),
             "test accuracy, %": _accuracy(results[label], "test"),
             "gap, points": spread(map(gap, results[label])).text(),
-            "less than whole batch": spread(gap(a) - gap(b) for a, b in pairs(results["batch"], results[label])).text(),
+            "less than whole batch": spread(differences(gap, results["batch"], results[label])).text(),
             "test loss, nats": quoted(spread(measured(run, "loss", images="test") for run in results[label]), 2),
             "seeds": str(len(results[label])),
         }

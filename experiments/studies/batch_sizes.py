@@ -29,6 +29,7 @@ from experiments.measures import (
     Spread,
     below,
     best_accuracy,
+    differences,
     exceeds,
     judge,
     pairs,
@@ -113,18 +114,18 @@ def _count(differences, least):
 
 def gain(results: dict[str, list[dict]], size: int) -> Spread:
     """Returns the points by which batch norm raises the best test accuracy at a batch size."""
-    return spread(best_accuracy(batch) - best_accuracy(none) for batch, none in _pairs(results, size))
+    return spread(differences(best_accuracy, *_arms(results, size)))
 
 
 def cost(results: dict[str, list[dict]], size: int) -> Spread:
     """Returns how many times as long a step takes with batch norm."""
-    return spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in _pairs(results, size))
+    return spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in pairs(*_arms(results, size)))
 
 
 def loss(results: dict[str, list[dict]], size: int, best_size: int) -> Spread:
     """Returns the points by which the best accuracy with batch norm is below that at the best size."""
-    both = pairs(results[_label("batch", best_size)], results[_label("batch", size)])
-    return spread(best_accuracy(best) - best_accuracy(run) for best, run in both)
+    best, runs_of_size = results[_label("batch", best_size)], results[_label("batch", size)]
+    return spread(differences(best_accuracy, best, runs_of_size))
 
 
 def epoch_time(results: dict[str, list[dict]], size: int) -> Spread:
@@ -138,8 +139,8 @@ def epoch_seconds(run: dict) -> float:
     return training_seconds(run) / run["rows"][-1]["epoch"]
 
 
-def _pairs(results, size):
-    return pairs(*(results[_label(norm, size)] for norm in ARMS))
+def _arms(results, size):
+    return [results[_label(norm, size)] for norm in ARMS]
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:

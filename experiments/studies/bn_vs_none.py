@@ -23,6 +23,7 @@ from experiments.measures import (
     best_accuracy,
     column,
     compared,
+    differences,
     elapsed,
     exceeds,
     final_accuracy,
@@ -55,7 +56,7 @@ SETUP = {
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
     paired = pairs(*(results[norm] for norm in ARMS))
-    gain = spread(final_accuracy(batch) - final_accuracy(none) for batch, none in paired)
+    gain = spread(differences(final_accuracy, results["batch"], results["none"]))
     targets = [best_accuracy(none) for _, none in paired]
     reached = [first_above(batch, target) for (batch, _), target in zip(paired, targets, strict=True)]
     if None in reached:

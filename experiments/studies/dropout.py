@@ -36,10 +36,10 @@ from experiments.measures import (
     below,
     column,
     compared,
+    differences,
     exceeds,
     judge,
     measured_accuracy,
-    pairs,
     quoted,
     spread,
 )
@@ -129,7 +129,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
 
     def less(number: Callable, label: str, other: str) -> Spread:
-        return spread(number(a) - number(b) for a, b in pairs(results[label], results[other]))
+        return spread(differences(number, results[label], results[other]))
 
     narrower = less(gap, "none", "batch")
     over, beside = (less(final_test_accuracy, "batch", other) for other in ("none", "dropout"))

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from experiments import evaluation, models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import compared, exceeds, judge, measured, pairs, quoted, spread
+from experiments.measures import compared, differences, exceeds, judge, measured, quoted, spread
 
 ARMS = ("batch", "none")
 NETS = 6
@@ -139,7 +139,7 @@ def share(run: dict) -> float:
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
     shares = {norm: spread(map(share, results[norm])) for norm in ARMS}
-    more = spread(share(batch) - share(none) for batch, none in pairs(*(results[norm] for norm in ARMS)))
+    more = spread(differences(share, *(results[norm] for norm in ARMS)))
     fields = {"more": compared(more, "larger", "smaller")}
     for norm in ARMS:
         fields[norm] = spread(accuracies(run)[-1] for run in results[norm]).text()

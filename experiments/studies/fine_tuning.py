@@ -19,11 +19,12 @@ they do not either; (3) on the large targets at batch 64, trained batch norms en
 
 import itertools
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import Spread, compared, exceeds, final_accuracy, judge, pairs, spread
+from experiments.measures import Spread, compared, differences, exceeds, final_accuracy, judge, spread
 
 TUNINGS = ("trained", "frozen", "affine")
 TARGETS = {"near": {"classes": (5, 6, 7, 8, 9)}, "far": {"data": "digits", "classes": None}}
@@ -112,13 +113,8 @@ def gain(results: dict[str, list[dict]], tuning: str, other: str, targets: list[
       targets: pairs of target and size.
       batch: images per step.
     """
-    paired = [
-        pairs(*(results[_label(target, size, batch, each)] for each in (tuning, other))) for target, size in targets
-    ]
-    return spread(
-        sum(final_accuracy(first) - final_accuracy(second) for first, second in same_seed) / len(targets)
-        for same_seed in zip(*paired, strict=True)
-    )
+    arms = [[results[_label(target, size, batch, each)] for each in (tuning, other)] for target, size in targets]
+    return spread(np.mean([differences(final_accuracy, *both) for both in arms], axis=0))
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
@@ -140,7 +136,7 @@ def plot(results: dict[str, list[dict]]) -> Figure:
         bars = []
         for (target, size), tuning in itertools.product(GROUPS, COLORS):
             runs_of_both = (results[_label(target, size, batch, each)] for each in (tuning, "trained"))
-            gains = [final_accuracy(first) - final_accuracy(second) for first, second in pairs(*runs_of_both)]
+            gains = differences(final_accuracy, *runs_of_both)
             bars.append(plots.Bar(f"{size} {target}, {tuning}", gains, COLORS[tuning]))
         panels.append(plots.Bars("accuracy minus trained (points)", bars, title=f"batch {batch}"))
     return plots.draw(panels)

@@ -39,7 +39,17 @@ from matplotlib.figure import Figure
 from experiments import layers, models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import column, compared, diverged, exceeds, final_accuracy, judge, measured, pairs, spread
+from experiments.measures import (
+    column,
+    compared,
+    differences,
+    diverged,
+    exceeds,
+    final_accuracy,
+    judge,
+    measured,
+    spread,
+)
 
 ARMS = {
     "none": "no norm",
@@ -134,8 +144,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding; gains are taken between runs of the same seed."""
 
     def gain(arm):
-        paired = pairs(results[arm], results["none"])
-        return spread(final_accuracy(run) - final_accuracy(none) for run, none in paired)
+        return spread(differences(final_accuracy, results[arm], results["none"]))
 
     def largest(name):
         return [float(np.max(changes(run, name, "usual", "negligible"))) for run in results["batch"]]

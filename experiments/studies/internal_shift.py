@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from experiments import layers, models, plots, shifts, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import Spread, column, exceeds, final_accuracy, judge, pairs, quoted, spread
+from experiments.measures import Spread, column, differences, exceeds, final_accuracy, judge, pairs, quoted, spread
 from experiments.programs import MOMENTUM
 
 ARMS = {"batch": "batch norm", "none": "no norm", "noisy": "with noise"}
@@ -126,16 +126,16 @@ def over_rows(run: dict, name: str) -> float:
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
-    paired = pairs(results["batch"], results["none"])
+    arms = results["batch"], results["none"]
 
     def larger(name):
-        return exceeds(spread(over_rows(batch, name) - over_rows(none, name) for batch, none in paired))
+        return exceeds(spread(differences(lambda run: over_rows(run, name), *arms)))
 
     def smaller(name):
-        return exceeds(spread(over_rows(none, name) - over_rows(batch, name) for batch, none in paired))
+        return exceeds(spread(differences(lambda run: -over_rows(run, name), *arms)))
 
     def ratio(name):
-        return quoted(spread(over_rows(batch, name) / over_rows(none, name) for batch, none in paired), 3)
+        return quoted(spread(over_rows(batch, name) / over_rows(none, name) for batch, none in pairs(*arms)), 3)
 
     fields = {}
     for arm in ARMS:
@@ -148,7 +148,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         **judge(
             smaller("mean_shift") and smaller("var_shift"),
             smaller("gradient_shift") and larger("gradient_cosine"),
-            seeds=len(paired),
+            seeds=len(results["batch"]),
         ),
     }
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import best_accuracy, column, diverged, judge, pairs, spread
+from experiments.measures import best_accuracy, column, differences, diverged, judge, spread
 
 ARMS = ("batch", "none")
 PUBLISHED = {  # rate: best validation accuracy in %, with batch norm and without, read off a bar chart
@@ -114,7 +114,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     lines = []
     for rate in RATES:
         groups = [results[_label(norm, rate)] for norm in ARMS]
-        gain = spread(best_accuracy(batch) - best_accuracy(none) for batch, none in pairs(*groups))
+        gain = spread(differences(best_accuracy, *groups))
         line = {"learning rate": f"{rate:g}"}
         line |= {f"best, {plots.NAMES[norm]}, %": _text(group) for norm, group in zip(ARMS, groups, strict=True)}
         line["difference, points"] = gain.text()

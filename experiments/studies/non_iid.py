@@ -34,11 +34,11 @@ from experiments.data import Dataset, balance
 from experiments.evaluation import plain, predict, score
 from experiments.measures import (
     compared,
+    differences,
     exceeds,
     final_accuracy,
     judge,
     measured_accuracy,
-    pairs,
     quoted,
     spread,
 )
@@ -111,14 +111,9 @@ def read(run: dict, sampling: str | None = None) -> float:
     return measured_accuracy(run, sampling=sampling or run["header"]["config"]["sampling"])
 
 
-def above(first: list[dict], second: list[dict]) -> np.ndarray:
-    """Returns how far the first arm ends above the second, in points, seed by seed."""
-    return np.array([final_accuracy(one) - final_accuracy(other) for one, other in pairs(first, second)])
-
-
 def cost(results: dict[str, list[dict]], norm: str, sampling: str) -> np.ndarray:
     """Returns the points that a norm loses where batches are not shuffled but put together so, seed by seed."""
-    return above(results[f"{norm}-shuffled"], results[f"{norm}-{sampling}"])
+    return differences(final_accuracy, results[f"{norm}-shuffled"], results[f"{norm}-{sampling}"])
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
@@ -128,7 +123,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         for sampling in ("half_the_classes", "one_class")
     )
     half = results["batch-half_the_classes"]
-    renorm = spread(above(results["renorm-half_the_classes"], half))
+    renorm = spread(differences(final_accuracy, results["renorm-half_the_classes"], half))
     reads = spread(read(run) - final_accuracy(run) for run in half)
     read_text = "were not measured with every seed"  # one diverged
     if math.isfinite(reads.mean):

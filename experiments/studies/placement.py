@@ -15,11 +15,12 @@ Refuted if: (1) the net does not end with a higher test accuracy where batch nor
 the activation, fixing scale and bias may change the accuracy by a point or more; (3) after it, it may.
 """
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import column, compared, exceeds, final_accuracy, judge, pairs, spread, within
+from experiments.measures import column, compared, differences, exceeds, final_accuracy, judge, spread, within
 
 PLACES = ("before", "after")
 KINDS = {"learned": True, "fixed": False}  # of scale and bias: name and `affine`
@@ -53,9 +54,9 @@ SETUP = {
 }
 
 
-def gains(results: dict[str, list[dict]], label: str, other: str) -> list[float]:
+def gains(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
     """Returns the points of final test accuracy by which one arm is above another, seed by seed."""
-    return [final_accuracy(a) - final_accuracy(b) for a, b in pairs(results[label], results[other])]
+    return differences(final_accuracy, results[label], results[other])
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:

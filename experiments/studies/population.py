@@ -34,11 +34,11 @@ from experiments.data import Dataset
 from experiments.evaluation import evaluate, predict, score, split
 from experiments.measures import (
     compared,
+    differences,
     exceeds,
     final_accuracy,
     judge,
     measured_accuracy,
-    pairs,
     quoted,
     spread,
     within,
@@ -146,8 +146,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
     short, long = (results[f"{length}-{MEASURED}"] for length in LENGTHS)
     short_gain, long_gain = (spread(precise(run) - final_accuracy(run) for run in group) for group in (short, long))
-    corrected = pairs(results["short-0.999-debiased"], results["short-0.999"])
-    debias_gain = spread(final_accuracy(run) - final_accuracy(other) for run, other in corrected)
+    debias_gain = spread(differences(final_accuracy, results["short-0.999-debiased"], results["short-0.999"]))
     claims = exceeds(short_gain), exceeds(debias_gain), within(long_gain, MARGIN)
     running = {
         "short_average": short,

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import compared, exceeds, final_accuracy, judge, pairs, spread
+from experiments.measures import compared, differences, exceeds, final_accuracy, judge, spread
 
 SIZES = (2, 4, 8, 16, 32, 64)  # images per device
 DEVICES = 8  # of the arms that have several
@@ -97,19 +97,19 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     }
 
 
-def claims(results: dict[str, list[dict]]) -> dict[str, list[float]]:
+def claims(results: dict[str, list[dict]]) -> dict[str, np.ndarray]:
     """Returns the differences that are said to be above 0, in points, seed by seed, under the names of their bars."""
     lost = {arm: gain(results, f"{arm}-32", f"{arm}-2") for arm in ("batch", "group")}
     return {
-        "batch's loss\nbeyond\ngroup's": [a - b for a, b in zip(lost["batch"], lost["group"], strict=True)],
+        "batch's loss\nbeyond\ngroup's": lost["batch"] - lost["group"],
         "sync.\nless\nalone": gain(results, "sync-2", "ghost-2"),
         "renorm\nless\nbatch": gain(results, "renorm-2", "batch-2"),
     }
 
 
-def gain(results: dict[str, list[dict]], label: str, other: str) -> list[float]:
+def gain(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
     """Returns the points of final test accuracy by which one run is above another, seed by seed."""
-    return [final_accuracy(a) - final_accuracy(b) for a, b in pairs(results[label], results[other])]
+    return differences(final_accuracy, results[label], results[other])
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:

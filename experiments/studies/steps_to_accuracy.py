@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from experiments import plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset, first_tests
-from experiments.measures import below, column, compared, exceeds, judge, pairs, spread
+from experiments.measures import below, column, compared, differences, exceeds, judge, pairs, spread
 
 WATCHED = 2_000  # test images of every evaluation: with all 10,000, evaluating would take longer than training
 SETTINGS = {"watched": WATCHED}
@@ -141,15 +141,13 @@ def takes(results: dict[str, list[dict]], label: str) -> str:
     return f"is not reached with every seed ({reached} of {len(needed)})" if reached else "is not reached"
 
 
-def gains(results: dict[str, list[dict]], label: str, other: str) -> list[float]:
-    """Returns the points by which the best of an arm is above that of another, seed by seed."""
-    return [best(one) - best(two) for one, two in pairs(results[label], results[other])]
-
-
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
     bests = {label: spread(map(best, results[label])).text() for label in ARMS}
-    gain, sigmoid = spread(gains(results, "bn-x30", "none")), spread(gains(results, "sigmoid-bn", "sigmoid-none"))
+    gain, sigmoid = (
+        spread(differences(best, results[label], results[other]))
+        for label, other in (("bn-x30", "none"), ("sigmoid-bn", "sigmoid-none"))
+    )
     return {
         "epochs": str(results["none"][0]["header"]["config"]["epochs"]),
         "none": bests["none"],
