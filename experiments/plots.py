@@ -48,7 +48,8 @@ DPI = 120
 PANEL_INCHES = (5.6, 4.0)
 PANELS_IN_A_ROW = 3
 STANDING_BARS = 4  # so many have room for their names below
-TICK_LETTERS = 4  # a number of so many stands below an axis as it is
+TICK_LETTERS = 4  # a number of so many, and of at least 0.1, stands below an axis as it is
+ROOMY_TICKS = 6  # so many have room for numbers of the usual size
 LABEL_GAP = 0.07  # smallest vertical distance between two names, as a part of the axes' height
 
 
@@ -170,7 +171,9 @@ def _draw_lines(axes: Axes, panel: Lines):
         axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.xscale == "log":
         axes.set_xscale("log")
-        axes.set_xticks(panel.lines[0].x, [tick(x) for x in panel.lines[0].x])
+        points = panel.lines[0].x
+        size = "small" if len(points) > ROOMY_TICKS else "medium"
+        axes.set_xticks(points, [tick(x) for x in points], fontsize=size)
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
@@ -181,7 +184,8 @@ def _draw_lines(axes: Axes, panel: Lines):
 def tick(x: float) -> str:
     """Returns a number as it stands below an axis: powers of ten that would take more room are written as such."""
     text, exponent = f"{x:g}", round(np.log10(x))
-    return text if len(text) <= TICK_LETTERS or not np.isclose(x, 10.0**exponent, atol=0) else f"$10^{{{exponent}}}$"
+    short = x >= 0.1 and len(text) <= TICK_LETTERS
+    return text if short or not np.isclose(x, 10.0**exponent, atol=0) else f"$10^{{{exponent}}}$"
 
 
 def _name_lines(axes, lines):

@@ -3,7 +3,9 @@
 A study is a module in `experiments.studies`, named after its question, with
 
 - a docstring: the question in its first line, then paragraphs that begin with the words of `SECTIONS`; their fields in
-  braces are filled in from results, so that no finding is typed by hand;
+  braces are filled in from results, so that no finding is typed by hand. "Agreement" alone is: a sentence, without
+  measured numbers, on what the results of `small` say beside what was published; it begins with one of
+  `report.AGREES`;
 - `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
 - `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
 - `summary(results) -> dict[field, text]`: the fields of the finding, and those of `measures.judge`, whose claims come
@@ -36,7 +38,7 @@ from experiments import data, distributed, programs, results, studies, train
 from experiments.config import PRESETS, Config
 from experiments.display import Display
 
-SECTIONS = ("Command", "Time", "Published", "Finding", "Refuted if")
+SECTIONS = ("Command", "Time", "Published", "Finding", "Agreement", "Refuted if")
 START = "start-"  # begins the names of the files of a net that other runs start from
 MIN_SEEDS = {"small": 3, "full": 1}  # three give a spread; a run of `full` is long, and one seed is quoted as one
 

@@ -13,13 +13,17 @@ with respect to the weights (Ioffe and Szegedy 2015, section 3.3).
 Finding: From U(-0.001, 0.001), the net ends at {none} % test accuracy without batch norm; at {batch} % with it after
 every convolution, {gain}; and at {logits} % with it before the softmax alone, with the net's own epsilon,
 {logits_gain}. From the usual weights, without it, it ends at {usual} %. From U(-0.001, 0.001) and without it, the size
-of the pre-activations is {first} in the first layer and {last} in the last. The norm before the softmax makes logits of
-{normalized} of such values; with an epsilon of {tiny} it makes {restored} of them, and at this rate {tiny_epsilon}.
+of the pre-activations is {first} in the first layer and {last} in the last. The norm before the softmax turns such
+values into logits of size {normalized}; with an epsilon of {tiny}, of size {restored}, and at this rate {tiny_epsilon}.
 With an epsilon of {negligible}, multiplying one layer's weights by 0.01 to 100 from the usual start changes the output
 of its batch norm by {output} of the largest value, the gradient with respect to the layer's input by {input_gradient},
 and that with respect to its weights, times the factor, by {weight_gradient} (the largest changes over factors and
 layers). With the net's own epsilon, multiplying by 100 changes the output by {own_large} and by 0.01 by {own_small};
 from the tiny start, multiplying by 100 changes it by {tiny_large}. {verdict}.
+
+Agreement: Agrees in part: without batch norm the bad start stays at chance, and batch norm after every convolution
+rescues it; where epsilon is negligible, the scale of the weights drops out, as derived. Batch norm before the softmax
+alone does not rescue it: at the start its epsilon keeps the logits tiny, and with a far smaller one training diverges.
 
 Refuted if: (1) without batch norm the net ends at a mean of 15 % test accuracy or more, or batch norm after every
 convolution does not exceed it by more than 10 points; (2) batch norm before the softmax alone, with the net's own
@@ -207,11 +211,14 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     lines = []
     for arm, name in ARMS.items():
         group = results[arm]
-        line = {"net": name, "final test accuracy, %": spread(map(final_accuracy, group)).text()}
+        line = {
+            "net (from U(-0.001, 0.001), but for the last)": name,
+            "final test accuracy, %": spread(map(final_accuracy, group)).text(),
+        }
         for when in ("start", "end"):
             for layer, place in (("first", 0), ("last", -1)):
                 sizes = [measured(run, "layers", when=when)[place] for run in group]
-                line[f"pre-activations, {layer} layer, {when}"] = scientific(sizes)
+                line[f"pre-activations (rms), {layer} layer, {when}"] = scientific(sizes)
         lines.append(line | {"seeds": str(len(group))})
     return lines
 

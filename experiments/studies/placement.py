@@ -4,12 +4,16 @@ Command: python -m experiments run placement --preset small
 
 Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
 
-Published: No number published. Ioffe and Szegedy (2015) put batch norm before the activation; many put it after, and
-say that it is better there. Scale and bias fixed at 1 and 0 are said not to affect the net very much.
+Published: No number published. Ioffe and Szegedy (2015) put batch norm before the activation; others put it after, and
+it is a common view that it is better there. Scale and bias fixed at 1 and 0 are commonly said not to affect the net
+very much.
 
 Finding: The net ends at {before_learned} % test accuracy with batch norm before the activation and at {after_learned} %
 with batch norm after it, {after}. With scale and bias fixed it ends at {before_fixed} % before the activation,
 {fixed_before} than with both learned, and at {after_fixed} % after it, {fixed_after}. {verdict}.
+
+Agreement: Agrees: batch norm after the activation ends a little higher, as many say; fixed scale and bias change next
+to nothing, as said.
 
 Refuted if: (1) the net does not end with a higher test accuracy where batch norm comes after the activation; (2) before
 the activation, fixing scale and bias may change the accuracy by a point or more; (3) after it, it may.
@@ -84,7 +88,6 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
                 "scale and bias fixed, %": spread(map(final_accuracy, results[fixed])).text(),
                 "fixed less learned, points": spread(gains(results, fixed, learned)).text(),
                 "learned: after less before, points": "" if place == "before" else above,
-                "published": "none",
                 "seeds": str(len(results[learned])),
             }
         )

@@ -107,7 +107,7 @@ def test_lines_of_both_kinds_end_in_the_whole_batch(made_up):
 def test_table_has_a_line_for_each_arm(made_up):
     lines = table(made_up(training=SMALLER), "small")
     assert [line["statistics"] for line in lines] == list(ARMS.values())
-    assert [line["less than whole batch"] for line in lines][2] == "10.0 ± 0.0"
+    assert [line["gap less than with whole batches, points"] for line in lines][2] == "10.0 ± 0.0"
 
 
 @pytest.mark.parametrize("preset", ["small", "full"])

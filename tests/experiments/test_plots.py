@@ -52,7 +52,9 @@ def test_names_that_are_apart_stay_at_their_lines():
     assert plots.spread_out([0.1, 0.5, 0.9]) == [0.1, 0.5, 0.9]
 
 
-@pytest.mark.parametrize(("x", "text"), [(1e-5, "$10^{-5}$"), (0.01, "0.01"), (250, "250"), (0.0025, "0.0025")])
+@pytest.mark.parametrize(
+    ("x", "text"), [(1e-5, "$10^{-5}$"), (0.01, "$10^{-2}$"), (0.1, "0.1"), (250, "250"), (0.0025, "0.0025")]
+)
 def test_tick_takes_little_room(x, text):
     assert plots.tick(x) == text
 

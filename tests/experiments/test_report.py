@@ -1,5 +1,7 @@
 """The report: what is committed is what the committed results give."""
 
+import types
+
 import pytest
 from PIL import Image
 
@@ -7,10 +9,42 @@ from experiments import report, results, study
 from experiments.__main__ import FIGURES, README, RESULTS
 from experiments.config import PRESETS
 
+PROJECT = README.parents[1] / "README.md"
+
 
 def test_committed_readme_is_the_one_the_results_give():
     hint = "run `python -m experiments table` and commit the file"
     assert README.is_file() and README.read_text(encoding="utf-8") == report.readme(RESULTS), hint
+
+
+@pytest.mark.parametrize("name", study.names())
+def test_readme_of_the_project_says_what_the_results_say(name):
+    module = study.load(name)
+    question = f"[{report.text(module, RESULTS, 'Question')}](experiments/README.md#{name})"
+    assert f"| {question} | {report.claim(module, 'small', RESULTS)} |" in PROJECT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", study.names())
+def test_agreement_was_written_for_the_committed_results(name):
+    module = study.load(name)
+    found = study.collect(module, report.COMPARED, RESULTS)
+    if found is None:
+        pytest.skip(f"{name} has not all its results yet")
+    assert report.agreed(module) == module.summary(found)["verdict"], "write the Agreement of the study anew"
+    assert f"Beside what was published: {study.sections(module)['Agreement']}" in report.readme(RESULTS)
+
+
+def test_agreement_is_left_out_where_it_was_written_for_other_results(tmp_path, make_run):
+    write_all(study.load("bn_vs_none"), "small", tmp_path, make_run)  # both arms alike
+    assert "### bn_vs_none, small" in report.readme(tmp_path)
+    assert "Beside what was published" not in report.readme(tmp_path)
+
+
+def test_agreement_without_a_verdict_is_refused():
+    module = types.ModuleType("experiments.studies.toy")
+    module.__doc__ = "What? " + " ".join(f"{section}: So it is." for section in study.SECTIONS)
+    with pytest.raises(ValueError, match="Agreement of the study toy begins with 'So it is.'; it must begin with"):
+        report.agreed(module)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

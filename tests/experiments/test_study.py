@@ -17,7 +17,8 @@ of_rows = pytest.mark.parametrize("module", [m for m in STUDIES if not hasattr(m
 def toy(tiny):
     """A study of two arms on `blobs`."""
     module = types.ModuleType(
-        "experiments.studies.toy", "What? Command: c. Time: {time} Published: p. Finding: {f}. Refuted if: r."
+        "experiments.studies.toy",
+        "What? Command: c. Time: {time} Published: p. Finding: {f}. Agreement: Agrees. Refuted if: r.",
     )
     module.runs = lambda preset: {label: tiny.replace(norm=label) for label in ("batch", "none")}
     return module
@@ -84,7 +85,7 @@ def test_unknown_study_is_refused_with_the_names_of_all():
 
 
 def test_docstring_without_a_section_is_refused():
-    module = types.ModuleType("toy", "What? Command: c. Published: p. Finding: f. Refuted if: r.")
+    module = types.ModuleType("toy", "What? Command: c. Published: p. Finding: f. Agreement: a. Refuted if: r.")
     with pytest.raises(ValueError, match="study toy has no Time"):
         study.sections(module)
 
