@@ -12,9 +12,15 @@ from experiments.config import PRESETS
 PROJECT = README.parents[1] / "README.md"
 
 
-def test_committed_readme_is_the_one_the_results_give():
+@pytest.fixture(scope="module")
+def committed():
+    """The report on the committed results."""
+    return report.readme(RESULTS)
+
+
+def test_committed_readme_is_the_one_the_results_give(committed):
     hint = "run `python -m experiments table` and commit the file"
-    assert README.is_file() and README.read_text(encoding="utf-8") == report.readme(RESULTS), hint
+    assert README.is_file() and README.read_text(encoding="utf-8") == committed, hint
 
 
 @pytest.mark.parametrize("name", study.names())
@@ -25,13 +31,13 @@ def test_readme_of_the_project_says_what_the_results_say(name):
 
 
 @pytest.mark.parametrize("name", study.names())
-def test_agreement_was_written_for_the_committed_results(name):
+def test_agreement_was_written_for_the_committed_results(name, committed):
     module = study.load(name)
     found = study.collect(module, report.COMPARED, RESULTS)
     if found is None:
         pytest.skip(f"{name} has not all its results yet")
     assert report.agreed(module) == module.summary(found)["verdict"], "write the Agreement of the study anew"
-    assert f"Beside what was published: {study.sections(module)['Agreement']}" in report.readme(RESULTS)
+    assert f"Beside what was published: {study.sections(module)['Agreement']}" in committed
 
 
 def test_agreement_is_left_out_where_it_was_written_for_other_results(tmp_path, make_run):
