@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from experiments.config import Config
+from experiments.data import Dataset
 
 Statistics = Literal["running", "batch"]
 
@@ -52,6 +53,18 @@ def predict(
     forward = _with_running if statistics == "running" else _with_batch
     batches = split(images, batch_size)
     return np.concatenate([jax.device_get(forward(net, variables, jnp.asarray(batch))) for batch in batches])
+
+
+def score_all(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
+    """Returns the scores of a net on all "training" and all "test" `images`, as a study has them in `measured`."""
+    sets = {
+        "training": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+    return [
+        {"images": name, **score(predict(net, variables, images), labels)._asdict()}
+        for name, (images, labels) in sets.items()
+    ]
 
 
 def plain(config: Config) -> Config:

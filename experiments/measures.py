@@ -104,13 +104,18 @@ def pairs(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
     return [tuple(runs[seed] for runs in by_seed) for seed in seeds[0]]
 
 
-def differences(number: Callable[[dict], float], first: list[dict], second: list[dict]) -> np.ndarray:
-    """Returns what a number of the runs of one arm is above that of another's, seed by seed, shape [seeds].
+def paired_differences(measure: Callable[[dict], float], first: list[dict], second: list[dict]) -> np.ndarray:
+    """Returns a measure of the first arm's runs less that of the second's, seed by seed, shape [seeds].
+
+    Args:
+      measure: of one run, such as `final_accuracy`.
+      first: the runs of one arm.
+      second: those of another.
 
     Raises:
       ValueError: the arms do not have the same seeds.
     """
-    return np.array([number(run) - number(other) for run, other in pairs(first, second)])
+    return np.array([measure(run) - measure(other) for run, other in pairs(first, second)])
 
 
 def column(runs: list[dict], name: str) -> np.ndarray:
@@ -181,6 +186,11 @@ def entries(run: dict, **which: object) -> list[dict]:
 def measured_accuracy(run: dict, **which: object) -> float:
     """Returns a measured accuracy in %; NaN where there is none, since the run diverged or its images were too few."""
     return 100 * measured(run, "accuracy", **which) if entries(run, **which) else math.nan
+
+
+def generalization_gap(run: dict) -> float:
+    """Returns the points by which the accuracy on all training images exceeds that on all test images."""
+    return measured_accuracy(run, images="training") - measured_accuracy(run, images="test")
 
 
 def quoted(found: Spread, decimals: int = 1) -> str:

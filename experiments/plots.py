@@ -48,7 +48,7 @@ DPI = 120
 PANEL_INCHES = (5.6, 4.0)
 PANELS_IN_A_ROW = 3
 STANDING_BARS = 4  # so many have room for their names below
-TICK_LETTERS = 4  # a number of so many, and of at least 0.1, stands below an axis as it is
+TICK_LETTERS = 4  # numbers of so many stand below an axis as they are
 ROOMY_TICKS = 6  # so many have room for numbers of the usual size
 LABEL_GAP = 0.07  # smallest vertical distance between two names, as a part of the axes' height
 
@@ -173,7 +173,7 @@ def _draw_lines(axes: Axes, panel: Lines):
         axes.set_xscale("log")
         points = panel.lines[0].x
         size = "small" if len(points) > ROOMY_TICKS else "medium"
-        axes.set_xticks(points, [tick(x) for x in points], fontsize=size)
+        axes.set_xticks(points, ticks(points), fontsize=size)
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
@@ -181,11 +181,16 @@ def _draw_lines(axes: Axes, panel: Lines):
     _name_lines(axes, panel.lines)
 
 
-def tick(x: float) -> str:
-    """Returns a number as it stands below an axis: powers of ten that would take more room are written as such."""
-    text, exponent = f"{x:g}", round(np.log10(x))
-    short = x >= 0.1 and len(text) <= TICK_LETTERS
-    return text if short or not np.isclose(x, 10.0**exponent, atol=0) else f"$10^{{{exponent}}}$"
+def ticks(values: Sequence[float]) -> list[str]:
+    """Returns numbers as they stand below an axis: powers of ten are written as such where one would take more room."""
+    plain = [f"{x:g}" for x in values]
+    if max(map(len, plain)) <= TICK_LETTERS:
+        return plain
+    exponents = [round(np.log10(x)) for x in values]
+    return [
+        f"$10^{{{exponent}}}$" if np.isclose(x, 10.0**exponent, atol=0) else text
+        for x, exponent, text in zip(values, exponents, plain, strict=True)
+    ]
 
 
 def _name_lines(axes, lines):

@@ -8,7 +8,7 @@ from experiments.config import PRESETS
 from experiments.measures import VERDICTS
 
 CLAIM = {"holds": "holds", "partly": "holds in part", "fails": "not shown", "unknown": "one seed: undecided"}
-AGREES = {"Agrees in part": "partly", "Agrees": "holds", "Does not agree": "fails"}  # how "Agreement" begins: verdict
+OPENINGS = {"holds": "Agrees: ", "partly": "Agrees in part ({claims}): ", "fails": "Not shown: "}  # of "Agreement"
 COMPARED = "small"  # the preset whose results it is about
 HEAD = """# Experiments
 
@@ -17,8 +17,8 @@ Every number is mean ± standard deviation over seeds, or that of a single seed 
 test set; times depend on the hardware. A difference counts where it is more than twice its standard deviation over
 seeds, and there is none where all of that range is within a margin; differences are taken between runs of the same
 seed. With three seeds that is weak evidence (a t of 3.5, p = 0.07), and the claims are many. "Refuted if" numbers the
-claims of a study, and says for each what would speak against it. "Not shown" stands for two things: the opposite came
-out, or the seeds differ too much to tell.
+claims of a study, and says for each what would speak against it. "Not shown" stands for three things: the opposite
+came out, a bound was missed, or the seeds differ too much to tell.
 
 `python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
 interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
@@ -58,20 +58,10 @@ def claim(module: ModuleType, preset: str, folder: Path) -> str:
     return CLAIM[module.summary(found)["verdict"]] if found else "no results yet"
 
 
-def agreed(module: ModuleType) -> str:
-    """Returns the verdict that the sentence under "Agreement" was written for.
-
-    Raises:
-      ValueError: it begins with none of `AGREES`.
-    """
-    said = study.sections(module)["Agreement"]
-    for words, verdict in AGREES.items():
-        if said.startswith(words):
-            return verdict
-    raise ValueError(
-        f"The Agreement of the study {study.short_name(module)} begins with {said[:20]!r}; it must begin with "
-        f"{', '.join(map(repr, AGREES))}; write it anew, with the results in sight."
-    )
+def agreement(module: ModuleType, fields: dict[str, str]) -> str | None:
+    """Returns the sentence under "Agreement"; None where it was not written for a summary with these fields."""
+    said, opening = study.sections(module)["Agreement"], OPENINGS.get(fields["verdict"])
+    return said if opening and said.startswith(opening.format(**fields)) else None
 
 
 def _overview(modules, folder):
@@ -101,8 +91,8 @@ def _chapter(module, folder):
         fields = module.summary(found)
         finding = study.sections(module)["Finding"].format(**fields | {"verdict": _verdict(fields)})
         parts += [module.SETUP[preset], _markdown(module.table(found, preset)), finding]
-        if preset == COMPARED and fields["verdict"] == agreed(module):  # else it was written for other results
-            parts.append(f"Beside what was published: {study.sections(module)['Agreement']}")
+        if preset == COMPARED and (said := agreement(module, fields)):
+            parts.append(f"Beside what was published: {said}")
         parts += [f"![{name}, {preset}](figures/{_figure_name(module, preset)})", _origin(found)]
     return "\n\n".join(parts) + "\n"
 

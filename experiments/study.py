@@ -4,8 +4,8 @@ A study is a module in `experiments.studies`, named after its question, with
 
 - a docstring: the question in its first line, then paragraphs that begin with the words of `SECTIONS`; their fields in
   braces are filled in from results, so that no finding is typed by hand. "Agreement" alone is: a sentence, without
-  measured numbers, on what the results of `small` say beside what was published; it begins with one of
-  `report.AGREES`;
+  measured numbers, on what the results of `small` say beside what was published. It begins with what became of the
+  claims, as `report.OPENINGS` has it, and is left out where that does not fit the results any more;
 - `SETUP[preset]`: a sentence that says what is trained, and how that differs from what was published;
 - `runs(preset) -> dict[label, Config]`: with seed 0; the other seeds are added here;
 - `summary(results) -> dict[field, text]`: the fields of the finding, and those of `measures.judge`, whose claims come
@@ -13,8 +13,8 @@ A study is a module in `experiments.studies`, named after its question, with
 - `table(results, preset) -> list[dict[column, text]]`;
 - `plot(results) -> Figure`;
 - where it measures more than `train.fit` does: `fit(config, dataset, **options) -> Trained`, which calls that one, with
-  a `probe` or not, and adds what it has `measured`; and `SETTINGS`, a dict of all that this depends on besides the
-  config, which is kept in the results: those made with other settings are refused as those of another config are.
+  a `probe` or not, and adds what `Trained.measure` finds; and `SETTINGS`, a dict of all that this depends on besides
+  the config, which is kept in the results: those made with other settings are refused as those of another config are.
 
 `results` is always label -> runs over seeds, as `results.read_study` returns them.
 """

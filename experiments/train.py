@@ -62,7 +62,11 @@ class Trained(NamedTuple):
     measured: Sequence[dict] = ()
 
     def measure(self, function: Callable[[dict], Sequence[dict]]) -> "Trained":
-        """Returns this run with what `function(variables)` measures of the trained net, and the time that it takes."""
+        """Returns this run with what a function measures of the trained net, and with the time that it takes.
+
+        Args:
+          function: of the variables, on the host; returns the entries of `measured`.
+        """
         began = time.perf_counter()
         measured = function(jax.device_get(self.variables))
         return self._replace(measured=measured, seconds=self.seconds + time.perf_counter() - began)

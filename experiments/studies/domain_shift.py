@@ -17,9 +17,10 @@ statistics have {shifted} %, {lost} than that; group norm, which keeps no statis
 running ones; that is {back} of the loss, and what statistics of 100 images win back is {enough} of what those of 1,000
 do. {verdict}.
 
-Agreement: Agrees in part: running statistics lose accuracy on shifted images, and statistics of unlabelled ones win
-some of it back, a hundred images nearly as much as a thousand; at the largest strength that is about half and not
-clearly more, since at low contrast most of the loss stays with all statistics that were tried.
+Agreement: Agrees in part ((1) and (3) hold, (2) is not shown): running statistics lose accuracy on shifted images, and
+statistics of unlabelled ones win some of it back, a hundred images nearly as much as a thousand; at the largest
+strength that is about half and not clearly more, since at low contrast most of the loss stays with all statistics that
+were tried.
 
 Refuted if: (1) running statistics lose no more than 5 points of what statistics of 1,000 clean images have on clean
 ones; (2) statistics of 1,000 shifted images win back no more than half of that loss; (3) those of 100 images win back

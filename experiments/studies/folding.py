@@ -11,8 +11,9 @@ Finding: Of the batch norms, folding takes away {counts}. The outputs on the tes
 {difference} of the largest output, and the test accuracy by at most {accuracy} points. The time of inference
 afterwards, over that before, is: {ratios}. {verdict}.
 
-Agreement: Agrees in part: outputs stay as they are but for rounding, and a single image takes clearly less time with
-every net; with a batch of 100 images little is saved with the 7-layer CNN, and nothing for certain with the other two.
+Agreement: Agrees in part ((1) and (2) hold, (3) is not shown): outputs stay as they are but for rounding, and a single
+image takes clearly less time with every net; with a batch of 100 images little is saved with the 7-layer CNN, and
+nothing for certain with the other two.
 
 Refuted if: (1) an output differs by more than 0.00001 of the largest one; (2) a test accuracy changes by more than 0.05
 points; (3) one of the nets is not faster afterwards, with a batch of 1 or with one of 100.

@@ -21,9 +21,10 @@ and that with respect to its weights, times the factor, by {weight_gradient} (th
 layers). With the net's own epsilon, multiplying by 100 changes the output by {own_large} and by 0.01 by {own_small};
 from the tiny start, multiplying by 100 changes it by {tiny_large}. {verdict}.
 
-Agreement: Agrees in part: without batch norm the bad start stays at chance, and batch norm after every convolution
-rescues it; where epsilon is negligible, the scale of the weights drops out, as derived. Batch norm before the softmax
-alone does not rescue it: at the start its epsilon keeps the logits tiny, and with a far smaller one training diverges.
+Agreement: Agrees in part ((1) and (3) hold, (2) is not shown): without batch norm the bad start stays at chance, and
+batch norm after every convolution rescues it; where epsilon is negligible, the scale of the weights drops out, as
+derived. Batch norm before the softmax alone does not rescue it: at the start its epsilon keeps the logits tiny, and
+with a far smaller one training diverges.
 
 Refuted if: (1) without batch norm the net ends at a mean of 15 % test accuracy or more, or batch norm after every
 convolution does not exceed it by more than 10 points; (2) batch norm before the softmax alone, with the net's own
@@ -46,12 +47,12 @@ from experiments.data import Dataset
 from experiments.measures import (
     column,
     compared,
-    differences,
     diverged,
     exceeds,
     final_accuracy,
     judge,
     measured,
+    paired_differences,
     spread,
 )
 
@@ -148,7 +149,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding; gains are taken between runs of the same seed."""
 
     def gain(arm):
-        return spread(differences(final_accuracy, results[arm], results["none"]))
+        return spread(paired_differences(final_accuracy, results[arm], results["none"]))
 
     def largest(name):
         return [float(np.max(changes(run, name, "usual", "negligible"))) for run in results["batch"]]

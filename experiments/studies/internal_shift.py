@@ -19,10 +19,11 @@ gradient changes by {batch_gradient} of its length with batch norm (cosine {batc
 {none_accuracy} and {noisy_accuracy} %. Along the gradient, the loss varies {range_ratio} times as much with batch norm
 as without, and the gradient changes {beta_ratio} times as much per distance. {verdict}.
 
-Agreement: Agrees in part: at the initial rate inputs shift less with batch norm, as Ioffe and Szegedy say, and the
-gradient turns less, unlike what Santurkar et al. find; its relative change is smaller on average alone, and larger at
-the start. As they find, the loss is smoother and the noisy net beats the one without a norm, but its inputs shift less,
-not more.
+Agreement: Agrees in part ((1) holds, (2) is not shown): averaged over the initial rate, inputs shift less with batch
+norm, as Ioffe and Szegedy say, and the gradient turns less, unlike what Santurkar et al. find; its relative change is
+smaller too, but not clearly. In the first hundred steps the net without a norm is the smoother one, and its gradient
+changes less. As they find, the loss is smoother on average and the noisy net beats the one without a norm; but its
+inputs shift less at the initial rate, and more only after it.
 
 Refuted if: (1) the shift of the inputs, of their means or of their variances, is not smaller with batch norm than
 without; (2) the change of a layer's gradient that the step of the layers below makes is not smaller with batch norm
@@ -39,7 +40,18 @@ from matplotlib.figure import Figure
 from experiments import layers, models, plots, shifts, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import Spread, column, differences, exceeds, final_accuracy, judge, pairs, quoted, spread
+from experiments.measures import (
+    Spread,
+    below,
+    column,
+    exceeds,
+    final_accuracy,
+    judge,
+    paired_differences,
+    pairs,
+    quoted,
+    spread,
+)
 from experiments.programs import MOMENTUM
 
 ARMS = {"batch": "batch norm", "none": "no norm", "noisy": "with noise"}
@@ -134,10 +146,10 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     arms = results["batch"], results["none"]
 
     def larger(name):
-        return exceeds(spread(differences(lambda run: over_rows(run, name), *arms)))
+        return exceeds(spread(paired_differences(lambda run: over_rows(run, name), *arms)))
 
     def smaller(name):
-        return exceeds(spread(differences(lambda run: -over_rows(run, name), *arms)))
+        return below(spread(paired_differences(lambda run: over_rows(run, name), *arms)), 0)
 
     def ratio(name):
         return quoted(spread(over_rows(batch, name) / over_rows(none, name) for batch, none in pairs(*arms)), 3)

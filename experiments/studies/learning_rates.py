@@ -15,7 +15,7 @@ Finding: A rate works where the best test accuracy is at least 20 %, twice chanc
 
 Agreement: Agrees: with batch norm both larger and smaller rates work than without, and both nets are best at the
 published rates; but with batch norm the two smallest rates do not work here, and without it the rate 0.1 works with
-some seeds, where it did not as published.
+some seeds, while in the published runs it did not.
 
 Refuted if: (1) the largest rate that works with batch norm is no larger than the largest that works without; (2) the
 smallest is no smaller. A rate that works for one net alone counts as larger, and as smaller, than none at all.
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import best_accuracy, column, differences, diverged, judge, spread
+from experiments.measures import best_accuracy, column, diverged, judge, paired_differences, spread
 
 ARMS = ("batch", "none")
 PUBLISHED = {  # rate: best validation accuracy in %, with batch norm and without, read off a bar chart
@@ -118,7 +118,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     lines = []
     for rate in RATES:
         groups = [results[_label(norm, rate)] for norm in ARMS]
-        gain = spread(differences(best_accuracy, *groups))
+        gain = spread(paired_differences(best_accuracy, *groups))
         line = {"learning rate": f"{rate:g}"}
         line |= {f"best, {plots.NAMES[norm]}, %": _text(group) for norm, group in zip(ARMS, groups, strict=True)}
         line["difference, points"] = gain.text()

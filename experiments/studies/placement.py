@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import column, compared, differences, exceeds, final_accuracy, judge, spread, within
+from experiments.measures import column, compared, exceeds, final_accuracy, judge, paired_differences, spread, within
 
 PLACES = ("before", "after")
 KINDS = {"learned": True, "fixed": False}  # of scale and bias: name and `affine`
@@ -60,7 +60,7 @@ SETUP = {
 
 def gains(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
     """Returns the points of final test accuracy by which one arm is above another, seed by seed."""
-    return differences(final_accuracy, results[label], results[other])
+    return paired_differences(final_accuracy, results[label], results[other])
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:

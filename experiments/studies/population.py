@@ -15,9 +15,10 @@ has {slow} %, and with that corrected for its start {debiased} %, {debias_gain}.
 {long_average} % with momentum 0.99 and {long_precise} % with 1,000 images, {long_gain}. An average of momentum 0.9
 gives {short_fast} % and {long_fast} %. {verdict}.
 
-Agreement: Agrees in part: early in training, statistics measured anew are far better than slow running averages, as Wu
-and Johnson find, though not clearly better than a fast one; later they are within the margin of momentum 0.99.
-Correcting the slowest average for its start helps early on average, but by very different amounts from seed to seed.
+Agreement: Agrees in part ((1) and (3) hold, (2) is not shown): early in training, statistics measured anew are far
+better than slow running averages, as Wu and Johnson find, though not clearly better than a fast one; later they are
+within the margin of momentum 0.99. Correcting the slowest average for its start helps early on average, but by very
+different amounts from seed to seed.
 
 Refuted if: (1) in short training, 1,000 images are no more accurate than the running average of momentum 0.99; (2) in
 short training, the running average of momentum 0.999 is no more accurate when it is corrected for its start; (3) in
@@ -38,11 +39,11 @@ from experiments.data import Dataset
 from experiments.evaluation import evaluate, predict, score, split
 from experiments.measures import (
     compared,
-    differences,
     exceeds,
     final_accuracy,
     judge,
     measured_accuracy,
+    paired_differences,
     quoted,
     spread,
     within,
@@ -151,7 +152,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
     short, long = (results[f"{length}-{MEASURED}"] for length in LENGTHS)
     short_gain, long_gain = (spread(precise(run) - final_accuracy(run) for run in group) for group in (short, long))
-    debias_gain = spread(differences(final_accuracy, results["short-0.999-debiased"], results["short-0.999"]))
+    debias_gain = spread(paired_differences(final_accuracy, results["short-0.999-debiased"], results["short-0.999"]))
     claims = exceeds(short_gain), exceeds(debias_gain), within(long_gain, MARGIN)
     running = {
         "short_average": short,

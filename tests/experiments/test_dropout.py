@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from experiments import study, train
+from experiments import evaluation, study, train
+from experiments.measures import generalization_gap
 from experiments.studies import dropout
-from experiments.studies.dropout import PUBLISHED, fit, gap, noise, plot, runs, summary, table
+from experiments.studies.dropout import PUBLISHED, fit, noise, plot, runs, summary, table
 
 OVERFITS = {"none": (0.9, 0.3), "dropout": (0.8, 0.4), "batch": (0.8, 0.5), "both": (0.7, 0.5)}  # training, test
 
@@ -73,7 +74,7 @@ def test_single_seed_gives_no_verdict_and_no_spread(made_up):
 
 
 def test_gap_is_training_less_test_accuracy_in_evaluation_mode(made_up):
-    assert gap(made_up()["none"][0]) == pytest.approx(60)
+    assert generalization_gap(made_up()["none"][0]) == pytest.approx(60)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_training_is_watched_on_a_part_of_the_test_images_and_ends_with_all(tiny
 
     monkeypatch.setattr(dropout, "WATCHED", 100)
     monkeypatch.setattr(train, "fit", trained)
-    monkeypatch.setattr(dropout, "predict", lambda net, variables, images: np.eye(4)[np.zeros(len(images), int)])
+    monkeypatch.setattr(evaluation, "predict", lambda net, variables, images: np.eye(4)[np.zeros(len(images), int)])
     measured = fit(tiny, blobs).measured
     assert seen == [100]
     labels = {"training": blobs.train_labels, "test": blobs.test_labels}

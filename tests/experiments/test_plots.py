@@ -53,10 +53,15 @@ def test_names_that_are_apart_stay_at_their_lines():
 
 
 @pytest.mark.parametrize(
-    ("x", "text"), [(1e-5, "$10^{-5}$"), (0.01, "$10^{-2}$"), (0.1, "0.1"), (250, "250"), (0.0025, "0.0025")]
+    ("values", "texts"),
+    [
+        ((0.01, 0.1, 10), ["0.01", "0.1", "10"]),
+        ((1e-5, 0.1, 1), ["$10^{-5}$", "$10^{-1}$", "$10^{0}$"]),
+        ((250, 10_000), ["250", "$10^{4}$"]),
+    ],
 )
-def test_tick_takes_little_room(x, text):
-    assert plots.tick(x) == text
+def test_ticks_take_little_room(values, texts):
+    assert plots.ticks(values) == texts
 
 
 def test_short_logarithmic_axis_has_plain_numbers():
