@@ -174,9 +174,8 @@ def test_commit_is_looked_up_before_the_first_run(toy, trained, tmp_path, monkey
 def test_result_says_which_images_were_used(tmp_path, tiny, blobs, make_run, monkeypatch):
     monkeypatch.setattr(study, "_load", lambda *_: blobs._replace(provenance="blobs of the tests"))
     trained = train.Trained(make_run(tiny)["rows"], {"params": {}}, 1.0)
-    monkeypatch.setattr(train, "fit", lambda *_, **__: trained)
     (tmp_path / "r.unfinished").mkdir()
-    study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
+    study.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None, fit=lambda *_, **__: trained)
     assert results.read(tmp_path / "r.jsonl")["header"]["images"] == "blobs of the tests"
 
 
