@@ -3,6 +3,8 @@
 Convention: a command imports what it needs when it runs, so that help comes at once.
 """
 
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -260,6 +262,10 @@ def _run() -> tuple[int, str]:
     """Runs the command line; returns the exit status, and what is to be said about it."""
     try:
         app.cli(prog="python -m experiments", description="Experiments that show what batch norm does.")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE, ""
     except KeyboardInterrupt:
         continues = sys.argv[1:2] in (["run"], ["train"])
         return 130, "Interrupted; the same command continues from the last checkpoint." if continues else "Interrupted."

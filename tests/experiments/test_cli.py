@@ -49,6 +49,12 @@ def test_every_command_has_help(monkeypatch, capsys, command):
     assert exit.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+def test_reader_that_has_seen_enough_is_no_error():
+    listed = start("list")
+    listed.stdout.close()
+    assert listed.wait() == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize("command", ["run", "plot"])
 def test_unknown_study_is_an_error_in_a_sentence(monkeypatch, capsys, command):
     assert call(monkeypatch, command, "nope") == 2
