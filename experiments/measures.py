@@ -118,6 +118,15 @@ def paired_differences(measure: Callable[[dict], float], first: list[dict], seco
     return np.array([measure(run) - measure(other) for run, other in pairs(first, second)])
 
 
+def gains(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
+    """Returns the points of final test accuracy by which one arm is above another, seed by seed, shape [seeds].
+
+    Raises:
+      ValueError: the arms do not have the same seeds.
+    """
+    return paired_differences(final_accuracy, results[label], results[other])
+
+
 def column(runs: list[dict], name: str) -> np.ndarray:
     """Returns one field of the rows of several runs, shape [runs, rows].
 

@@ -22,5 +22,6 @@ def few_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         if programs := sys.modules.get("experiments.programs"):
             programs.release()
-        jax.clear_caches()
-        gc.collect()
+        else:
+            jax.clear_caches()
+            gc.collect()

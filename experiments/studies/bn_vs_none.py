@@ -30,8 +30,8 @@ from experiments.measures import (
     exceeds,
     final_accuracy,
     first_above,
+    gains,
     judge,
-    paired_differences,
     pairs,
     spread,
     step_milliseconds,
@@ -60,7 +60,7 @@ SETUP = {
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
     paired = pairs(*(results[norm] for norm in ARMS))
-    gain = spread(paired_differences(final_accuracy, results["batch"], results["none"]))
+    gain = spread(gains(results, "batch", "none"))
     targets = [best_accuracy(none) for _, none in paired]
     reached = [first_above(batch, target) for (batch, _), target in zip(paired, targets, strict=True)]
     if None in reached:

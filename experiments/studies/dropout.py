@@ -116,8 +116,8 @@ def noise(run: dict) -> float:
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
 
-    def less(number: Callable, label: str, other: str) -> Spread:
-        return spread(paired_differences(number, results[label], results[other]))
+    def less(measure: Callable, label: str, other: str) -> Spread:
+        return spread(paired_differences(measure, results[label], results[other]))
 
     narrower = less(generalization_gap, "none", "batch")
     over, beside = (less(final_test_accuracy, "batch", other) for other in ("none", "dropout"))

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import Spread, compared, exceeds, final_accuracy, judge, paired_differences, spread
+from experiments.measures import Spread, compared, exceeds, final_accuracy, gains, judge, spread
 
 TUNINGS = ("trained", "frozen", "affine")
 TARGETS = {"near": {"classes": (5, 6, 7, 8, 9)}, "far": {"data": "digits", "classes": None}}
@@ -118,8 +118,8 @@ def gain(results: dict[str, list[dict]], tuning: str, other: str, targets: list[
       targets: pairs of target and size.
       batch: images per step.
     """
-    arms = [[results[_label(target, size, batch, each)] for each in (tuning, other)] for target, size in targets]
-    return spread(np.mean([paired_differences(final_accuracy, *both) for both in arms], axis=0))
+    arms = [[_label(target, size, batch, each) for each in (tuning, other)] for target, size in targets]
+    return spread(np.mean([gains(results, *both) for both in arms], axis=0))
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
@@ -140,8 +140,7 @@ def plot(results: dict[str, list[dict]]) -> Figure:
     for batch in BATCHES:
         bars = []
         for (target, size), tuning in itertools.product(GROUPS, COLORS):
-            runs_of_both = (results[_label(target, size, batch, each)] for each in (tuning, "trained"))
-            gains = paired_differences(final_accuracy, *runs_of_both)
-            bars.append(plots.Bar(f"{size} {target}, {tuning}", gains, COLORS[tuning]))
+            both = (_label(target, size, batch, each) for each in (tuning, "trained"))
+            bars.append(plots.Bar(f"{size} {target}, {tuning}", gains(results, *both), COLORS[tuning]))
         panels.append(plots.Bars("accuracy minus trained (points)", bars, title=f"batch {batch}"))
     return plots.draw(panels)

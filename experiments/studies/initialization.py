@@ -44,17 +44,7 @@ from matplotlib.figure import Figure
 from experiments import layers, models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
-from experiments.measures import (
-    column,
-    compared,
-    diverged,
-    exceeds,
-    final_accuracy,
-    judge,
-    measured,
-    paired_differences,
-    spread,
-)
+from experiments.measures import column, compared, diverged, exceeds, final_accuracy, gains, judge, measured, spread
 
 ARMS = {
     "none": "no norm",
@@ -149,7 +139,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding; gains are taken between runs of the same seed."""
 
     def gain(arm):
-        return spread(paired_differences(final_accuracy, results[arm], results["none"]))
+        return spread(gains(results, arm, "none"))
 
     def largest(name):
         return [float(np.max(changes(run, name, "usual", "negligible"))) for run in results["batch"]]

@@ -145,11 +145,11 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
     arms = results["batch"], results["none"]
 
-    def larger(name):
-        return exceeds(spread(paired_differences(lambda run: over_rows(run, name), *arms)))
+    def difference(name):
+        return spread(paired_differences(lambda run: over_rows(run, name), *arms))
 
     def smaller(name):
-        return below(spread(paired_differences(lambda run: over_rows(run, name), *arms)), 0)
+        return below(difference(name), 0)
 
     def ratio(name):
         return quoted(spread(over_rows(batch, name) / over_rows(none, name) for batch, none in pairs(*arms)), 3)
@@ -164,7 +164,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         "beta_ratio": ratio("beta"),
         **judge(
             smaller("mean_shift") and smaller("var_shift"),
-            smaller("gradient_shift") and larger("gradient_cosine"),
+            smaller("gradient_shift") and exceeds(difference("gradient_cosine")),
             seeds=len(results["batch"]),
         ),
     }

@@ -38,16 +38,7 @@ from experiments import models, plots, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset, balance
 from experiments.evaluation import plain, predict, score
-from experiments.measures import (
-    compared,
-    exceeds,
-    final_accuracy,
-    judge,
-    measured_accuracy,
-    paired_differences,
-    quoted,
-    spread,
-)
+from experiments.measures import compared, exceeds, final_accuracy, gains, judge, measured_accuracy, quoted, spread
 from experiments.orders import ORDERS
 
 NORMS = ("batch", "renorm", "group")
@@ -119,7 +110,7 @@ def read(run: dict, sampling: str | None = None) -> float:
 
 def cost(results: dict[str, list[dict]], norm: str, sampling: str) -> np.ndarray:
     """Returns the points that a norm loses where batches are not shuffled but put together so, seed by seed."""
-    return paired_differences(final_accuracy, results[f"{norm}-shuffled"], results[f"{norm}-{sampling}"])
+    return gains(results, f"{norm}-shuffled", f"{norm}-{sampling}")
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
@@ -129,7 +120,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         for sampling in ("half_the_classes", "one_class")
     )
     half = results["batch-half_the_classes"]
-    renorm = spread(paired_differences(final_accuracy, results["renorm-half_the_classes"], half))
+    renorm = spread(gains(results, "renorm-half_the_classes", "batch-half_the_classes"))
     reads = spread(read(run) - final_accuracy(run) for run in half)
     read_text = "were not measured with every seed"  # one diverged
     if math.isfinite(reads.mean):

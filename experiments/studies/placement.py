@@ -19,12 +19,11 @@ Refuted if: (1) the net does not end with a higher test accuracy where batch nor
 the activation, fixing scale and bias may change the accuracy by a point or more; (3) after it, it may.
 """
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import column, compared, exceeds, final_accuracy, judge, paired_differences, spread, within
+from experiments.measures import column, compared, exceeds, final_accuracy, gains, judge, spread, within
 
 PLACES = ("before", "after")
 KINDS = {"learned": True, "fixed": False}  # of scale and bias: name and `affine`
@@ -56,11 +55,6 @@ SETUP = {
     "full": "The net and protocol of the published comparisons; its norms never have a scale, so that what is learned "
     f"or fixed at 0 is the bias. {_SHARED}",
 }
-
-
-def gains(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
-    """Returns the points of final test accuracy by which one arm is above another, seed by seed."""
-    return paired_differences(final_accuracy, results[label], results[other])
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:

@@ -41,9 +41,9 @@ from experiments.measures import (
     compared,
     exceeds,
     final_accuracy,
+    gains,
     judge,
     measured_accuracy,
-    paired_differences,
     quoted,
     spread,
     within,
@@ -152,7 +152,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences are taken between runs of the same seed."""
     short, long = (results[f"{length}-{MEASURED}"] for length in LENGTHS)
     short_gain, long_gain = (spread(precise(run) - final_accuracy(run) for run in group) for group in (short, long))
-    debias_gain = spread(paired_differences(final_accuracy, results["short-0.999-debiased"], results["short-0.999"]))
+    debias_gain = spread(gains(results, "short-0.999-debiased", "short-0.999"))
     claims = exceeds(short_gain), exceeds(debias_gain), within(long_gain, MARGIN)
     running = {
         "short_average": short,

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import compared, exceeds, final_accuracy, judge, paired_differences, spread
+from experiments.measures import compared, exceeds, final_accuracy, gains, judge, spread
 
 SIZES = (2, 4, 8, 16, 32, 64)  # images per device
 DEVICES = 8  # of the arms that have several
@@ -91,7 +91,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     fields = {}
     for arm in ("batch", "group"):
         fields |= {f"{arm}_{size}": spread(map(final_accuracy, results[f"{arm}-{size}"])).text() for size in (2, 32)}
-        fields[f"{arm}_change"] = compared(spread(gain(results, f"{arm}-2", f"{arm}-32")), "higher", "lower")
+        fields[f"{arm}_change"] = compared(spread(gains(results, f"{arm}-2", f"{arm}-32")), "higher", "lower")
     beyond, sync, renorm = (spread(values) for values in claims(results).values())
     return {
         **fields,
@@ -104,17 +104,12 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
 
 def claims(results: dict[str, list[dict]]) -> dict[str, np.ndarray]:
     """Returns the differences that are said to be above 0, in points, seed by seed, under the names of their bars."""
-    lost = {arm: gain(results, f"{arm}-32", f"{arm}-2") for arm in ("batch", "group")}
+    lost = {arm: gains(results, f"{arm}-32", f"{arm}-2") for arm in ("batch", "group")}
     return {
         "32 to 2: batch's\nloss beyond\ngroup's": lost["batch"] - lost["group"],
-        "at 2: sync.\nless alone": gain(results, "sync-2", "ghost-2"),
-        "at 2: renorm\nless batch": gain(results, "renorm-2", "batch-2"),
+        "at 2: sync.\nless alone": gains(results, "sync-2", "ghost-2"),
+        "at 2: renorm\nless batch": gains(results, "renorm-2", "batch-2"),
     }
-
-
-def gain(results: dict[str, list[dict]], label: str, other: str) -> np.ndarray:
-    """Returns the points of final test accuracy by which one run is above another, seed by seed."""
-    return paired_differences(final_accuracy, results[label], results[other])
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
@@ -126,7 +121,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
             {
                 "norm": name,
                 **{size: accuracy.text() for size, accuracy in by_size.items()},
-                "at 32 less at 2, points": spread(gain(results, f"{arm}-32", f"{arm}-2")).text(),
+                "at 32 less at 2, points": spread(gains(results, f"{arm}-32", f"{arm}-2")).text(),
                 "seeds": str(len(results[f"{arm}-2"])),
             }
         )

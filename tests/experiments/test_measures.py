@@ -126,5 +126,6 @@ def test_differences_are_taken_between_runs_of_the_same_seed(make_run):
     first = [make_run(Config(seed=seed), accuracies=[0.5 + seed / 10]) for seed in (1, 0)]
     other = [make_run(Config(seed=seed), accuracies=[0.4]) for seed in (0, 1)]
     np.testing.assert_allclose(measures.paired_differences(measures.final_accuracy, first, other), [10, 20])
+    np.testing.assert_allclose(measures.gains({"first": first, "other": other}, "first", "other"), [10, 20])
     with pytest.raises(ValueError, match="pairs need the same seeds"):
         measures.paired_differences(measures.final_accuracy, first, other[:1])
