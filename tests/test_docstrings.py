@@ -18,19 +18,20 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.testing
 from tests import parallel
 
 ROOT = Path(__file__).parent.parent
 README, PARALLEL = ROOT / "README.md", ROOT / "docs" / "parallel.md"
 PAGES = [README, PARALLEL, ROOT / "docs" / "after_training.md"]
 MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
-TOOLS = ["calibrate", "diagnose", "interop", "surgery"]
+TOOLS = ["calibrate", "diagnose", "interop", "surgery", "testing"]
 PUBLIC = {name: getattr(jaxbn, name) for name in jaxbn.__all__}
 for tool in TOOLS:
     module = importlib.import_module(f"jaxbn.{tool}")
     PUBLIC |= {f"{tool}.{name}": getattr(module, name) for name in module.__all__}
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
-TUPLES = [name for name, value in PUBLIC.items() if isinstance(value, type)]
+TUPLES = [name for name, value in PUBLIC.items() if isinstance(value, type) and hasattr(value, "_fields")]
 LAYERS = {"linen": jaxbn.linen.BatchNorm, "nnx": jaxbn.nnx.BatchNorm}
 GLOBS = {"jax": jax, "jnp": jnp, "jaxbn": jaxbn, "nn": nn, "nnx": nnx, "functools": functools}
 
@@ -105,6 +106,11 @@ def test_a_layer_documents_its_call(layer):
 def test_the_linen_layer_documents_its_fields_in_their_order():
     fields = [field.name for field in dataclasses.fields(jaxbn.linen.BatchNorm)]
     assert entries(jaxbn.linen.BatchNorm, "Attributes") == [name for name in fields if name not in ("parent", "name")]
+
+
+def test_the_adapter_documents_its_fields_in_their_order():
+    adapter = jaxbn.testing.Adapter
+    assert entries(adapter, "Attributes") == [field.name for field in dataclasses.fields(adapter)]
 
 
 def test_the_nnx_layer_documents_its_arguments_in_their_order():

@@ -22,8 +22,10 @@ RANKS = {
     "_checks": 0,
     "_graph": 0,
     "_groups": 0,
+    "_oracle": 0,
     "_weights": 0,
     "padding": 0,
+    "_adapter": 1,
     "_measure": 1,
     "_layouts": 1,
     "_conversion": 2,
@@ -44,6 +46,14 @@ RANKS = {
     "_figures": 8,
     "_findings": 9,
     "diagnose": 10,
+    "_samples": 2,
+    "_laws_values": 3,
+    "_laws_invariance": 3,
+    "_laws_precision": 3,
+    "_laws_transformations": 3,
+    "_laws_masks": 3,
+    "_laws_devices": 3,
+    "testing": 4,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}

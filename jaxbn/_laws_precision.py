@@ -1,0 +1,137 @@
+"""Laws of precision: large means, constant features, half precision, and batches that hold NaN or Inf."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._adapter import Adapter, evaluate, gradients, law, start, statistics, train
+from jaxbn._samples import (
+    EPS,
+    ROUNDINGS,
+    SHAPES,
+    Sample,
+    at,
+    exact,
+    magnitudes,
+    moments,
+    require_close,
+    require_finite,
+    running,
+    sample,
+    weight,
+)
+
+RATIOS = 10.0, 1e3, 1e5  # of mean to standard deviation
+STDS = np.array([1, 0.5, 3, 2])
+
+
+@law()
+def large_means(adapter: Adapter) -> None:
+    """Output and gradients lose no more digits than the mean has over the standard deviation, rounded to float32."""
+    # The variance as a difference of sums of squares loses twice as many.
+    _step_at_large_means(adapter, lambda ratio: (ROUNDINGS + 32 * ratio) * EPS)
+
+
+@law()
+def large_means_lose_nothing(adapter: Adapter) -> None:
+    """Output and gradients are exact to float32 at any mean, since the inputs are."""
+    _step_at_large_means(adapter, lambda ratio: ROUNDINGS * EPS)
+
+
+@law()
+def running_statistics_at_large_means(adapter: Adapter) -> None:
+    """The running variance of data with a large mean is that of the same data without it."""
+    for ratio in RATIOS:
+        for data in _at_ratio(ratio):
+            mean, var, _ = moments(data.x)
+            nearby = np.round(mean).astype(np.float32)  # no further than twice from x, so that x - nearby is exact
+            state = start(adapter, *data[:3])
+            (large_mean, large_var), (small_mean, small_var) = (
+                statistics(adapter, train(adapter, state, x)[1]) for x in (data.x, data.x - nearby)
+            )
+            part, case = weight(adapter), at(data.x, f"at mean/std {ratio:g}")
+            require_close(f"running mean {case}", large_mean, small_mean + part * nearby, 16 * EPS * abs(mean))
+            # A mean that is off by a few roundings adds the square of that.
+            allowed = (ROUNDINGS + 32 * ratio * part) * EPS * np.maximum(var, 1) + (8 * EPS * mean) ** 2
+            require_close(f"running var {case}", large_var, small_var, allowed)
+
+
+@law(lambda adapter: adapter.epsilon > 0)
+def variance_is_never_negative(adapter: Adapter) -> None:
+    """Features that are constant, or nearly so, have no negative variance, and finite outputs and gradients."""
+    values = np.concatenate([[0.1, 1e3 + 0.1], np.geomspace(0.3, 3e4, 30)]).astype(np.float32)
+    data = sample((50, len(values)), mean=0, std=1)
+    nearly = values * (1 + EPS * np.random.default_rng(0).integers(0, 2, data.x.shape)).astype(np.float32)
+    for case, x in (("constant", np.broadcast_to(values, data.x.shape)), ("nearly constant", nearly)):
+        state = start(adapter, x, data.scale, data.bias)
+        y, after = train(adapter, state, x)
+        require_finite(f"y of {case} features", y)
+        for name, found in gradients(adapter, state, x, *data[1:]).items():
+            require_finite(f"{name} of {case} features", found)
+        # What this batch has added to the running variance; that is stored with a rounding, next to what was there.
+        _, found = statistics(adapter, after)
+        _, at_zero = running(adapter, [(values, np.zeros_like(values, np.float64), np.full(len(values), 50.0))])
+        added = found - at_zero
+        worst = np.argmin(added)
+        if added[worst] < -4 * EPS * at_zero[worst]:
+            raise AssertionError(
+                f"variance of {case} feature {values[worst]:g} is negative: {added[worst]:.2g} was added to the "
+                "running variance"
+            )
+        require_finite(f"y of evaluation on {case} features", evaluate(adapter, after, x))
+
+
+@law(lambda adapter: bool(adapter.half_precision))
+def low_precision(adapter: Adapter) -> None:
+    """Statistics and outputs of half-precision inputs are as precise as the inputs, however many there are."""
+    for dtype in adapter.half_precision:
+        rounding = float(jnp.finfo(dtype).eps)
+        # 2^14 values for each feature, where sums in half precision stand still; squares of 300 overflow in float16.
+        data = sample((64, 16, 16, 4), mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype)
+        wide = data._replace(x=data.x.astype(np.float32))
+        y, state = train(adapter, start(adapter, *data[:3]), data.x)
+        _, of_wide = train(adapter, start(adapter, *wide[:3]), wide.x)
+        (mean, var, _), magnitude, case = moments(wide.x), magnitudes(adapter, wide), at(data.x, f"in {dtype}")
+        # The mean, rounded as the inputs are, is as much of their standard deviation.
+        allowed = 4 * rounding * (1 + abs(mean) / np.sqrt(var)) * magnitude["y"]
+        require_close(f"y {case}", y, exact(adapter, wide)["y"], allowed)
+        found, expected = statistics(adapter, state), statistics(adapter, of_wide)
+        for name, one, other, size in zip(("mean", "var"), found, expected, (magnitude["mean"], var), strict=True):
+            allowed = 4 * rounding * weight(adapter) * size + 16 * EPS * magnitude[name]
+            require_close(f"running {name} {case}", one, other, allowed)
+
+
+@law()
+def one_nan_batch(adapter: Adapter) -> None:
+    """A batch with NaN or Inf in it leaves the running statistics finite, and training goes on."""
+    for shape in SHAPES:
+        for value in (np.nan, np.inf):
+            data = sample(shape)
+            spoilt = data.x.copy()
+            spoilt[(0,) * (len(shape) - 1) + (1,)] = value
+            _, state = train(adapter, start(adapter, *data[:3]), data.x)
+            with np.errstate(all="ignore"):
+                _, state = train(adapter, state, spoilt)
+            for moment in ("after the batch", "one batch later"):
+                case = f"{moment} {at(data.x, f'with {value}')}"
+                for name, found in zip(("mean", "var"), statistics(adapter, state), strict=True):
+                    require_finite(f"running {name} {case}", found)
+                require_finite(f"y of evaluation {case}", evaluate(adapter, state, data.x))
+                y, state = train(adapter, state, data.x)
+                require_finite(f"y {case}", y)
+
+
+def _at_ratio(ratio: float) -> list[Sample]:
+    """Returns dense and convolutional data with means of either sign, so many standard deviations away from 0."""
+    return [sample(shape, mean=ratio * STDS * (1, -1, 1, -1), std=STDS) for shape in SHAPES]
+
+
+def _step_at_large_means(adapter, tolerance):
+    for ratio in RATIOS:
+        for data in _at_ratio(ratio):
+            state = start(adapter, *data[:3])
+            y, _ = train(adapter, state, data.x)
+            found = {"y": y, **gradients(adapter, state, *data)}
+            expected, magnitude = exact(adapter, data), magnitudes(adapter, data)
+            for name, value in found.items():
+                case = f"{name} {at(data.x, f'at mean/std {ratio:g}')}"
+                require_close(case, value, expected[name], tolerance(ratio) * magnitude[name])
