@@ -17,6 +17,7 @@ from experiments.config import Config
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md"
+MEASUREMENTS, PROJECT = HERE / "measurements", HERE.parent
 
 DataDir = Annotated[
     Path | None,
@@ -30,6 +31,7 @@ Launch = Annotated[
     int, arg(metavar="N", help="Start so many processes on this machine's CPU, for a look at what runs on several.")
 ]
 ResultsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the result files.")]
+MeasurementsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the files of measurements.")]
 Study = Positional[Annotated[str, arg(metavar="STUDY", help="Name of a study, as `list` shows it, or `all`.")]]
 
 app = tyro.extras.SubcommandApp()
@@ -145,11 +147,40 @@ def sync_demo_command(
 
 
 @app.command(name="collectives")
-def collectives_command() -> None:
+def collectives_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Count what batch norm sends between devices on each parallel API, beside Flax's layer, in compiled programs."""
     from experiments import collectives
 
-    collectives.run()
+    collectives.run(out=out)
+
+
+@app.command(name="numerics")
+def numerics_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
+    """Measure the errors of batch norm against float64 as the mean of the inputs grows, beside Flax's layer."""
+    from experiments import numerics
+
+    numerics.run(out=out)
+    _show(["numerics"], out)
+
+
+@app.command(name="scoreboard")
+def scoreboard_command(
+    *,
+    peers: Annotated[str | None, arg(metavar="A,B", help="Names of peers. If left out: all.")] = None,
+    laws: Annotated[str | None, arg(metavar="X,Y", help="Names of laws. If left out: all.")] = None,
+    out: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="Folder to write to. If left out: docs/scoreboard, or none for chosen peers or laws."),
+    ] = None,
+) -> None:
+    """Put this library and its peers to the laws of batch norm: about three minutes on two cores.
+
+    The exit status is 1 if this library breaks one.
+    """
+    from experiments import scoreboard
+
+    if not scoreboard.run(peers=peers, laws=laws, out=out):
+        sys.exit(1)
 
 
 @app.command(name="calibration")
@@ -161,29 +192,47 @@ def calibration_command(*, data_dir: DataDir = None) -> None:
 
 
 @app.command(name="bench")
-def bench_command(*, batch_size: int = 128, rounds: int = 25) -> None:
-    """Measure what batch norm adds to a training step of ResNet-20: time and memory, beside Flax's layer.
+def bench_command(
+    *,
+    only: str = "layers,steps,collectives",
+    rounds: int = 25,
+    step_rounds: int = 15,
+    compilations: int = 7,
+    out: MeasurementsDir = MEASUREMENTS,
+) -> None:
+    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: a quarter of an hour on two cores.
+
+    Stopped at any moment, the same command continues. `table` shows what was measured in the README.
 
     Args:
-        batch_size: Images per step.
-        rounds: Timings of each arm.
+        only: Some of `layers`, `steps` and `collectives`, with commas between.
+        rounds: Timings of each layer in each row.
+        step_rounds: Timings of each training step.
+        compilations: Compilations of the training step of ResNet-20.
+        out: Where the files go.
     """
     from experiments import bench
+    from experiments.benchmarks import Settings
 
-    bench.run(batch_size=batch_size, rounds=rounds)
+    settings = Settings(rounds=rounds, step_rounds=step_rounds, compilations=compilations)
+    parts = only.split(",")
+    if status := bench.run(only=parts, out=out, settings=settings):
+        sys.exit(status)
+    _show([part for part in parts if part != "collectives"], out)  # which has shown them itself
 
 
 @app.command(name="throughput")
-def throughput_command(*, batch_size: int = 100, rounds: int = 25) -> None:
+def throughput_command(*, batch_size: int = 100, rounds: int = 25, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Measure images per second of `fit` beside a plain loop in Flax and Optax, and what augmentation adds to a step.
 
     Args:
         batch_size: Images per step; divides 10,000.
         rounds: Timings of each arm.
+        out: Where the file goes.
     """
     from experiments import throughput
 
-    throughput.run(batch_size=batch_size, rounds=rounds)
+    throughput.run(batch_size=batch_size, rounds=rounds, out=out)
 
 
 @app.command(name="folding")
@@ -224,17 +273,31 @@ def table_command(
     *,
     results_dir: ResultsDir = RESULTS,
     out: Annotated[Path, arg(metavar="FILE", help="The file to write.")] = README,
+    measurements_dir: MeasurementsDir = MEASUREMENTS,
+    project: Annotated[Path, arg(metavar="DIR", help="Folder of README.md and docs, where measurements go.")] = PROJECT,
 ) -> None:
-    """Write experiments/README.md: what was asked, measured and found."""
+    """Write what was asked, measured and found into experiments/README.md, and measurements into README.md and docs."""
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from experiments import report
+    from experiments import measured, report
 
     text = report.readme(results_dir)
     out.write_text(text, encoding="utf-8")
     Console().print(Markdown(text))
-    print(f"Written to {out}")
+    for path in (out, *measured.write(measurements_dir, project)):
+        print(f"Written to {path}")
+
+
+def _show(names: list[str], folder: Path) -> None:
+    """Prints what has been measured, as the README shows it."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from experiments import measured
+
+    for name in names:
+        Console(width=120).print(Markdown(measured.block(name, folder)))
 
 
 def _take_part(devices: int | None, processes: int) -> None:

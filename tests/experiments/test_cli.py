@@ -41,7 +41,8 @@ def test_help_comes_without_importing_jax():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "sync-demo", "calibration", "collectives", "run", "train", "plot", "table", "list"]
+    "command",
+    ["demo", "sync-demo", "calibration", "collectives", "numerics", "bench", "run", "train", "plot", "table", "list"],
 )
 def test_every_command_has_help(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -104,7 +105,8 @@ def test_plot_without_results_says_so(monkeypatch, capsys, tmp_path):
 
 
 def test_table_writes_and_prints_the_report(monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, "table", "--results-dir", tmp_path, "--out", tmp_path / "R.md") == 0
+    folders = ("--results-dir", tmp_path, "--measurements-dir", tmp_path, "--project", tmp_path)
+    assert call(monkeypatch, "table", *folders, "--out", tmp_path / "R.md") == 0
     assert "bn_vs_none" in (tmp_path / "R.md").read_text() and "bn_vs_none" in capsys.readouterr().out
 
 

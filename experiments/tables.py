@@ -1,0 +1,186 @@
+"""Measurements as tables in Markdown, for the README and docs/bench.
+
+Convention: a function takes what `results.read_records` returns, and gives the text of a block. The shapes of README
+tables stay small: geometric means, with the worst row in brackets; every row is in docs/bench.
+"""
+
+import math
+from collections.abc import Sequence
+
+from experiments import collectives, throughput, timing
+from experiments.benchmarks import layers, limit, steps
+from experiments.report import markdown
+
+STABLE = "Flax, stable: `use_fast_variance=False`."
+LARGE_ARRAY = 4 * 2**20  # bytes; a copy of a smaller one times mostly the call
+
+
+def numerics_table(run: dict) -> str:
+    """Returns the errors by mean."""
+    by_mean = {}
+    for record in run["records"]:
+        line = by_mean.setdefault(record["mean"], {"mean/std": _mean(record["mean"])})
+        line[record["implementation"]] = _short(f"{record['output']:.0e} / {record['gradient']:.0e}")
+    return f"{markdown(list(by_mean.values()))}\n\n{STABLE}"
+
+
+def layers_table(run: dict) -> str:
+    """Returns the geometric means of the ratios by arm, pass and dtype, and the part of the limit that is reached."""
+    records = run["records"]
+    columns = {(record["dtype"], record["pass"]): None for record in records}
+    lines = []
+    for arm in arms_of(records):
+        line = {"time of jaxbn over that of": arm}
+        for dtype, name in columns:
+            line[f"{name}, {dtype}"] = _mean_and_worst(_select(records, arm=arm, dtype=dtype, **{"pass": name}))
+        lines.append(line)
+    reached = {"time of jaxbn over that of": "*part of the limit that jaxbn reaches*"}
+    for dtype, name in columns:
+        ours = _select(records, arm=layers.OURS, dtype=dtype, **{"pass": name})
+        parts = [record["limit"]["median"] for record in ours if array_bytes(record) >= LARGE_ARRAY]
+        reached[f"{name}, {dtype}"] = f"{timing.geometric_mean(parts):.2f}" if parts else "-"
+    shapes = len({tuple(record["shape"]) for record in records})
+    return (
+        f"{markdown([*lines, reached])}\n\nGeometric means over batch norm alone and with ReLU on {shapes} shapes (in "
+        f"brackets the worst of these rows). {STABLE} PyTorch: channels last. Limit: the bytes that must move, at the "
+        f"bandwidth of a copy, for arrays of {LARGE_ARRAY // 2**20} MiB and more."
+    )
+
+
+def layers_pages(run: dict) -> str:
+    """Returns all rows, one table for each pass and dtype, with quartiles."""
+    parts, records = [], run["records"]
+    for dtype, name in {(record["dtype"], record["pass"]): None for record in records}:
+        chosen = _select(records, dtype=dtype, **{"pass": name})
+        lines = []
+        for ours in _select(chosen, arm=layers.OURS):
+            row = {key: ours[key] for key in ("shape", "activation")}
+            line = {"shape": "x".join(map(str, row["shape"])), "activation": row["activation"]}
+            line["jaxbn, ms"] = f"{1e3 * ours['seconds']['median']:.3f}"
+            line["of the limit"] = f"{ours['limit']['median']:.2f}"
+            (copy,) = _select(chosen, arm=layers.COPY, **row)
+            line["copy, GB/s"] = f"{copy['bandwidth'] / 1e9:.1f}"
+            for arm in arms_of(chosen):
+                found = _select(chosen, arm=arm, **row)
+                line[arm] = _with_quartiles(found[0]["ratio"]) if found else "-"
+            lines.append(line)
+        parts.append(f"### {name}, {dtype}\n\n{markdown(lines)}")
+    return "\n\n".join(parts)
+
+
+def steps_table(run: dict) -> str:
+    """Returns what each norm adds to a step, by net and dtype."""
+    lines = []
+    for net, dtype in {(record["net"], record["dtype"]): None for record in run["records"]}:
+        chosen = _select(run["records"], net=net, dtype=dtype)
+        for found in steps.summarize(chosen):
+            if found["arm"] != steps.NONE:
+                lines.append(
+                    {
+                        "net": f"{net}, {dtype}",
+                        "norm": found["arm"],
+                        "time added, over Flax's": _interval(found["added"]) if found["arm"] != steps.FLAX else "1",
+                        "temporaries, over no norm": f"{found['temporaries']:.2f}",
+                        "compile time, over Flax's": f"{found['compile']['median']:.2f}",
+                    }
+                )
+    nets = {f"{r['net']} at width {r['width']:g} and batch {r['batch_size']}": None for r in run["records"]}
+    return (
+        f"{markdown(lines)}\n\n{', '.join(nets)}, on images of {run['records'][0]['image_size']} x "
+        f"{run['records'][0]['image_size']}. In brackets, an interval of 95 % (bootstrap over the rounds). {STABLE}"
+    )
+
+
+def collectives_table(run: dict) -> str:
+    """Returns the collectives and errors by layer, APIs that do the same together, and the bytes by devices."""
+    records = [record for record in run["records"] if "growth" not in record]
+    sent = {record["layer"]: record for record in records if record["api"] == "jit"}
+    grouped = {}
+    for record in records:
+        # Under vmap there is one device, which sends nothing; only its errors count.
+        cost = sent[record["layer"]] if record["api"] == "vmap" else record
+        cells = {
+            "collectives, forward": collectives.count(cost["forward"]),
+            "forward and backward": collectives.count(cost["forward+backward"]),
+            **{f"error, {valid}": collectives.percent(error) for valid, error in record["errors"].items()},
+        }
+        _, apis = grouped.setdefault((record["layer"], *cells.values()), (cells, []))
+        apis.append(record["api"])
+    every = {record["api"] for record in records}
+    lines = [{"": f"{layer}, {_apis(apis, every)}", **cells} for (layer, *_), (cells, apis) in grouped.items()]
+    return f"{markdown(lines)}\n\n{_growth_sentence(run)} {STABLE}"
+
+
+def throughput_sentence(run: dict) -> str:
+    """Returns how the training loop compares with a plain one."""
+    fit = {record["timed"]: record for record in run["records"] if record["arm"] == throughput.FIT}
+    faster = fit["run"]["images_over_plain"]["median"]
+    return (
+        f"The training loop trains {faster:.2f} times as many images per second as a plain loop in Flax and Optax over "
+        "the same net, and gathering and augmenting the images adds "
+        f"{throughput.augmentation(run['records']):.1f} % to a step."
+    )
+
+
+def arms_of(records: Sequence[dict]) -> list[str]:
+    """Returns the layers that jaxbn is compared with, in their order."""
+    return list(dict.fromkeys(r["arm"] for r in records if r["arm"] not in (layers.OURS, layers.COPY)))
+
+
+def array_bytes(record: dict) -> float:
+    """Returns the size of the inputs of a row."""
+    return limit.bytes_moved("eval", tuple(record["shape"]), record["dtype"]) / limit.ARRAYS_MOVED["eval"]
+
+
+def _mean(mean):
+    return _short(f"{mean:.0e}") if mean >= 1000 else f"{mean:g}"
+
+
+def _short(text):
+    """Numbers without the zeros that Python writes into exponents."""
+    return text.replace("e+0", "e").replace("e-0", "e-")
+
+
+def _select(records, **fields):
+    return [record for record in records if all(record.get(key) == value for key, value in fields.items())]
+
+
+def _mean_and_worst(records):
+    if not records:
+        return "-"
+    ratios = [record["ratio"]["median"] for record in records]
+    return f"{timing.geometric_mean(ratios):.2f} ({max(ratios):.2f})"
+
+
+def _with_quartiles(ratio):
+    return f"{ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
+
+
+def _interval(share):
+    if math.isnan(share["value"]):
+        return "Flax's adds none"
+    if math.isnan(share["lower"]):  # in some of the samples, Flax's adds none
+        return f"{share['value']:.2f} (any)"
+    return f"{share['value']:.2f} ({share['lower']:.2f} to {share['upper']:.2f})"
+
+
+def _apis(apis, every):
+    """APIs in words; both ways of checking in shard_map are one."""
+    if set(apis) == every:
+        return "every API"
+    return ", ".join(f"`{api}`" for api in dict.fromkeys(api.split(",")[0] for api in apis))
+
+
+def _growth_sentence(run):
+    """How the bytes change with the devices, in words that hold for any outcome."""
+    counts = run["header"]["settings"]["growth"]
+    sentences = []
+    for layer in collectives.LAYERS:
+        records = [r for r in run["records"] if r.get("growth") in counts and r["layer"] == layer]
+        sent = list(dict.fromkeys(f"{record['forward+backward']['bytes']:,}" for record in records))
+        sentences.append(f"{layer} {', '.join(sent)}")
+    devices = ", ".join(map(str, counts))
+    return (
+        f"Bytes that a device hands over forward and backward, {run['header']['settings']['features']} features, on "
+        f"{devices} devices (one number: the same on all): {'; '.join(sentences)}."
+    )

@@ -1,0 +1,180 @@
+"""The scoreboard: what is committed is what the committed file gives, and every failure can be had again."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import __main__ as cli
+from experiments import scoreboard
+from experiments.peers import OURS, PEERS
+from experiments.scoreboard import FOLDER
+from jaxbn.testing import LAWS
+
+LAW, OTHER, THIRD = (law.name for law in LAWS[:3])
+SCRIPTS = sorted(scoreboard.FAULTS.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return scoreboard.load(FOLDER)
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Lets a test say which peers break the laws; the others keep them, but for one that is not installed."""
+    broken = set()
+
+    def judge(peer, laws):
+        outcome = "not installed" if peer == "torch" else "broken" if peer in broken else "holds"
+        detail = {"broken": "y: error 1, allowed 0", "not installed": "torch is not installed; pip install."}
+        return [{"peer": peer, "law": law, "outcome": outcome, "detail": detail.get(outcome, "")} for law in laws]
+
+    monkeypatch.setattr(scoreboard, "judge", judge)
+    monkeypatch.setattr(scoreboard, "fault_scripts", lambda: [])
+    monkeypatch.setattr(scoreboard, "FOLDER", None)
+    return broken
+
+
+def call(monkeypatch, *arguments):
+    """Runs the command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["experiments", "scoreboard", *map(str, arguments)])
+    try:
+        return cli.main()
+    except SystemExit as exit:
+        return exit.code
+
+
+def test_committed_readme_is_the_one_the_file_gives():
+    hint = "run `python -m experiments scoreboard` and commit both files"
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == scoreboard.readme(FOLDER), hint
+
+
+def test_committed_file_has_every_law_for_every_peer(committed):
+    assert committed["header"]["settings"]["laws"] == scoreboard.STATEMENTS
+    found = [(line["peer"], line["law"]) for line in committed["lines"]]
+    assert found == [(peer, law.name) for peer in PEERS for law in LAWS]
+    assert "not installed" not in {line["outcome"] for line in committed["lines"]}
+
+
+def test_this_library_breaks_no_law_in_the_committed_file(committed):
+    assert {line["outcome"] for line in committed["lines"] if line["peer"] in OURS} <= {"holds", "not declared"}
+
+
+@pytest.mark.parametrize(
+    ("peer", "law"),
+    [
+        ("flax-linen", "nan_in_masked_positions"),
+        ("flax-nnx", "batch_masked_everywhere"),
+        ("equinox", "running_average_converges"),
+        ("haiku", "variance_is_never_negative"),
+    ],
+)
+def test_known_fault_is_in_the_committed_file(committed, peer, law):
+    outcomes = {(line["peer"], line["law"]): line["outcome"] for line in committed["lines"]}
+    assert outcomes[peer, law] == "broken"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_fault_shows_without_this_library_as_the_readme_says(committed, path):
+    if path not in scoreboard.fault_scripts():
+        pytest.skip("the peer is not installed")
+    assert "jaxbn" not in path.read_text()
+    assert scoreboard.run_fault(path) in committed["faults"]
+
+
+def test_every_failure_has_the_line_that_repeats_it(committed):
+    text = scoreboard.readme(FOLDER)
+    for line in committed["lines"]:
+        command = f"`python -m experiments scoreboard --peers {line['peer']} --laws {line['law']}`"
+        assert (command in text) == (line["outcome"] == "broken")
+
+
+def test_peer_is_judged_in_a_process_of_its_own():
+    asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
+    found = scoreboard.judge("flax-linen", asked)
+    assert [line["law"] for line in found] == asked
+    assert [line["outcome"] for line in found] == ["holds", "broken"] and "not finite" in found[1]["detail"]
+
+
+def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
+    calls = []
+
+    def crash_at_the_second(command, **_):
+        path, peer, *laws = command[3:]
+        calls.append(laws)
+        with open(path, "w") as file:
+            line = {"peer": peer, "law": laws[0], "outcome": "holds", "detail": ""}
+            file.write(json.dumps(line) + "\n")
+        return types.SimpleNamespace(returncode=-11 if OTHER in laws else 0, stderr="Fatal\nbad memory\n")
+
+    monkeypatch.setattr(subprocess, "run", crash_at_the_second)
+    found = scoreboard.judge("haiku", [LAW, OTHER, THIRD])
+    assert calls == [[LAW, OTHER, THIRD], [THIRD]]
+    assert [line["outcome"] for line in found] == ["holds", "broken", "holds"]
+    assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was ended by SIGSEGV: bad memory"
+
+
+def test_missing_library_is_no_failure(monkeypatch, tmp_path):
+    def missing():
+        raise ModuleNotFoundError("haiku is not installed; pip install it.", name="haiku")
+
+    monkeypatch.setitem(PEERS, "haiku", missing)
+    scoreboard.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
+    line = json.loads((tmp_path / "found.jsonl").read_text())
+    assert line == {
+        "peer": "haiku",
+        "law": LAW,
+        "outcome": "not installed",
+        "detail": "haiku is not installed; pip install it.",
+    }
+
+
+def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp_path):
+    monkeypatch.setitem(PEERS, "haiku", lambda: __import__("jax.nonsense"))
+    with pytest.raises(ModuleNotFoundError, match="nonsense"):
+        scoreboard.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
+
+
+@pytest.mark.parametrize(("broken", "status"), [((), 0), (("haiku",), 0), (("jaxbn-nnx", "haiku"), 1)])
+def test_exit_status_tells_of_this_library_alone(monkeypatch, judged, broken, status):
+    judged.update(broken)
+    assert call(monkeypatch, "--laws", LAW) == status
+
+
+def test_failure_is_printed_with_the_line_that_repeats_it(monkeypatch, capsys, judged):
+    judged.add("haiku")
+    assert call(monkeypatch, "--peers", "jaxbn,haiku,torch", "--laws", f"{LAW},{OTHER}") == 0
+    printed = capsys.readouterr().out
+    assert f"haiku breaks {LAW}: y: error 1, allowed 0" in printed
+    assert f"python -m experiments scoreboard --peers haiku --laws {OTHER}" in printed
+    assert "torch is not installed" in printed and "jaxbn breaks" not in printed
+
+
+def test_a_choice_is_written_only_to_a_folder_that_is_named(monkeypatch, judged):
+    written = []
+    monkeypatch.setattr(scoreboard.results, "write", lambda path, *_: written.append(path))
+    assert call(monkeypatch, "--peers", "jaxbn") == call(monkeypatch, "--laws", LAW) == 0
+    assert not written
+
+
+def test_written_table_has_a_row_for_each_law_and_a_column_for_each_installed_peer(monkeypatch, judged, tmp_path):
+    judged.add("haiku")
+    assert call(monkeypatch, "--peers", "jaxbn,haiku,torch", "--laws", f"{LAW},{OTHER}", "--out", tmp_path) == 0
+    assert scoreboard.table(tmp_path).splitlines() == [
+        "| law | jaxbn | haiku |",
+        "| --- | --- | --- |",
+        f"| `{LAW}` | holds | **broken** |",
+        f"| `{OTHER}` | holds | **broken** |",
+        "| holds, of those asked | 2 of 2 | 0 of 2 |",
+    ]
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text == scoreboard.readme(tmp_path) and "Not installed: torch." in text
+
+
+@pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
+def test_unknown_name_is_an_error_in_a_sentence(monkeypatch, capsys, option, kind):
+    assert call(monkeypatch, option, "nope") == 2
+    assert capsys.readouterr().err.startswith(f"Error: {kind}='nope'; the {kind}s are ")
