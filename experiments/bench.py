@@ -1,127 +1,52 @@
-"""What batch norm adds to a training step of ResNet-20: time and memory, this library's layer beside Flax's.
+"""`python -m experiments bench`: speed, memory and collectives of batch norm, this library's beside others'.
 
-Convention: all arms are timed in one run, in shuffled order, each once just before it is timed; the numbers to quote
-are ratios of what the norms add to the net without a norm, since the machine's speed cancels in them.
+Conventions: each part runs in a process of its own, which keeps the memory that it has freed (on a CPU, page faults of
+fresh memory take longer than the layer) and has two threads; PyTorch gets another, with the same environment. A part
+is measured piece by piece, and continues where it was interrupted. Its file is replaced when it is complete.
 """
 
-import functools
-import random
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
-from unittest import mock
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import optax
-from rich.console import Console
-from rich.table import Table
+from experiments.benchmarks import Settings
 
-import jaxbn.linen
-from experiments import blocks, models
-from experiments.config import Config
-
-ARMS = {
-    "none": None,
-    "flax": nn.BatchNorm,
-    "flax, use_fast_variance=False": lambda **options: nn.BatchNorm(use_fast_variance=False, **options),
-    "jaxbn": jaxbn.linen.BatchNorm,
+THREADS = 2
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+    "PJRT_NPROC": str(THREADS),
+    "OMP_NUM_THREADS": str(THREADS),
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # compilations are timed
 }
+PARTS = ("layers", "steps", "collectives")
 
 
-class Step(NamedTuple):
-    """A compiled training step and what it works on."""
-
-    compiled: Callable
-    state: tuple
-    batch: tuple
-    temporaries: int  # bytes
-    compile_seconds: float
-
-
-def compile_step(layer: Callable[..., nn.Module] | None, batch_size: int) -> Step:
-    """Compiles a step of ResNet-20 whose batch norm is `layer`; None for no norm."""
-    norm = "none" if layer is None else "batch"
-    net = models.build(Config(net="resnet20", norm=norm), num_classes=10)
-    images = jax.random.uniform(jax.random.key(0), (batch_size, 32, 32, 3))
-    labels = jnp.arange(batch_size) % 10
-    sgd = optax.sgd(0.01, 0.9)
-
-    def step(params, batch_stats, momenta, images, labels):
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, updated.get("batch_stats", {})
-
-        gradients, batch_stats_new = jax.grad(loss_of, has_aux=True)(params)
-        updates, momenta = sgd.update(gradients, momenta)
-        return optax.apply_updates(params, updates), batch_stats_new, momenta
-
-    # The nets take their batch norm from the name in `blocks`: what a user changes is that import.
-    with mock.patch.object(blocks, "BatchNorm", layer):
-        variables = net.init(jax.random.key(1), images, train=False)
-        state = (variables["params"], variables.get("batch_stats", {}), sgd.init(variables["params"]))
-        lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*state, images, labels)
-    clock = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - clock
-    return Step(compiled, state, (images, labels), compiled.memory_analysis().temp_size_in_bytes, seconds)
-
-
-def time_steps(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds per step for every arm, `rounds` of them, as :func:`time_calls` takes them."""
-    states = {name: step.state for name, step in steps.items()}
-
-    def step(name):
-        states[name] = steps[name].compiled(*states[name], *steps[name].batch)
-        return states[name]
-
-    return time_calls({name: functools.partial(step, name) for name in steps}, rounds)
-
-
-def time_calls(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds per call for every arm, `rounds` of them, taken in shuffled order."""
-    seconds = {name: [] for name in calls}
-    shuffled = random.Random(0)
-    for _ in range(rounds):
-        for name in shuffled.sample(list(calls), len(calls)):
-            for timed in (False, True):
-                clock = time.perf_counter()
-                jax.block_until_ready(calls[name]())
-                if timed:
-                    seconds[name].append(time.perf_counter() - clock)
-    return seconds
-
-
-def run(*, batch_size: int, rounds: int) -> None:
-    """Compiles and times all arms, and prints the table.
+def run(*, only: Sequence[str], out: Path, settings: Settings) -> int:
+    """Measures these parts; returns the exit status of the first that fails, or 0.
 
     Args:
-      batch_size: images per step.
-      rounds: timings of each arm.
+      only: some of `PARTS`.
+      out: folder of the files.
+      settings: how much is measured.
+
+    Raises:
+      ValueError: there is no such part.
     """
-    steps = {name: compile_step(layer, batch_size) for name, layer in ARMS.items()}
-    medians = {name: statistics.median(values) for name, values in time_steps(steps, rounds).items()}
-    device = jax.devices()[0]
-    table = Table(
-        "norm",
-        title=f"A training step of ResNet-20, batch {batch_size}, float32, {device.device_kind}, jax {jax.__version__}",
-    )
-    for column in ("ms per step", "ms added", "added / Flax's", "temporaries, MB", "/ no norm", "compile, s"):
-        table.add_column(column, justify="right")
-    flax_added = medians["flax"] - medians["none"]
-    for name, step in steps.items():
-        added = medians[name] - medians["none"]
-        table.add_row(
-            name,
-            f"{medians[name] * 1e3:.0f}",
-            f"{added * 1e3:.0f}",
-            f"{added / flax_added:.2f}" if flax_added > 0 else "Flax's adds none",
-            f"{step.temporaries / 1e6:.0f}",
-            f"{step.temporaries / steps['none'].temporaries:.3f}",
-            f"{step.compile_seconds:.1f}",
-        )
-    Console(width=120).print(table)
+    if not only or set(only) - set(PARTS):
+        raise ValueError(f"only={','.join(only)!r}; some of {','.join(PARTS)} are accepted; name those.")
+    for part in only:
+        if status := subprocess.run(_command(part, out, settings), env=os.environ | ENVIRONMENT).returncode:
+            return status
+    return 0
+
+
+def _command(part, out, settings):
+    if part == "collectives":  # nothing is timed, and the devices are simulated: the command does it all
+        return [sys.executable, "-m", "experiments", "collectives", "--out", str(out)]
+    return [sys.executable, "-m", "experiments.benchmarks", part, str(out), json.dumps(settings.to_json())]

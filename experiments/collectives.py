@@ -7,9 +7,8 @@ hands over.
 
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,7 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
+from experiments import results
+from experiments.hlo import collectives, executed, executed_bytes
 
+NAME = "collectives"
+DEVICES = 8
 FEATURES = 64
 SHAPE = (4, 2, 2, FEATURES)  # of one device's inputs
 GROWTH = (8, 64, 512)  # numbers of devices
@@ -43,45 +46,6 @@ RECIPES = {
     "vmap": "pmean(grad(loss))",
 }
 VALID = ((4, 4, 4, 1), (4, 4, 4, 0))  # numbers of valid examples on four neighbouring devices
-
-_NAMES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<name>{_NAMES})(?:-start)?\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
-_ARRAY = re.compile(r"[a-z]+(\d*)\[([\d,]*)\]")
-
-
-class Collective(NamedTuple):
-    """One collective of a compiled program.
-
-    Attributes:
-      name: XLA's name of the operation.
-      bytes: of its result on one device; of an all-reduce, that is also what the device hands over.
-      conditional: whether it stands in a branch of a conditional.
-    """
-
-    name: str
-    bytes: int
-    conditional: bool
-
-
-def collectives(compiled: str) -> list[Collective]:
-    """Returns the collectives of a compiled program, given as the text of its HLO."""
-    computations, entry = _computations(compiled)
-
-    def walk(name, conditional):
-        found = []
-        for line in computations[name]:
-            if instruction := _INSTRUCTION.search(line):
-                found.append(Collective(instruction["name"], _bytes(instruction["shape"]), conditional))
-            elif branches := _BRANCHES.search(line):
-                listed = branches[1].split(",") if branches[1] else branches.groups()[1:]
-                found += [c for branch in listed for c in walk(branch.strip().lstrip("%"), True)]
-            else:
-                found += [c for called in _CALLED.findall(line) for c in walk(called, conditional)]
-        return found
-
-    return walk(entry, False)
 
 
 @functools.cache
@@ -165,62 +129,112 @@ def error_of_variance(layer: Callable[..., nn.Module], api: str, valid: tuple[in
     return float(100 * abs(var / exact - 1).max())
 
 
-def run() -> None:
-    """Prints what each API does, and how the bytes grow with the devices, which are simulated."""
+def run(*, out: Path) -> None:
+    """Measures what each API does and how the bytes grow with the devices, which are simulated; writes and prints it.
+
+    Args:
+      out: folder of the file.
+    """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(GROWTH))
+    path = out / f"{NAME}.jsonl"
+    settings = {"features": FEATURES, "devices": DEVICES, "growth": list(GROWTH), "group": GROUP}
+    header = results.measurement_header(settings)
+    results.measure(path, header, {"what each API does": what_each_api_does, "growth": growth})
+    records = results.read_records(path)["records"]
     console = Console(width=120)
-    console.print(what_each_api_does(devices=8))
-    console.print(growth())
+    console.print(table_of_apis([record for record in records if "growth" not in record]))
+    console.print(table_of_growth([record for record in records if "growth" in record]))
 
 
-def what_each_api_does(devices: int, *, layers: Sequence[str] = tuple(LAYERS)) -> Table:
-    """Returns the table of collectives and errors by API and layer, for so many devices of this process."""
+def what_each_api_does(devices: int = DEVICES) -> list[dict]:
+    """Returns a record for each API and layer: collectives and bytes of both passes, errors of the variance in %."""
+    return [
+        {
+            "api": api,
+            "gradient": recipe,
+            "layer": name,
+            "devices": devices,
+            "forward": cost(compile_layer(layer, api, devices=devices)),
+            "forward+backward": cost(compile_layer(layer, api, devices=devices, backward=True)),
+            "errors": {_examples(valid): error_of_variance(layer, api, valid, devices) for valid in VALID},
+        }
+        for api, recipe in RECIPES.items()
+        for name, layer in LAYERS.items()
+    ]
+
+
+def growth(counts: Sequence[int] = GROWTH) -> list[dict]:
+    """Returns a record for each layer and number of devices: collectives and bytes of both passes under shard_map."""
+    return [
+        {
+            "layer": name,
+            "growth": devices,
+            "forward+backward": cost(compile_layer(layer, "shard_map", devices=devices, backward=True)),
+        }
+        for devices in counts
+        for name, layer in (LAYERS | {f"jaxbn, groups of {GROUP}": _in_groups(devices)}).items()
+    ]
+
+
+def cost(program: jax.stages.Compiled) -> dict[str, int]:
+    """Returns the collectives of a program, those that run only where features cancel, and the bytes of the others."""
+    found = collectives(program.as_text())
+    always = executed(found)
+    return {"collectives": len(always), "conditional": len(found) - len(always), "bytes": executed_bytes(found)}
+
+
+def table_of_apis(records: list[dict]) -> Table:
+    """Returns the table of collectives and errors by API and layer."""
     table = Table(
-        title=f"What each API does with a batch on {devices} devices, jax {jax.__version__}",
+        title=f"What each API does with a batch on {records[0]['devices']} devices, jax {jax.__version__}",
         caption="axis_name='data' but under jit, which needs none. Collectives of a layer forward, and forward and "
         "backward; (+1): one more in a step where features cancel. Error of the batch's variance, with so many valid "
         "examples on neighbouring devices. Flax, stable: use_fast_variance=False.",
     )
     for column in ("API", "gradient", "layer"):
         table.add_column(column)
-    for column in ("collectives", *(f"error, {_examples(valid)}" for valid in VALID)):
+    for column in ("collectives", *(f"error, {valid}" for valid in records[0]["errors"])):
         table.add_column(column, justify="right")
-    for api, recipe in RECIPES.items():
-        for name in layers:
-            layer = LAYERS[name]
-            passes = [compile_layer(layer, api, devices=devices, backward=backward) for backward in (False, True)]
-            table.add_row(
-                *((api, recipe) if name == layers[0] else ("", "")),
-                name,
-                ", ".join(_count(collectives(program.as_text())) for program in passes),
-                *(_percent(error_of_variance(layer, api, valid, devices)) for valid in VALID),
-                end_section=name == layers[-1],
-            )
+    last = None
+    for record in records:
+        if last is not None and record["api"] != last:
+            table.add_section()
+        table.add_row(
+            *(("", "") if record["api"] == last else (record["api"], record["gradient"])),
+            record["layer"],
+            ", ".join(count(record[name]) for name in ("forward", "forward+backward")),
+            *map(percent, record["errors"].values()),
+        )
+        last = record["api"]
     return table
 
 
-def growth() -> Table:
+def table_of_growth(records: list[dict]) -> Table:
     """Returns the table of collectives and bytes by number of devices."""
     table = Table(
         "layer", title=f"Bytes that a device hands over, {FEATURES} features, shard_map, forward and backward"
     )
-    for devices in GROWTH:
+    sizes = {record["growth"] for record in records}
+    for devices in sorted(sizes):
         table.add_column(f"{devices} devices", justify="right")
-    for name, layer in LAYERS.items():
-        table.add_row(name, *(_cost(layer, devices) for devices in GROWTH))
-    table.add_row(f"jaxbn, groups of {GROUP}", *(_cost(_in_groups(devices), devices) for devices in GROWTH))
+    by_layer = {}
+    for record in sorted(records, key=lambda record: record["growth"]):
+        sent = record["forward+backward"]
+        by_layer.setdefault(record["layer"], []).append(f"{count(sent)}: {sent['bytes']:,}")
+    for layer, cells in by_layer.items():
+        table.add_row(layer, *cells)
     return table
 
 
-def executed(found: list[Collective]) -> list[Collective]:
-    """Returns the collectives that every step executes."""
-    return [collective for collective in found if not collective.conditional]
+def count(cost: dict[str, int]) -> str:
+    """Returns the number of collectives in words, such as "2 (+1)"."""
+    return f"{cost['collectives']}" + (f" (+{cost['conditional']})" if cost["conditional"] else "")
 
 
-def executed_bytes(found: list[Collective]) -> int:
-    """Returns the bytes of the collectives that every step executes."""
-    return sum(collective.bytes for collective in executed(found))
+def percent(error: float) -> str:
+    """Returns an error in words."""
+    return "NaN" if math.isnan(error) else f"{error:.0f} %" if error >= 1 else "0"
 
 
 def _in_groups(devices):
@@ -229,42 +243,5 @@ def _in_groups(devices):
     return lambda **options: jaxbn.linen.BatchNorm(axis_index_groups=groups, **options)
 
 
-def _cost(layer, devices):
-    found = collectives(compile_layer(layer, "shard_map", devices=devices, backward=True).as_text())
-    return f"{_count(found)}: {executed_bytes(found):,}"
-
-
-def _count(found):
-    always = len(executed(found))
-    return f"{always}" + (f" (+{len(found) - always})" if len(found) > always else "")
-
-
-def _percent(error):
-    return "NaN" if math.isnan(error) else f"{error:.0f} %" if error >= 1 else "0"
-
-
 def _examples(valid):
     return ", ".join(map(str, valid))
-
-
-def _computations(text):
-    """The lines of each computation by its name, and the name of the one where execution begins."""
-    computations, entry, name = {}, None, None
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif line.startswith("}"):
-            name = None
-        elif name:
-            computations[name].append(line)
-    return computations, entry
-
-
-def _bytes(shape):
-    """The size of an array or of a tuple of arrays, as HLO writes their types."""
-    return sum(
-        math.prod(map(int, filter(None, sizes.split(",")))) * int(bits or 8) // 8
-        for bits, sizes in _ARRAY.findall(shape)
-    )

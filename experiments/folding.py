@@ -19,7 +19,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments import bench, models, models_nnx
+from experiments import models, models_nnx, timing
 from experiments.evaluation import evaluate
 from jaxbn import calibrate, surgery
 
@@ -87,7 +87,7 @@ def difference(before: jax.Array, after: jax.Array) -> float:
 def seconds(pair: Pair, images: jax.Array, rounds: int) -> tuple[float, float]:
     """Returns the median seconds of an evaluation of the images before and after, `rounds` of each in turns."""
     calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
-    return tuple(statistics.median(values) for values in bench.time_calls(calls, rounds).values())
+    return tuple(statistics.median(values) for values in timing.time_calls(calls, rounds).values())
 
 
 def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int) -> Folded:

@@ -1,7 +1,8 @@
-"""All drawing: figures of lines and bars, with their spread over seeds.
+"""All drawing: figures of lines and bars, with their spread over seeds, and of dots for single values.
 
-Conventions: a study says what is shown (`Lines`, `Bars`), this module says how. The colours are those of Okabe and Ito,
-which colour-blind readers tell apart, and every line bears its name at its end. The same results give the same file.
+Conventions: a study says what is shown (`Lines`, `Bars`, `Dots`), this module says how. The colours are those of Okabe
+and Ito, which colour-blind readers tell apart, and every line bears its name at its end. The same results give the same
+file.
 """
 
 from collections.abc import Sequence
@@ -117,7 +118,33 @@ class Bars(NamedTuple):
     title: str = ""
 
 
-def draw(panels: Sequence[Lines | Bars]) -> Figure:
+class Series(NamedTuple):
+    """One colour of dots: some values for each name."""
+
+    name: str
+    values: Sequence[Sequence[float]]
+    color: str
+
+
+class Dots(NamedTuple):
+    """A panel of ratios: a dot for each, below each other by name, on a logarithmic axis with a line at 1.
+
+    A stroke marks the geometric mean of the dots of a name and series.
+
+    Attributes:
+      label: quantity.
+      names: on the left, from the top.
+      series: each with values for every name.
+      title: above the panel, where several show the same quantity.
+    """
+
+    label: str
+    names: Sequence[str]
+    series: Sequence[Series]
+    title: str = ""
+
+
+def draw(panels: Sequence[Lines | Bars | Dots]) -> Figure:
     """Returns a figure with the panels side by side, at most three in a row."""
     columns = min(len(panels), PANELS_IN_A_ROW)
     rows = -(-len(panels) // columns)
@@ -128,8 +155,8 @@ def draw(panels: Sequence[Lines | Bars]) -> Figure:
         FigureCanvasAgg(figure)
         places = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, panel in zip(places, panels, strict=False):
-            (_draw_lines if isinstance(panel, Lines) else _draw_bars)(axes, panel)
-            axes.set_title(panel.title, fontsize=13)
+            _DRAW[type(panel)](axes, panel)
+            axes.set_title(panel.title, fontsize=13, loc="left" if isinstance(panel, Dots) else "center")
             axes.set_axisbelow(True)
         for axes in places[len(panels) :]:
             axes.remove()
@@ -238,3 +265,37 @@ def _draw_bars(axes: Axes, panel: Bars):
     else:
         axes.set_xticks(places, names)
         axes.set(ylabel=panel.label)
+
+
+def _draw_dots(axes: Axes, panel: Dots):
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.axvline(1, color="black", linewidth=1)
+    room = 0.8 / len(panel.series)  # of the distance between two names
+    for number, series in enumerate(panel.series):
+        offset = room * (number - (len(panel.series) - 1) / 2)
+        for position, values in enumerate(series.values):
+            heights = np.full(len(values), position + offset)
+            axes.plot(values, heights, "o", color=series.color, markersize=5, alpha=0.5, markeredgewidth=0)
+            if len(values):
+                mean = np.exp(np.log(values).mean())
+                axes.plot([mean], [position + offset], "|", color=series.color, markersize=18, markeredgewidth=3)
+    axes.set_xscale("log")
+    every = [1.0, *(value for series in panel.series for values in series.values for value in values)]
+    axes.set_xlim(min(every) / 1.2, max(every) * 1.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(panel.names)), panel.names)
+    axes.set_ylim(len(panel.names) - 0.5, -0.5)
+    axes.set(xlabel=panel.label)
+    _name_series(axes, panel.series)
+
+
+def _name_series(axes, series):
+    """Writes the names above the axes, on the right, each in its colour: where no dot is."""
+    place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 12, "clip_on": False}
+    for number, each in enumerate(reversed(series)):
+        axes.text(1.0 - 0.19 * number, 1.01, each.name, color=each.color, **place)
+
+
+_DRAW = {Lines: _draw_lines, Bars: _draw_bars, Dots: _draw_dots}

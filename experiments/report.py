@@ -73,7 +73,7 @@ def _overview(modules, folder):
         for preset in PRESETS:
             line[f"claim, {preset}"] = claim(module, preset, folder)
         lines.append(line)
-    return _markdown(lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 def _chapter(module, folder):
@@ -90,7 +90,7 @@ def _chapter(module, folder):
             continue
         fields = module.summary(found)
         finding = study.sections(module)["Finding"].format(**fields | {"verdict": _verdict(fields)})
-        parts += [module.SETUP[preset], _markdown(module.table(found, preset)), finding]
+        parts += [module.SETUP[preset], markdown(module.table(found, preset)), finding]
         if preset == COMPARED and (said := agreement(module, fields)):
             parts.append(f"Beside what was published: {said}")
         parts += [f"![{name}, {preset}](figures/{_figure_name(module, preset)})", _origin(found)]
@@ -130,7 +130,7 @@ def _origin(found):
     """Where results come from: images, hardware, versions and commits, each once."""
     headers = [run["header"] for group in found.values() for run in group]
     images = {header.get("images", "images of unknown origin") for header in headers}
-    machines = {_hardware(header["hardware"]) for header in headers}
+    machines = {hardware(header["hardware"]) for header in headers}
     versions = {", ".join(f"{k} {v}" for k, v in header["versions"].items()) for header in headers}
     commits = {header["commit"] or "unknown" for header in headers}
     return (
@@ -140,16 +140,17 @@ def _origin(found):
     )
 
 
-def _hardware(hardware):
-    cpu = f"{hardware['cpu_count']} cores of {hardware['cpu']}"
-    return cpu if hardware["platform"] == "cpu" else f"{hardware['devices']} x {hardware['device']}, {cpu}"
+def hardware(found: dict) -> str:
+    """Returns the hardware of a header in words."""
+    cpu = f"{found['cpu_count']} cores of {found['cpu']}"
+    return cpu if found["platform"] == "cpu" else f"{found['devices']} x {found['device']}, {cpu}"
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    """Returns a table in Markdown: one dict per line, whose keys are the columns."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _figure_name(module, preset):
     return f"{study.short_name(module)}-{preset}.png"
-
-
-def _markdown(lines):
-    """A table in Markdown: one dict per line, whose keys are the columns."""
-    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

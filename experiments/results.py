@@ -3,9 +3,11 @@
 Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...], "measured": [...]}; the
 header says what was run, on which images, with which versions, on what hardware, from which commit. A number that is
 not finite is null in the file and NaN when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
+Measurements of another kind, such as those of `bench`, are a header and one record per line.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -14,14 +16,17 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
+PEERS = ("dm-haiku", "equinox", "torch")  # what `bench` compares with, where it is installed
+VARYING = ("date", "copy_bandwidth")  # of a header, from one run of the same measurement to the next
 ROOT = Path(__file__).parents[1]
 SOURCES = ("jaxbn/*.py", "experiments/*.py", "pyproject.toml")  # what a run depends on; * includes subfolders
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
@@ -133,6 +138,69 @@ def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:
     return {label: sorted(group, key=lambda run: run["header"]["config"]["seed"]) for label, group in runs.items()}
 
 
+def read_records(path: Path) -> dict:
+    """Returns the measurements in a file: {"header": dict, "records": list of dicts}.
+
+    Raises:
+      ValueError: the file is not a file of measurements.
+    """
+    try:
+        header, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not (isinstance(header["settings"], dict) and all(isinstance(record, dict) for record in records)):
+            raise ValueError("no settings, or a line that is no record")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a file of measurements ({error}); a line with the header and one per record is expected; "
+            "delete it, and the command that made it makes it anew."
+        ) from None
+    return {"header": header, "records": _numbers(records)}
+
+
+def measure(path: Path, header: dict, pieces: dict[str, Callable[[], list[dict]]], say: Callable = print) -> None:
+    """Does all pieces of a measurement and writes their records; interrupted, it continues with the next piece.
+
+    Args:
+      path: the file. What was in it is replaced when all pieces are done.
+      header: its first line, as `measurement_header` makes it.
+      pieces: does the work of each piece, by name; returns its records.
+      say: is told how far it is.
+    """
+    folder = path.with_suffix(".unfinished")
+    unfinished = folder / path.name
+    done = {}
+    if unfinished.exists():
+        begun = read_records(unfinished)
+        if changed := [key for key in header if key not in VARYING and header[key] != begun["header"].get(key)]:
+            say(f"{path.name}: begun with another {', '.join(changed)}; begins anew")
+        else:
+            header, done = begun["header"], {line["piece"]: line["records"] for line in begun["records"]}
+    for number, (name, work) in enumerate(pieces.items(), start=1):
+        if name not in done:
+            say(f"{path.name}: {name} ({number} of {len(pieces)})")
+            done[name] = work()
+            write(unfinished, header, [{"piece": name, "records": done[name]} for name in done])
+    write(path, header, [record for name in pieces for record in done[name]])
+    shutil.rmtree(folder)
+    say(f"Written to {path}")
+
+
+def measurement_header(settings: dict) -> dict:
+    """Returns the first line of a file of measurements: what was measured, and when, and with what.
+
+    Args:
+      settings: what the numbers depend on besides; plain values.
+    """
+    with_what = origin()
+    peers = {name: version for name in PEERS if (version := _version(name))}
+    return {
+        "settings": settings,
+        "date": datetime.date.today().isoformat(),
+        **with_what,
+        "versions": with_what["versions"] | peers,
+        "hardware": with_what["hardware"] | {"largest_cache": _largest_cache()},
+    }
+
+
 def header(config: Config, *, images: str, parameters: int, seconds: float) -> dict:
     """Returns the first line of a result file: what was run, and with what.
 
@@ -214,6 +282,19 @@ def _finite(value):
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _largest_cache():
+    """The size of the processor's last cache, as Linux tells it, such as "32768K"."""
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return sizes[-1].read_text().strip() if sizes else None
 
 
 def _cpu_model():

@@ -4,10 +4,12 @@ Convention: all arms are timed in one run, in shuffled order, each once just bef
 are ratios, since the machine's speed cancels in them. The images are noise, whose values do not matter for the time.
 """
 
+import dataclasses
 import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +22,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from experiments import bench, distributed, models, programs, train
+from experiments import distributed, models, programs, results, timing, train
 from experiments.config import PRESETS, Config
 from experiments.data import Dataset
 
+NAME = "throughput"
 CLASSES = 10
 STEPS = 10  # timed together
 TEST_IMAGES = 100  # so few that their evaluation takes no time beside an epoch
@@ -191,8 +194,8 @@ def epoch_calls(config: Config, dataset: Dataset, state: TrainState, mesh: Mesh)
     return {FIT: lambda: train.fit(config.replace(epochs=1), dataset, mesh=mesh).variables, PLAIN: plain}
 
 
-def measure(config: Config, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the median seconds of a step, and those of an epoch, by arm.
+def measure(config: Config, rounds: int) -> list[dict]:
+    """Returns a record for each arm: median seconds of a step, and of an epoch where the arm has one.
 
     Args:
       config: the run; batch_size divides train_images.
@@ -208,39 +211,65 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, float], dict[str, fl
         )
     dataset, mesh = made_up(config), Mesh(np.array(jax.devices()[:1]), (distributed.AXIS,))
     where = (config, dataset, plain_state(config), mesh)
-    steps = bench.time_calls(step_calls(*where), rounds)
-    epochs = bench.time_calls(epoch_calls(*where), -(-rounds // 2))
-    return (
-        {name: statistics.median(seconds) / STEPS for name, seconds in steps.items()},
-        {name: statistics.median(seconds) for name, seconds in epochs.items()},
+    timed = (
+        ("step", config.batch_size, timing.time_calls(step_calls(*where), rounds), STEPS),
+        ("run", config.train_images, timing.time_calls(epoch_calls(*where), -(-rounds // 2)), 1),
     )
+    return [
+        {
+            "timed": what,
+            "arm": arm,
+            "images": images,
+            "seconds": statistics.median(seconds) / times,
+            "images_over_plain": timing.ratio(by_arm[PLAIN], seconds),
+            **({"seconds_over_at_hand": timing.ratio(seconds, by_arm[AT_HAND])} if AT_HAND in by_arm else {}),
+        }
+        for what, images, by_arm, times in timed
+        for arm, seconds in by_arm.items()
+    ]
 
 
-def run(*, batch_size: int, rounds: int) -> None:
-    """Measures a small run of the 7-layer CNN, and prints the tables.
+def run(*, batch_size: int, rounds: int, out: Path) -> None:
+    """Measures a small run of the 7-layer CNN, writes the file, and prints the tables.
 
     Args:
       batch_size: images per step; divides the number of training images.
       rounds: see `measure`.
+      out: folder of the file.
     """
     config = PRESETS["small"].replace(batch_size=batch_size)
-    steps, epochs = measure(config, rounds)
+    settings = {"rounds": rounds, "config": dataclasses.asdict(config)}
+    path = out / f"{NAME}.jsonl"
+    pieces = {"cnn7": functools.partial(measure, config, rounds)}
+    results.measure(path, results.measurement_header(settings), pieces)
+    records = results.read_records(path)["records"]
     console = Console(width=120)
     console.print(
         f"Training cnn7 on {config.image_size} x {config.image_size} images, batch {batch_size}, float32, "
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
     )
-    console.print(table("A training step", steps, batch_size))
-    console.print(table(f"A run of {config.train_images:,} images", epochs, config.train_images))
-    added = 100 * (steps[FIT] / steps[AT_HAND] - 1)
-    console.print(f"Gathering and augmenting the images adds {added:.1f} % to a step.")
+    console.print(table("A training step", [record for record in records if record["timed"] == "step"]))
+    title = f"A run of {config.train_images:,} images"
+    console.print(table(title, [record for record in records if record["timed"] == "run"]))
+    console.print(f"Gathering and augmenting the images adds {augmentation(records):.1f} % to a step.")
 
 
-def table(title: str, seconds: dict[str, float], images: int) -> Table:
-    """Returns a table of the arms that took these seconds for so many images each."""
+def augmentation(records: list[dict]) -> float:
+    """Returns what gathering and augmenting the images adds to a step, in %."""
+    (fit,) = (record for record in records if record["timed"] == "step" and record["arm"] == FIT)
+    return 100 * (fit["seconds_over_at_hand"]["median"] - 1)
+
+
+def table(title: str, records: list[dict]) -> Table:
+    """Returns a table of the arms: milliseconds, and images per second."""
     made = Table("loop", title=title)
     for column in ("ms", "images/s", "images/s / plain"):
         made.add_column(column, justify="right")
-    for name, each in seconds.items():
-        made.add_row(name, f"{each * 1e3:.1f}", f"{images / each:,.0f}", f"{seconds[PLAIN] / each:.2f}")
+    for record in records:
+        made.add_row(
+            record["arm"],
+            f"{record['seconds'] * 1e3:.1f}",
+            f"{record['images'] / record['seconds']:,.0f}",
+            f"{record['images_over_plain']['median']:.2f}",
+        )
     return made

@@ -1,11 +1,13 @@
 """Collectives: how many a layer executes on each parallel API, and that their bytes do not grow with the devices."""
 
 import math
+import types
 
 import pytest
 
-from experiments import collectives
-from experiments.collectives import RECIPES, VALID, Collective, compile_layer, error_of_variance, executed_bytes
+from experiments import collectives, hlo
+from experiments.collectives import RECIPES, VALID, compile_layer, error_of_variance
+from experiments.hlo import Collective, executed_bytes
 
 LAYER = collectives.LAYERS["jaxbn"]
 PROGRAM = """
@@ -39,12 +41,12 @@ DEVICES = 8
 
 
 def executed_and_rare(api, **options):
-    found = collectives.collectives(compile_layer(LAYER, api, devices=DEVICES, **options).as_text())
+    found = hlo.collectives(compile_layer(LAYER, api, devices=DEVICES, **options).as_text())
     return [sum(not c.conditional for c in found), sum(c.conditional for c in found)]
 
 
 def test_collectives_are_found_in_called_computations_and_branches():
-    assert collectives.collectives(PROGRAM) == [
+    assert hlo.collectives(PROGRAM) == [
         Collective("all-reduce", 4 * 4 + 4 + 2 * 4, False),
         Collective("all-gather", 16 * 3 * 2, False),
         Collective("all-reduce", 4 * 4, True),
@@ -52,7 +54,7 @@ def test_collectives_are_found_in_called_computations_and_branches():
 
 
 def test_a_branch_is_not_counted_among_what_every_step_executes():
-    assert executed_bytes(collectives.collectives(PROGRAM)) == 28 + 96
+    assert executed_bytes(hlo.collectives(PROGRAM)) == 28 + 96
 
 
 @pytest.mark.parametrize(("api", "masked"), [("jit", False), *((api, True) for api in RECIPES if api != "vmap")])
@@ -63,7 +65,7 @@ def test_a_forward_pass_executes_one_collective_and_the_backward_pass_one_more(a
 
 def test_bytes_do_not_grow_with_the_devices():
     programs = [compile_layer(LAYER, "shard_map", devices=devices, backward=True) for devices in (2, DEVICES)]
-    sent = [executed_bytes(collectives.collectives(program.as_text())) for program in programs]
+    sent = [executed_bytes(hlo.collectives(program.as_text())) for program in programs]
     # Count, sum and sum of squares forward; two sums backward; in float32.
     assert sent == [5 * 4 * collectives.FEATURES] * 2
 
@@ -79,10 +81,17 @@ def test_averaging_over_devices_without_counts_shows_as_an_error():
     assert errors[0] > 10 and math.isnan(errors[1])
 
 
+def test_cost_counts_what_every_step_executes_apart_from_the_rest():
+    program = types.SimpleNamespace(as_text=lambda: PROGRAM)
+    assert collectives.cost(program) == {"collectives": 2, "conditional": 1, "bytes": 28 + 96}
+
+
 @pytest.mark.slow
-def test_tables_have_a_line_for_each_api_and_layer(monkeypatch):
+def test_there_is_a_record_for_each_api_and_layer_and_a_line_in_the_tables(monkeypatch):
     monkeypatch.setattr(collectives, "RECIPES", {"jit": "grad(loss)", "vmap": "pmean(grad(loss))"})
     monkeypatch.setattr(collectives, "LAYERS", {"jaxbn": LAYER})
-    monkeypatch.setattr(collectives, "GROWTH", (8,))
-    assert collectives.what_each_api_does(DEVICES, layers=["jaxbn"]).row_count == 2
-    assert collectives.growth().row_count == 2  # and one for the groups
+    records = collectives.what_each_api_does(DEVICES)
+    assert [(record["api"], record["layer"]) for record in records] == [("jit", "jaxbn"), ("vmap", "jaxbn")]
+    assert records[0]["forward+backward"]["collectives"] == 2
+    assert collectives.table_of_apis(records).row_count == 2
+    assert collectives.table_of_growth(collectives.growth([8])).row_count == 2  # and one for the groups

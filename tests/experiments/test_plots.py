@@ -77,3 +77,24 @@ def test_short_logarithmic_axis_has_plain_numbers():
         if low <= text.get_position()[1] <= high and text.get_text()
     ]
     assert shown == ["3", "5", "10"]
+
+
+DOTS = plots.Dots(
+    "ours / theirs",
+    ["Flax", "Haiku"],
+    [plots.Series("float32", [[0.5, 2.0], [0.8]], "#0072B2"), plots.Series("bfloat16", [[0.25], []], "#D55E00")],
+)
+
+
+def test_every_ratio_is_a_dot_beside_its_name_on_a_logarithmic_axis():
+    axes = plots.draw([DOTS]).axes[0]
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "ours / theirs"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["Flax", "Haiku"]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert sorted(x for line in dots for x in line.get_xdata()) == [0.25, 0.5, 0.8, 2.0]
+    assert {round(y) for line in dots for y in line.get_ydata() if 0.8 in line.get_xdata()} == {1}
+
+
+def test_stroke_marks_the_geometric_mean_of_the_dots():
+    strokes = [line for line in plots.draw([DOTS]).axes[0].lines if line.get_marker() == "|"]
+    assert sorted(line.get_xdata()[0] for line in strokes) == pytest.approx([0.25, 0.8, 1.0])

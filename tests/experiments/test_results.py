@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -190,3 +191,69 @@ def test_header_names_neither_the_host_nor_a_path():
 def test_digest_tells_other_results(make_run):
     first, same, other = (results.digest({"a": [make_run(CONFIG, accuracies=a)]}) for a in ((0.1,), (0.1,), (0.2,)))
     assert first == same != other
+
+
+SETTINGS = {"settings": {"rounds": 3}, "date": "2001-01-01", "commit": "c0ffee"}
+
+
+def pieces(log, *, stops_at=None):
+    """Two pieces of work that tell the log, of one and two records; the work is interrupted at one of them."""
+
+    def work(name, records):
+        if name == stops_at:
+            raise KeyboardInterrupt
+        log.append(name)
+        return records
+
+    return {"a": lambda: work("a", [{"x": 1.5}]), "b": lambda: work("b", [{"x": math.nan}, {"x": 3}])}
+
+
+def test_measurements_are_a_header_and_the_records_of_all_pieces(tmp_path):
+    results.measure(tmp_path / "m.jsonl", SETTINGS, pieces([]), say=lambda _: None)
+    found = results.read_records(tmp_path / "m.jsonl")
+    assert found["header"] == SETTINGS and [record["x"] for record in found["records"]][::2] == [1.5, 3]
+    assert math.isnan(found["records"][1]["x"])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_interrupted_measurement_continues_with_the_next_piece(tmp_path):
+    path, log = tmp_path / "m.jsonl", []
+    with pytest.raises(KeyboardInterrupt):
+        results.measure(path, SETTINGS, pieces(log, stops_at="b"), say=lambda _: None)
+    assert not path.exists()
+    results.measure(path, SETTINGS | {"date": "2002-02-02"}, pieces(log), say=lambda _: None)
+    assert log == ["a", "b"] and results.read_records(path)["header"]["date"] == "2001-01-01"
+
+
+@pytest.mark.parametrize("changed", [{"settings": {"rounds": 4}}, {"commit": "decaf"}])
+def test_measurement_that_was_begun_under_other_conditions_begins_anew_and_says_so(tmp_path, changed):
+    path, log, said = tmp_path / "m.jsonl", [], []
+    with pytest.raises(KeyboardInterrupt):
+        results.measure(path, SETTINGS, pieces(log, stops_at="b"), say=said.append)
+    results.measure(path, SETTINGS | changed, pieces(log), say=said.append)
+    assert log == ["a", "a", "b"] and f"m.jsonl: begun with another {next(iter(changed))}; begins anew" in said
+
+
+def test_finished_measurement_is_made_anew_and_replaced_when_that_is_complete(tmp_path):
+    path, log = tmp_path / "m.jsonl", []
+    results.measure(path, SETTINGS, pieces(log), say=lambda _: None)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        results.measure(path, SETTINGS | {"date": "2002-02-02"}, pieces(log, stops_at="b"), say=lambda _: None)
+    assert path.read_bytes() == before
+    results.measure(path, SETTINGS, pieces(log), say=lambda _: None)
+    assert log == ["a", "b", "a", "b"] and results.read_records(path)["header"]["date"] == "2002-02-02"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"settings": 1}\n{}', '{"settings": {}}\n3', "no JSON"])
+def test_file_that_holds_no_measurements_is_refused(tmp_path, content):
+    (tmp_path / "m.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="m.jsonl is not a file of measurements"):
+        results.read_records(tmp_path / "m.jsonl")
+
+
+def test_header_of_measurements_says_what_and_when_and_with_what():
+    header = results.measurement_header({"rounds": 3})
+    assert header["settings"] == {"rounds": 3} and re.fullmatch(r"\d{4}-\d\d-\d\d", header["date"])
+    assert {"jax", "flax", "python"} <= set(header["versions"]) and None not in header["versions"].values()
+    assert header["hardware"]["cpu"] and "largest_cache" in header["hardware"]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import __main__ as cli
-from experiments import models, programs, throughput
+from experiments import models, programs, results, throughput
 from experiments.config import PRESETS
 
 SMALL = PRESETS["small"].replace(image_size=8, train_images=20, batch_size=10, learning_rate=0.1)
@@ -47,9 +47,16 @@ def test_batch_that_leaves_images_over_is_refused():
         throughput.measure(SMALL.replace(batch_size=8), rounds=1)
 
 
+def record(timed, arm, seconds, over_plain=1.0, images=100):
+    spread = {"median": over_plain, "lower": over_plain, "upper": over_plain}
+    found = {"timed": timed, "arm": arm, "images": images, "seconds": seconds, "images_over_plain": spread}
+    return found | {"seconds_over_at_hand": {"median": seconds / 0.0100}}
+
+
 def test_table_compares_images_per_second_with_the_plain_loop():
     console = Console(width=120, record=True)
-    console.print(throughput.table("", {throughput.FIT: 0.010, throughput.PLAIN: 0.020}, images=100))
+    records = [record("step", throughput.FIT, 0.010, 2.0), record("step", throughput.PLAIN, 0.020, 1.0)]
+    console.print(throughput.table("", records))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     assert [row for row in rows if row] == [
         [throughput.FIT, "10.0", "10,000", "2.00"],
@@ -57,18 +64,21 @@ def test_table_compares_images_per_second_with_the_plain_loop():
     ]
 
 
-def test_command_prints_both_tables_and_what_augmentation_adds(monkeypatch, capsys):
+def test_command_prints_both_tables_and_what_augmentation_adds(monkeypatch, capsys, tmp_path):
     def measure(config, rounds):
         assert (config, rounds) == (PRESETS["small"].replace(batch_size=50), 3)
         steps = {throughput.FIT: 0.0103, throughput.AT_HAND: 0.0100, throughput.PLAIN: 0.0110}
-        return steps, {throughput.FIT: 1.0, throughput.PLAIN: 1.5}
+        runs = {throughput.FIT: 1.0, throughput.PLAIN: 1.5}
+        return [record("step", *arm) for arm in steps.items()] + [record("run", *arm) for arm in runs.items()]
 
     monkeypatch.setattr(throughput, "measure", measure)
-    monkeypatch.setattr(sys, "argv", "experiments throughput --batch-size 50 --rounds 3".split())
+    command = f"experiments throughput --batch-size 50 --rounds 3 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", command.split())
     assert cli.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("images/s / plain") == 2 and "10,000 images" in printed
     assert "Gathering and augmenting the images adds 3.0 % to a step." in printed
+    assert len(results.read_records(tmp_path / "throughput.jsonl")["records"]) == 5
 
 
 def plainly_named(tree):
@@ -107,6 +117,6 @@ def test_plain_loop_takes_the_steps_that_fit_takes():
 @pytest.mark.slow
 def test_every_arm_is_timed(monkeypatch):
     monkeypatch.setattr(throughput, "STEPS", 3)  # more than an epoch has
-    steps, epochs = throughput.measure(SMALL, rounds=1)
-    assert len(steps) == 5 and len(epochs) == 2
-    assert min(*steps.values(), *epochs.values()) > 0
+    records = throughput.measure(SMALL, rounds=1)
+    assert [record["timed"] for record in records] == 5 * ["step"] + 2 * ["run"]
+    assert all(record["seconds"] > 0 for record in records)

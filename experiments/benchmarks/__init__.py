@@ -1,0 +1,59 @@
+"""The parts of `python -m experiments bench`, each in a process of its own.
+
+Convention: a part is a module with NAME, and with `pieces(settings)`: the name of each piece of work and a function
+that does it and returns records, dicts of plain values. `experiments.bench` keeps what they return.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+# Small to large; the first three are those of ResNet-20.
+CONVOLUTIONAL = ((128, 32, 32, 16), (128, 16, 16, 32), (128, 8, 8, 64), (64, 14, 14, 256), (32, 56, 56, 64))
+DENSE = ((128, 1024), (1024, 256), (8192, 512))
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured."""
+
+    rounds: int = 25
+    """Timings of each layer in each row."""
+    step_rounds: int = 15
+    """Timings of each training step."""
+    compilations: int = 7
+    """Of the training step of ResNet-20, ours and Flax's."""
+    shapes: tuple[tuple[int, ...], ...] = (*CONVOLUTIONAL, *DENSE)
+    """Of a layer's inputs, features last."""
+    dtypes: tuple[str, ...] = DTYPES
+    """Of inputs, outputs and gradients."""
+    batch_size: int = 128
+    """Images in a training step of ResNet-20."""
+    inception_batch_size: int = 16
+    """Images in a training step of the Inception net."""
+    image_size: int = 32
+    """Pixels per side."""
+    width: float = 1.0
+    """Multiplies the channels of ResNet-20."""
+    inception_width: float = 0.25
+    """Multiplies the channels of the Inception net."""
+
+    def __post_init__(self):
+        """Refuses what leaves nothing to measure.
+
+        Raises:
+          ValueError: names the value.
+        """
+        for name in ("rounds", "step_rounds", "compilations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; at least 1 is accepted; choose more.")
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Settings":
+        """Returns the settings that `to_json` has made plain."""
+        return cls(**values | {"shapes": tuple(map(tuple, values["shapes"])), "dtypes": tuple(values["dtypes"])})
+
+    def to_json(self) -> dict:
+        """Returns the settings as a dict of what JSON knows."""
+        plain = dataclasses.asdict(self)
+        return plain | {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes)}

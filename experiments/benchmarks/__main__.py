@@ -1,0 +1,29 @@
+"""One part of the benchmark, in the process that `experiments.bench` has started for it."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from experiments import results
+from experiments.benchmarks import Settings, limit
+
+
+def main(part: str, out: str, settings: str) -> None:
+    """Measures a part and writes its file.
+
+    Args:
+      part: a module of this package.
+      out: folder of the file.
+      settings: as JSON.
+    """
+    module, settings = importlib.import_module(f"experiments.benchmarks.{part}"), json.loads(settings)
+    header = results.measurement_header(settings) | {"copy_bandwidth": limit.memory_bandwidth()}
+    results.measure(Path(out) / f"{module.NAME}.jsonl", header, module.pieces(Settings.from_json(settings)))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:  # which the terminal has sent to the parent too, who says so
+        sys.exit(130)

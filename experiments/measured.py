@@ -1,0 +1,163 @@
+"""What is measured, where the README shows it: blocks between `<!-- measured: NAME -->` and `<!-- end -->`.
+
+Conventions: a block is made from one file of measurements alone, and ends with the command that measures it anew. What
+stands outside of the blocks is left as it is.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import collectives, numerics, plots, report, results, tables, throughput
+from experiments.benchmarks import layers, steps
+
+PYTHON = ".venv/bin/python -m experiments"
+WIDTH = 120
+_BLOCK = re.compile(r"(?P<start><!-- measured: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(?P<end><!-- end -->)", re.DOTALL)
+_MARKER = "<!-- measured:"
+COLORS = {"float32": plots.PALETTE["blue"], "bfloat16": plots.PALETTE["vermilion"]}
+PAGE, FIGURE = Path("docs/bench/README.md"), Path("docs/bench/layers.png")
+HEAD = """# Batch norm alone, row by row
+
+Written by `python -m experiments table` from the file that `{python} bench --only layers` writes.
+{origin}
+
+A row is a pass, an activation, a shape and a dtype. The columns of other layers hold the time of jaxbn over theirs: the
+median of the ratios within {rounds} rounds, and their quartiles. In a round, each arm is timed once, in shuffled order,
+for at least {milliseconds:g} ms, and runs once just before. "Of the limit" is the part of the time that the bytes that
+must move would take at the bandwidth of a copy of an array of that size, timed in the same rounds: x read twice and y
+written forward; backward, x and dy read twice and dx written; in evaluation, x read and y written; with ReLU as
+without. Of arrays that fit into the caches it can exceed 1, and for small ones a call takes longer than the bytes.
+Inputs, outputs and gradients have the dtype, parameters and statistics are float32. Layers are called as their users
+call them: Equinox's takes channels first, under `vmap`; PyTorch's channels last, eagerly, in a process of its own,
+whose threads wait actively, or in another one passively: the faster of both counts in each row.
+
+![Time of jaxbn over that of other layers]({figure})
+
+"""
+
+
+class Shown(NamedTuple):
+    """A block: the file and command of its numbers, and what makes its text."""
+
+    file: str
+    command: str
+    text: Callable[[dict], str]
+
+
+BLOCKS = {
+    "numerics": Shown(numerics.NAME, "numerics", tables.numerics_table),
+    "layers": Shown(layers.NAME, "bench --only layers", tables.layers_table),
+    "steps": Shown(steps.NAME, "bench --only steps", tables.steps_table),
+    "collectives": Shown(collectives.NAME, "collectives", tables.collectives_table),
+    "throughput": Shown(throughput.NAME, "throughput", tables.throughput_sentence),
+}
+
+
+def write(folder: Path, project: Path) -> list[Path]:
+    """Writes what was measured into README.md and docs/bench; returns the files written.
+
+    Args:
+      folder: of the measurements.
+      project: that holds README.md, and gets docs/bench.
+
+    Raises:
+      ValueError: see `rewrite`.
+    """
+    readme, written = project / "README.md", []
+    if readme.is_file():
+        readme.write_text(rewrite(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
+        written.append(readme)
+    if (path := folder / f"{layers.NAME}.jsonl").is_file():
+        run, page, figure = results.read_records(path), project / PAGE, project / FIGURE
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(layers_page(run), encoding="utf-8")
+        written += [page, layers_figure(run, figure)]
+    return written
+
+
+def rewrite(text: str, folder: Path) -> str:
+    """Returns a text with all its blocks made anew.
+
+    Args:
+      text: in Markdown.
+      folder: of the measurements.
+
+    Raises:
+      ValueError: a block has no end, or an unknown name, or nothing was measured for it.
+    """
+    found = list(_BLOCK.finditer(text))
+    if len(found) != text.count(_MARKER) or any(_MARKER in match["text"] for match in found):
+        raise ValueError("a block `<!-- measured: NAME -->` has no `<!-- end -->`; add it, on a line of its own.")
+    return _BLOCK.sub(lambda match: f"{match['start']}\n{block(match['name'], folder)}\n\n{match['end']}", text)
+
+
+def block(name: str, folder: Path) -> str:
+    """Returns the text of a block.
+
+    Raises:
+      ValueError: the name is unknown, or nothing was measured for it.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"`<!-- measured: {name} -->`; the blocks are {', '.join(BLOCKS)}; name one of those.")
+    shown = BLOCKS[name]
+    path = folder / f"{shown.file}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there, but a block shows it; `{PYTHON} {shown.command}` measures it.")
+    run = results.read_records(path)
+    return wrapped(f"{shown.text(run)} From `{PYTHON} {shown.command}`, {origin(run['header'])}.")
+
+
+def wrapped(text: str) -> str:
+    """Returns Markdown whose paragraphs have lines of at most 120 letters; tables, which cannot, stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if each.startswith("|") else textwrap.fill(each, WIDTH) for each in paragraphs)
+
+
+def origin(header: dict) -> str:
+    """Returns on what, and with which versions, something was measured, in words."""
+    versions = header["versions"]
+    of_jax = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax"))
+    return f"on {report.hardware(header['hardware'])}, with {of_jax}"
+
+
+def layers_page(run: dict) -> str:
+    """Returns the text of docs/bench/README.md, from the measurements of the layers."""
+    header = run["header"]
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    measured = (
+        f"Measured on {report.hardware(header['hardware'])}, last cache {header['hardware']['largest_cache']}, which "
+        f"copies large arrays at {header['copy_bandwidth'] / 1e9:.1f} GB/s, with {versions}, at commit "
+        f"{header['commit']}."
+    )
+    head = HEAD.format(
+        python=PYTHON,
+        origin=measured,
+        rounds=header["settings"]["rounds"],
+        milliseconds=1e3 * layers.AT_LEAST,
+        figure=FIGURE.name,
+    )
+    return wrapped(head + tables.layers_pages(run)) + "\n"
+
+
+def layers_figure(run: dict, path: Path) -> Path:
+    """Draws the ratios of all rows, one panel for each pass; returns the file written."""
+    records = run["records"]
+    names = tables.arms_of(records)
+    panels = []
+    for name in dict.fromkeys(record["pass"] for record in records):
+        chosen = [record for record in records if record["pass"] == name]
+        series = []
+        for dtype in dict.fromkeys(record["dtype"] for record in chosen):
+            of_dtype = [record for record in chosen if record["dtype"] == dtype]
+            values = [[r["ratio"]["median"] for r in of_dtype if r["arm"] == arm] for arm in names]
+            series.append(plots.Series(dtype, values, COLORS.get(dtype, plots.PALETTE["black"])))
+        panels.append(plots.Dots("time of jaxbn / time of the other", names, series, title=name))
+    return plots.save(plots.draw(panels), path, digest=digest(run))
+
+
+def digest(run: dict) -> str:
+    """Returns a short name for the measurements, which the figure keeps."""
+    return results.digest({layers.NAME: [run]})

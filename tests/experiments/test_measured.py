@@ -1,0 +1,215 @@
+"""Blocks of the README: made from the files of measurements alone, and the committed ones are what the files give."""
+
+import pytest
+from PIL import Image
+
+from experiments import __main__ as cli
+from experiments import collectives, measured, results, tables, throughput
+from experiments.__main__ import MEASUREMENTS, PROJECT
+
+README = PROJECT / "README.md"
+HEADER = {
+    "settings": {"rounds": 7, "growth": [8, 64], "features": 64},
+    "date": "2001-01-01",
+    "versions": {"python": "3.11", "jax": "0.10", "flax": "0.12"},
+    "hardware": {"platform": "cpu", "device": "cpu", "cpu": "Z80", "cpu_count": 2, "largest_cache": "64K"},
+    "commit": "c0ffee",
+    "copy_bandwidth": 5e9,
+}
+ORIGIN = "on 2 cores of Z80, with jax 0.10, flax 0.12."
+
+
+def spread(value):
+    return {"median": value, "lower": value / 2, "upper": value * 2}
+
+
+def layer_records(shape=(1024, 1024)):
+    """Two rows of one pass: jaxbn takes half and twice the time of Flax's layer, and reaches half of the limit."""
+    records = []
+    for activation, ratio in (("none", 0.5), ("relu", 2.0)):
+        row = {"pass": "forward", "activation": activation, "dtype": "float32", "shape": list(shape)}
+        records += [
+            {**row, "arm": "copy", "seconds": spread(1e-3), "bandwidth": 4e9},
+            {**row, "arm": "jaxbn", "seconds": spread(2e-3), "ratio": spread(1.0), "limit": spread(0.5)},
+            {**row, "arm": "Flax", "seconds": spread(4e-3), "ratio": spread(ratio), "limit": spread(0.25)},
+        ]
+    return records
+
+
+def step_records():
+    seconds = {"none": 1.0, "Flax": 1.4, "jaxbn": 1.1}
+    net = {"net": "ResNet-20", "width": 1.0, "batch_size": 128, "image_size": 32, "dtype": "float32"}
+    return [
+        {**net, "arm": arm, "seconds": [each] * 3, "compile_seconds": [each], "temporaries": 100 * each}
+        for arm, each in seconds.items()
+    ]
+
+
+def api_record(api, layer, error, collective=1):
+    cost = {"collectives": int(collective), "conditional": 0, "bytes": 512}
+    return {
+        "api": api,
+        "layer": layer,
+        "devices": 8,
+        "forward": cost,
+        "forward+backward": cost | {"collectives": 2 * collective, "conditional": 1},
+        "errors": {"4, 4, 4, 1": error},
+    }
+
+
+def growth_records():
+    cost = {"collectives": 2, "conditional": 0}
+    return [
+        {"layer": layer, "growth": devices, "forward+backward": cost | {"bytes": size * (10 if devices > 8 else 1)}}
+        for devices in (8, 64)
+        for layer, size in zip(collectives.LAYERS, (0, 1024, 1280), strict=True)
+    ]
+
+
+def run_of(records, **header):
+    return {"header": HEADER | header, "records": records}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with measurements of the layers and the steps alone."""
+    results.write(tmp_path / "bench-layers.jsonl", HEADER, layer_records())
+    results.write(tmp_path / "bench-steps.jsonl", HEADER, step_records())
+    return tmp_path
+
+
+def test_committed_readme_shows_what_was_measured():
+    text = README.read_text(encoding="utf-8")
+    assert measured.rewrite(text, MEASUREMENTS) == text, "run `python -m experiments table` and commit the file"
+
+
+@pytest.mark.parametrize("name", measured.BLOCKS)
+def test_committed_readme_has_every_block(name):
+    assert README.read_text(encoding="utf-8").count(f"<!-- measured: {name} -->") == 1
+
+
+def test_committed_page_and_figure_show_what_was_measured():
+    run = results.read_records(MEASUREMENTS / "bench-layers.jsonl")
+    hint = "run `python -m experiments table` and commit the files"
+    assert (PROJECT / measured.PAGE).read_text(encoding="utf-8") == measured.layers_page(run), hint
+    assert Image.open(PROJECT / measured.FIGURE).text["Description"] == f"results {measured.digest(run)}", hint
+
+
+def test_what_stands_outside_of_blocks_is_left_as_it_is(folder):
+    text = "before\n<!-- measured: steps -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    written = measured.rewrite(text, folder)
+    assert written.startswith("before\n<!-- measured: steps -->\n\n|") and written.endswith("\nafter <!-- end -->\n")
+    assert "old" not in written
+
+
+def test_rewriting_twice_changes_nothing(folder):
+    written = measured.rewrite(
+        "<!-- measured: steps -->\n<!-- end -->\n<!-- measured: layers -->\n<!-- end -->", folder
+    )
+    assert measured.rewrite(written, folder) == written
+
+
+def test_block_ends_with_the_command_that_measures_it_and_the_machine(folder):
+    text = measured.block("steps", folder)
+    assert " ".join(text.split()).endswith(f"From `.venv/bin/python -m experiments bench --only steps`, {ORIGIN}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- measured: nothing -->\n<!-- end -->", "`<!-- measured: nothing -->`; the blocks are numerics, layers"),
+        ("<!-- measured: numerics -->\n<!-- end -->", "numerics.jsonl is not there.*experiments numerics` measures it"),
+        ("<!-- measured: steps -->\n", "has no `<!-- end -->`"),
+        ("<!-- measured: steps -->\n<!-- measured: layers -->\n<!-- end -->", "has no `<!-- end -->`"),
+    ],
+)
+def test_block_that_cannot_be_made_is_an_error_that_says_what_to_do(folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        measured.rewrite(text, folder)
+
+
+def test_what_was_measured_is_printed_as_the_readme_shows_it(folder, capsys):
+    cli._show(["steps"], folder)
+    printed = capsys.readouterr().out
+    assert "ResNet-20, float32" in printed and "experiments bench --only steps" in " ".join(printed.split())
+
+
+def test_page_and_figure_are_written_beside_the_readme(folder):
+    (folder / "README.md").write_text("<!-- measured: layers -->\n<!-- end -->\n")
+    written = measured.write(folder, folder)
+    assert written == [folder / "README.md", folder / measured.PAGE, folder / measured.FIGURE]
+    assert all(path.is_file() for path in written)
+    assert "copies large arrays at 5.0 GB/s" in " ".join((folder / measured.PAGE).read_text().split())
+
+
+def test_layers_are_geometric_means_with_the_worst_row():
+    text = tables.layers_table(run_of(layer_records()))
+    assert "| Flax | 1.00 (2.00) |" in text and "| *part of the limit that jaxbn reaches* | 0.50 |" in text
+
+
+def test_limit_is_left_out_where_all_arrays_are_small():
+    assert "jaxbn reaches* | - |" in tables.layers_table(run_of(layer_records(shape=(10, 10))))
+
+
+def test_arm_that_was_left_out_of_a_row_is_a_dash():
+    other = {"pass": "eval", "activation": "none", "dtype": "float32", "shape": [2, 3]}
+    ours = {**other, "arm": "jaxbn", "seconds": spread(1e-3), "ratio": spread(1.0), "limit": spread(1.0)}
+    copy = {**other, "arm": "copy", "seconds": spread(1e-3), "bandwidth": 1e9}
+    records = [*layer_records(), copy, ours, {**ours, "activation": "relu"}, {**copy, "activation": "relu"}]
+    records.append({**ours, "arm": "Flax", "activation": "relu"})
+    assert "| Flax | 1.00 (2.00) | 1.00 (1.00) |" in tables.layers_table(run_of(records))
+    assert "| 2x3 | none | 1.000 | 1.00 | 1.0 | - |" in tables.layers_pages(run_of(records))
+
+
+def test_page_shows_every_row_with_quartiles():
+    text = tables.layers_pages(run_of(layer_records()))
+    assert "### forward, float32" in text
+    assert "| 1024x1024 | none | 2.000 | 0.50 | 4.0 | 0.50 (0.25 to 1.00) |" in text
+    assert "| 1024x1024 | relu | 2.000 | 0.50 | 4.0 | 2.00 (1.00 to 4.00) |" in text
+
+
+def test_steps_show_what_each_norm_adds_beside_flaxs():
+    text = tables.steps_table(run_of(step_records()))
+    assert "| ResNet-20, float32 | Flax | 1 | 1.40 | 1.00 |" in text
+    assert "| ResNet-20, float32 | jaxbn | 0.25 (0.25 to 0.25) | 1.10 | 0.79 |" in text
+    assert "| none |" not in text and "ResNet-20 at width 1 and batch 128" in text
+
+
+@pytest.mark.parametrize(
+    ("flax", "cell"),
+    [([0.9] * 3, "Flax's adds none"), ([0.9, 1.4, 1.4], "0.25 (any)"), ([1.4] * 3, "0.25 (0.25 to 0.25)")],
+)
+def test_share_says_where_flaxs_norm_adds_nothing(flax, cell):
+    records = [record | {"seconds": flax} if record["arm"] == "Flax" else record for record in step_records()]
+    assert f"| jaxbn | {cell} |" in tables.steps_table(run_of(records))
+
+
+def test_apis_that_do_the_same_share_a_line():
+    apis = ("jit", "shard_map", "shard_map, check_vma=False", "vmap")
+    same = [api_record(api, "jaxbn", 0.0, collective=api != "vmap") for api in apis]
+    other = [api_record(api, "Flax", 0.0 if api == "jit" else 35.2, collective=api != "vmap") for api in apis]
+    text = tables.collectives_table(run_of([*same, *other, *growth_records()]))
+    assert "| jaxbn, every API | 1 | 2 (+1) | 0 |" in text
+    assert "| Flax, `jit` | 1 | 2 (+1) | 0 |" in text
+    assert "| Flax, `shard_map`, `vmap` | 1 | 2 (+1) | 35 % |" in text
+
+
+def test_bytes_are_told_once_where_they_do_not_grow():
+    text = tables.collectives_table(run_of([api_record("jit", "jaxbn", 0.0), *growth_records()]))
+    assert "on 8, 64 devices (one number: the same on all): jaxbn 0; Flax 1,024, 10,240; Flax, stable 1,280" in text
+
+
+def test_throughput_is_a_sentence():
+    def record(timed, arm, seconds, over_plain):
+        found = {"timed": timed, "arm": arm, "seconds": seconds, "images_over_plain": spread(over_plain)}
+        return found | {"seconds_over_at_hand": spread(seconds)}
+
+    records = [record("step", throughput.FIT, 1.03, 1.2), record("run", throughput.FIT, 9.0, 1.1)]
+    text = tables.throughput_sentence(run_of(records))
+    assert "trains 1.10 times as many images" in text and "adds 3.0 % to a step" in text
+
+
+def test_errors_are_told_by_mean():
+    record = {"mean": 1e5, "implementation": "jaxbn", "output": 5.2e-7, "gradient": 3.0}
+    text = tables.numerics_table(run_of([record, record | {"implementation": "Flax"}]))
+    assert "| mean/std | jaxbn | Flax |" in text and "| 1e5 | 5e-7 / 3e0 | 5e-7 / 3e0 |" in text
