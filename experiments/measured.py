@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import collectives, numerics, plots, report, results, tables, throughput
+from experiments import collectives, numerics, plots, report, results, scoreboard, tables, throughput
 from experiments.benchmarks import layers, steps
 
 PYTHON = ".venv/bin/python -m experiments"
@@ -40,9 +40,9 @@ whose threads wait actively, or in another one passively: the faster of both cou
 
 
 class Shown(NamedTuple):
-    """A block: the file and command of its numbers, and what makes its text."""
+    """A block: the file of its numbers in the folder of measurements, their command, and what makes its text."""
 
-    file: str
+    file: str | Path
     command: str
     text: Callable[[dict], str]
 
@@ -52,6 +52,7 @@ BLOCKS = {
     "layers": Shown(layers.NAME, "bench --only layers", tables.layers_table),
     "steps": Shown(steps.NAME, "bench --only steps", tables.steps_table),
     "collectives": Shown(collectives.NAME, "collectives", tables.collectives_table),
+    "scoreboard": Shown(scoreboard.FOLDER / scoreboard.NAME, "scoreboard", scoreboard.summary),  # beside its page
     "throughput": Shown(throughput.NAME, "throughput", tables.throughput_sentence),
 }
 

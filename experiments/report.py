@@ -1,5 +1,6 @@
 """The report: experiments/README.md, the figures and the list of studies, made from the result files alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -130,13 +131,17 @@ def _origin(found):
     """Where results come from: images, hardware, versions and commits, each once."""
     headers = [run["header"] for group in found.values() for run in group]
     images = {header.get("images", "images of unknown origin") for header in headers}
+    return f"Images: {'; '.join(sorted(images))}. Measured {made_with(headers)}."
+
+
+def made_with(headers: Sequence[dict]) -> str:
+    """Returns in words with what something was made: hardware, versions and commits, each once."""
     machines = {hardware(header["hardware"]) for header in headers}
     versions = {", ".join(f"{k} {v}" for k, v in header["versions"].items()) for header in headers}
     commits = {header["commit"] or "unknown" for header in headers}
     return (
-        f"Images: {'; '.join(sorted(images))}. "
-        f"Measured on {'; '.join(sorted(machines))}, with {'; '.join(sorted(versions))}, "
-        f"at commit {', '.join(c[:12] + ('-modified' if c.endswith('-modified') else '') for c in sorted(commits))}."
+        f"on {'; '.join(sorted(machines))}, with {'; '.join(sorted(versions))}, "
+        f"at commit {', '.join(c[:12] + ('-modified' if c.endswith('-modified') else '') for c in sorted(commits))}"
     )
 
 

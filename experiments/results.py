@@ -25,7 +25,7 @@ from pathlib import Path
 from experiments.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-PEERS = ("dm-haiku", "equinox", "torch")  # what `bench` compares with, where it is installed
+PEERS = ("dm-haiku", "equinox", "keras", "torch")  # what `bench` and `scoreboard` compare with, where installed
 VARYING = ("date", "copy_bandwidth")  # of a header, from one run of the same measurement to the next
 ROOT = Path(__file__).parents[1]
 SOURCES = ("jaxbn/*.py", "experiments/*.py", "pyproject.toml")  # what a run depends on; * includes subfolders

@@ -6,26 +6,25 @@ not take the others along.  The file has a header, then a line for each peer and
 """
 
 import ast
-import importlib.metadata
 import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments import results
+from experiments import report, results
 from experiments.peers import LIBRARIES, OURS, PEERS
 from jaxbn import testing
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "scoreboard"
-FILE = "scoreboard.jsonl"
+NAME = "scoreboard"
 FAULTS = Path(__file__).parent / "faults"
 WIDTH = 150  # of the table with all peers
 COMMAND = "python -m experiments scoreboard"
@@ -66,7 +65,9 @@ def run(*, peers: str | None = None, laws: str | None = None, out: Path | None =
             lines += judge(peer, laws)
     show(lines, console)
     if out is not None:
-        results.write(out / FILE, _header(laws), [*lines, *map(run_fault, fault_scripts())])
+        # The header asks for JAX's devices, and so is made after the peers, which need the memory.
+        header = results.measurement_header({"laws": {law: STATEMENTS[law] for law in laws}})
+        results.write(out / f"{NAME}.jsonl", header, [*lines, *map(run_fault, fault_scripts())])
         (out / "README.md").write_text(readme(out), encoding="utf-8")
         console.print(f"Written to {out}", soft_wrap=True)
     return not any(line["outcome"] == BROKEN and line["peer"] in OURS for line in lines)
@@ -124,28 +125,56 @@ def load(folder: Path = FOLDER) -> dict:
     Raises:
       ValueError: it is not a file of measurements.
     """
-    found = results.read_records(folder / FILE)
+    found = results.read_records(folder / f"{NAME}.jsonl")
     lines, faults = ([record for record in found["records"] if key in record] for key in ("law", "fault"))
     return {"header": found["header"], "lines": lines, "faults": faults}
 
 
 def table(folder: Path = FOLDER) -> str:
     """Returns the table in Markdown: a row for each law, a column for each peer that was installed."""
-    lines = load(folder)["lines"]
-    outcomes = {(line["law"], line["peer"]): line["outcome"] for line in lines if line["outcome"] != NOT_INSTALLED}
-    peers = list(dict.fromkeys(peer for _, peer in outcomes))
-    rows = [["law", *peers], ["---"] * (1 + len(peers))]
-    for law in dict.fromkeys(law for law, _ in outcomes):
-        rows.append([f"`{law}`", *(CELLS[outcomes[law, peer]] for peer in peers)])
-    asked = {peer: [o for (_, p), o in outcomes.items() if p == peer and o != NOT_DECLARED] for peer in peers}
-    rows.append(["holds, of those asked", *(f"{asked[p].count(HOLDS)} of {len(asked[p])}" for p in peers)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    found = by_peer(load(folder)["lines"])
+    laws = dict.fromkeys(law for of in found.values() for law in of)
+    lines = [{"law": f"`{law}`"} | {peer: CELLS[of[law]] for peer, of in found.items()} for law in laws]
+    return report.markdown([*lines, {"law": "holds, of those asked"} | {peer: kept(of) for peer, of in found.items()}])
+
+
+def summary(run: dict) -> str:
+    """Returns a table with a row for each peer: how many laws it keeps, and which it breaks; and a word on the peers.
+
+    Args:
+      run: as `results.read_records` returns it.
+    """
+    lines = []
+    for peer, of in by_peer(record for record in run["records"] if "law" in record).items():
+        broken = [law.replace("_", " ") for law, outcome in of.items() if outcome == BROKEN]
+        lines.append({"": peer, "laws held, of those asked": kept(of), "laws broken": ", ".join(broken) or "–"})
+    return (
+        f"{report.markdown(lines)}\n\nAsked is what a peer declares, such as masks; a broken law is not always a "
+        "broken promise. `flax-linen-stable` has `use_fast_variance=False`; `jaxbn` is the function behind the two "
+        "layers."
+    )
+
+
+def by_peer(lines: Iterable[dict]) -> dict[str, dict[str, str]]:
+    """Returns peer -> law -> outcome, for the peers that were installed."""
+    found = {}
+    for line in lines:
+        if line["outcome"] != NOT_INSTALLED:
+            found.setdefault(line["peer"], {})[line["law"]] = line["outcome"]
+    return found
+
+
+def kept(of: dict[str, str]) -> str:
+    """Returns in words how many laws a peer keeps, of those that it was asked."""
+    asked = [outcome for outcome in of.values() if outcome != NOT_DECLARED]
+    return f"{asked.count(HOLDS)} of {len(asked)}"
 
 
 def readme(folder: Path = FOLDER) -> str:
     """Returns the text of the README for the file in a folder."""
     found = load(folder)
-    parts = [HEAD.rstrip(), table(folder), f"{_missing(found)}–: not declared. {_measured(found['header'])}", "## Laws"]
+    judged = f"Judged {report.made_with([found['header']])}, {found['header']['date']}."
+    parts = [HEAD.rstrip(), table(folder), f"{_missing(found)}–: not declared. {judged}", "## Laws"]
     parts.append("\n".join(f"- `{law}`: {statement}" for law, statement in found["header"]["settings"]["laws"].items()))
     parts += ["## Failures", "Each with the first case that showed it, and the line that repeats it."]
     broken = [line for line in found["lines"] if line["outcome"] == BROKEN]
@@ -196,13 +225,6 @@ def _line(peer, finding):
     return {"peer": peer, **finding._asdict()}
 
 
-def _header(laws):
-    """The first line of the file. It asks for JAX's devices, and so is made after the peers, which need the memory."""
-    header = results.measurement_header({"laws": {law: STATEMENTS[law] for law in laws}})
-    installed = [name for library, name in LIBRARIES.items() if importlib.util.find_spec(library)]
-    return header | {"versions": header["versions"] | {name: importlib.metadata.version(name) for name in installed}}
-
-
 def _ending(status, stderr):
     """How a process has ended, and its last words."""
     words = (stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -213,14 +235,6 @@ def _ending(status, stderr):
 def _missing(found):
     missing = dict.fromkeys(line["peer"] for line in found["lines"] if line["outcome"] == NOT_INSTALLED)
     return f"Not installed: {', '.join(missing)}. " if missing else ""
-
-
-def _measured(header):
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    hardware, commit = header["hardware"], header["commit"] or "unknown"
-    where = hardware["device"] if hardware["platform"] != "cpu" else hardware["cpu"]
-    short = commit[:12] + ("-modified" if commit.endswith("-modified") else "")
-    return f"Judged on {where}, with {versions}, at commit {short}, {header['date']}."
 
 
 def _fault(fault):

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn
-from experiments import collectives, demo, distributed, plots, results
+from experiments import collectives, demo, distributed, hlo, plots, results
 from experiments.data import Dataset
 from experiments.measures import spread
 from jaxbn.linen import BatchNorm
@@ -122,7 +122,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         # Its unequal numbers of examples need four devices, and pmap compiles for the devices of one process only where
         # there is no other process.
         if mesh.size % 4 == 0 and distributed.process_count() == 1:
-            console.print(collectives.what_each_api_does(mesh.size, layers=("jaxbn", "Flax")))
+            console.print(collectives.table_of_apis(collectives.what_each_api_does(mesh.size)))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=results.digest({"": [measured]}))
         console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
 
@@ -166,7 +166,7 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
             "test_accuracy": int(programs.correct(state, test_set, mask)) / len(dataset.test_labels),
             "spread_of_mean": of_mean,
             "spread_of_var": of_var,
-            "collectives": len(collectives.executed(collectives.collectives(compiled.as_text()))),
+            "collectives": len(hlo.executed(hlo.collectives(compiled.as_text()))),
             "milliseconds": 1000 * seconds / len(order),
         }
         rows.append(row)

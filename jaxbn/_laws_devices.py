@@ -15,6 +15,7 @@ from jaxbn._samples import (
     exact,
     magnitudes,
     require_close,
+    require_statistics,
     sample,
 )
 
@@ -72,8 +73,8 @@ def _require_whole(adapter, data: Sample, mask=None, *, case="", rounding=ROUNDI
     whole = statistics(adapter, train(adapter, start(adapter, *data[:3]), data.x, mask)[1])
     for device in range(DEVICES):
         state = jax.tree.map(lambda leaf, device=device: leaf[device], after)
-        for name, value, other in zip(("mean", "var"), statistics(adapter.over_devices, state), whole, strict=True):
-            require_close(f"running {name} on device {device} {case}", value, other, rounding * magnitude[name])
+        found = statistics(adapter.over_devices, state)
+        require_statistics(f"on device {device} {case}", found, whole, magnitude, rounding=rounding)
 
 
 def _step(adapter, data: Sample, mask):

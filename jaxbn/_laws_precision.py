@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn import _oracle
 from jaxbn._adapter import Adapter, evaluate, gradients, law, start, statistics, train
 from jaxbn._samples import (
     EPS,
@@ -11,15 +12,17 @@ from jaxbn._samples import (
     Sample,
     at,
     exact,
+    exact_evaluation,
     magnitudes,
-    moments,
     require_close,
     require_finite,
+    require_statistics,
     running,
     sample,
     weight,
 )
 
+MANY = (64, 16, 16, 4), (2**14, 4)  # values, whose sums in half precision stand still, or overflow in float16
 RATIOS = 10.0, 1e3, 1e5  # of mean to standard deviation
 STDS = np.array([1, 0.5, 3, 2])
 
@@ -42,7 +45,7 @@ def running_statistics_at_large_means(adapter: Adapter) -> None:
     """The running variance of data with a large mean is that of the same data without it."""
     for ratio in RATIOS:
         for data in _at_ratio(ratio):
-            mean, var, _ = moments(data.x)
+            mean, var, _ = _oracle.moments(data.x)
             nearby = np.round(mean).astype(np.float32)  # no further than twice from x, so that x - nearby is exact
             state = start(adapter, *data[:3])
             (large_mean, large_var), (small_mean, small_var) = (
@@ -84,20 +87,9 @@ def variance_is_never_negative(adapter: Adapter) -> None:
 def low_precision(adapter: Adapter) -> None:
     """Statistics and outputs of half-precision inputs are as precise as the inputs, however many there are."""
     for dtype in adapter.half_precision:
-        rounding = float(jnp.finfo(dtype).eps)
-        # 2^14 values for each feature, where sums in half precision stand still; squares of 300 overflow in float16.
-        data = sample((64, 16, 16, 4), mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype)
-        wide = data._replace(x=data.x.astype(np.float32))
-        y, state = train(adapter, start(adapter, *data[:3]), data.x)
-        _, of_wide = train(adapter, start(adapter, *wide[:3]), wide.x)
-        (mean, var, _), magnitude, case = moments(wide.x), magnitudes(adapter, wide), at(data.x, f"in {dtype}")
-        # The mean, rounded as the inputs are, is as much of their standard deviation.
-        allowed = 4 * rounding * (1 + abs(mean) / np.sqrt(var)) * magnitude["y"]
-        require_close(f"y {case}", y, exact(adapter, wide)["y"], allowed)
-        found, expected = statistics(adapter, state), statistics(adapter, of_wide)
-        for name, one, other, size in zip(("mean", "var"), found, expected, (magnitude["mean"], var), strict=True):
-            allowed = 4 * rounding * weight(adapter) * size + 16 * EPS * magnitude[name]
-            require_close(f"running {name} {case}", one, other, allowed)
+        for shape in MANY:  # of a mean of 300 squares overflow in float16 too
+            data = sample(shape, mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype)
+            _require_precision_of_inputs(adapter, data, float(jnp.finfo(dtype).eps), at(data.x, f"in {dtype}"))
 
 
 @law()
@@ -118,6 +110,21 @@ def one_nan_batch(adapter: Adapter) -> None:
                 require_finite(f"y of evaluation {case}", evaluate(adapter, state, data.x))
                 y, state = train(adapter, state, data.x)
                 require_finite(f"y {case}", y)
+
+
+def _require_precision_of_inputs(adapter, data: Sample, rounding, case):
+    """Compares a step on rounded inputs, and evaluation, with the same in float32, to a few roundings of the inputs."""
+    wide = data._replace(x=data.x.astype(np.float32))
+    (y, state), (_, of_wide) = (train(adapter, start(adapter, *each[:3]), each.x) for each in (data, wide))
+    (mean, var, _), magnitude = _oracle.moments(wide.x), magnitudes(adapter, wide)
+    # The mean, rounded as the inputs are, is as much of their standard deviation.
+    allowed = 4 * rounding * (1 + abs(mean) / np.sqrt(var)) * magnitude["y"]
+    require_close(f"y {case}", y, exact(adapter, wide)["y"], allowed)
+    found, of_batch = statistics(adapter, state), {"mean": magnitude["mean"], "var": var}
+    allowed = {name: 4 * rounding * weight(adapter) * of_batch[name] + 16 * EPS * magnitude[name] for name in of_batch}
+    require_statistics(case, found, statistics(adapter, of_wide), allowed, rounding=1)
+    expected, size = exact_evaluation(adapter, wide, *found)
+    require_close(f"y of evaluation {case}", evaluate(adapter, state, data.x), expected, 4 * rounding * size)
 
 
 def _at_ratio(ratio: float) -> list[Sample]:

@@ -6,7 +6,20 @@ import numpy as np
 
 from jaxbn import _oracle
 from jaxbn._adapter import Adapter, evaluate, gradients, law, start, statistics, train
-from jaxbn._samples import ALIKE, EPS, ROUNDINGS, SHAPES, at, exact, magnitudes, moments, require_close, running, sample
+from jaxbn._samples import (
+    ALIKE,
+    EPS,
+    ROUNDINGS,
+    SHAPES,
+    at,
+    exact,
+    exact_evaluation,
+    magnitudes,
+    require_close,
+    require_statistics,
+    running,
+    sample,
+)
 
 FORGOTTEN = 2.0**-22  # weight of what the running average started from, where it has converged
 ENOUGH = 2000  # batches until a small variance is no longer hidden by the start at 1, unless momentum is above 0.99
@@ -45,13 +58,10 @@ def running_statistics_equal_oracle(adapter: Adapter) -> None:
         state, seen = start(adapter, *batches[0][:3]), []
         for number, data in enumerate(batches, start=1):
             _, state = train(adapter, state, data.x)
-            seen.append(moments(data.x))
+            seen.append(_oracle.moments(data.x))
             case = f"after {number} batch{'es' * (number > 1)} {at(data.x)}"
             magnitude = {"mean": 4 + number, "var": (1 + number) ** 2}
-            for name, found, expected in zip(
-                ("mean", "var"), statistics(adapter, state), running(adapter, seen), strict=True
-            ):
-                require_close(f"running {name} {case}", found, expected, 16 * EPS * magnitude[name])
+            require_statistics(case, statistics(adapter, state), running(adapter, seen), magnitude)
 
 
 @law()
@@ -64,13 +74,10 @@ def evaluation_equals_oracle(adapter: Adapter) -> None:
             _, state = train(adapter, state, data.x)
         before = statistics(adapter, state)
         y = evaluate(adapter, state, data.x)
-        expected = _oracle.normalize(data.x, *before, data.scale, data.bias, epsilon=adapter.epsilon)
-        # As an implementation may have it: scale * x / sqrt(var) + (bias - scale * mean / sqrt(var)).
-        largest = abs(data.x).max(tuple(range(len(shape) - 1))) + abs(before[0])
-        terms = abs(data.scale) * largest / np.sqrt(before[1] + adapter.epsilon) + abs(data.bias)
-        require_close(f"y {at(data.x)}", y, expected, ROUNDINGS * EPS * terms)
-        for name, found, kept in zip(("mean", "var"), statistics(adapter, state), before, strict=True):
-            require_close(f"running {name} after evaluation {at(data.x)}", found, kept, 0.0)
+        expected, magnitude = exact_evaluation(adapter, data, *before)
+        require_close(f"y {at(data.x)}", y, expected, ROUNDINGS * EPS * magnitude)
+        case, after = f"after evaluation {at(data.x)}", statistics(adapter, state)
+        require_statistics(case, after, before, magnitudes(adapter, data), rounding=0)
 
 
 @law(moves)
@@ -80,7 +87,7 @@ def evaluation_equals_training_on_constant_statistics(adapter: Adapter) -> None:
     state, y = start(adapter, *data[:3]), None
     for _ in range(_until_converged(adapter)):
         y, state = train(adapter, state, data.x)
-    _, var, count = moments(data.x)
+    _, var, count = _oracle.moments(data.x)
     running_var = var * count / (count - 1) if adapter.unbiased else var
     factor = np.sqrt((var + adapter.epsilon) / (running_var + adapter.epsilon))
     expected = data.bias + factor * (y - data.bias)
@@ -93,17 +100,17 @@ def running_average_converges(adapter: Adapter) -> None:
     """Where every batch is the same, the distance of the running statistics from it falls like momentum^t."""
     data = sample(SHAPES[0], std=ALIKE)
     state, magnitude = start(adapter, *data[:3]), magnitudes(adapter, data)
-    mean, var, count = moments(data.x)
-    batch = {"mean": mean, "var": var * count / (count - 1) if adapter.unbiased else var}
+    mean, var, count = _oracle.moments(data.x)
+    batch = np.stack([mean, var * count / (count - 1) if adapter.unbiased else var])
+    begun = np.array([[0.0], [1.0]])  # mean and variance
     for number in range(1, 33):
         _, state = train(adapter, state, data.x)
         if number & (number - 1):
             continue  # look after 1, 2, 4, ... batches
         left = 0 if adapter.debiased else adapter.momentum**number
-        for name, found, begun in zip(("mean", "var"), statistics(adapter, state), (0, 1), strict=True):
-            allowed = (16 * EPS + _noise(adapter)) * magnitude[name]
-            expected = left * (begun - batch[name])
-            require_close(f"running {name} less the batch's, after {number}", found - batch[name], expected, allowed)
+        found, expected = statistics(adapter, state) - batch, left * (begun - batch)
+        case, rounding = f"less the batch's, after {number}", 16 * EPS + _noise(adapter)
+        require_statistics(case, found, expected, magnitude, rounding=rounding)
 
 
 def _until_converged(adapter):

@@ -5,7 +5,7 @@ Inputs are rounded to their dtype first, and the oracle sees the rounded numbers
 arithmetic adds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,6 +70,16 @@ def magnitudes(adapter: Adapter, data: Sample, mask: np.ndarray | None = None) -
     }
 
 
+def exact_evaluation(
+    adapter: Adapter, data: Sample, mean: np.ndarray, var: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns y of evaluation with a running mean and variance, by the oracle, and its natural magnitude."""
+    y = _oracle.normalize(data.x, mean, var, data.scale, data.bias, epsilon=adapter.epsilon)
+    # As an implementation may have it: scale * x / sqrt(var) + (bias - scale * mean / sqrt(var)).
+    largest = abs(data.x).max(tuple(range(data.x.ndim - 1))) + abs(mean)
+    return y, abs(data.scale) * largest / np.sqrt(var + adapter.epsilon) + abs(data.bias)
+
+
 def running(adapter: Adapter, batches: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the running mean and variance after batches of (mean, var, count), by the adapter's conventions."""
     mean, var = np.zeros_like(batches[0][0]), np.ones_like(batches[0][1])
@@ -87,11 +97,6 @@ def running(adapter: Adapter, batches: Sequence[tuple]) -> tuple[np.ndarray, np.
 def weight(adapter: Adapter) -> float:
     """Returns the weight of the first batch in the running statistics."""
     return 1.0 if adapter.debiased else 1 - adapter.momentum
-
-
-def moments(x: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns mean, biased variance and count of a batch, by the oracle."""
-    return _oracle.moments(x, mask=mask)
 
 
 def at(data: np.ndarray, case: str = "") -> str:
@@ -112,6 +117,19 @@ def require_close(quantity: str, found: np.ndarray, expected: np.ndarray, allowe
             f"{quantity}: error {error[worst]:.2g}, allowed {allowed[worst]:.2g} "
             f"(found {found[worst]:.6g}, expected {expected[worst]:.6g})"
         )
+
+
+def require_statistics(
+    case: str,
+    found: Sequence | np.ndarray,
+    expected: Sequence | np.ndarray,
+    magnitude: Mapping[str, np.ndarray | float],
+    *,
+    rounding: float = 16 * EPS,
+) -> None:
+    """Raises AssertionError where a running mean or variance is further off than some roundings of its magnitude."""
+    for name, one, other in zip(("mean", "var"), found, expected, strict=True):
+        require_close(f"running {name} {case}", one, other, rounding * magnitude[name])
 
 
 def require_finite(quantity: str, found: np.ndarray) -> None:

@@ -41,6 +41,7 @@ LAWS: tuple[Law, ...] = (
     _laws_transformations.remat_changes_nothing,
     _laws_masks.statistics_of_masked_data,
     _laws_masks.gradients_of_masked_data,
+    _laws_masks.mask_of_one_feature,
     _laws_masks.nan_in_masked_positions,
     _laws_masks.batch_masked_everywhere,
     _laws_devices.split_over_devices,
@@ -101,6 +102,7 @@ def laws_for(adapter: Adapter) -> tuple[Law, ...]:
     ...     print(law.name)
     statistics_of_masked_data
     gradients_of_masked_data
+    mask_of_one_feature
     nan_in_masked_positions
     batch_masked_everywhere
 

@@ -297,6 +297,22 @@ class SquaresInHalfPrecision(FastVariance):
         return mean, rest, self.total(squares) / jnp.maximum(count, 1) - (mean + rest) ** 2, count
 
 
+class TotalsInHalfPrecision(SumsInHalfPrecision):
+    """Adds up the examples' means, rounded to the dtype of the inputs."""
+
+    def total(self, x):
+        positions = tuple(range(1, x.ndim - 1))
+        return BatchNorm.total(self, x.mean(positions).astype(self.narrow)).astype(x.dtype) * x[0, ..., 0].size
+
+
+class EvaluationInBfloat16(BatchNorm):
+    def evaluate(self, state, x):
+        if x.dtype.itemsize >= 4:
+            return super().evaluate(state, x)
+        narrow = {name: value.astype(jnp.bfloat16) for name, value in state.items()}
+        return self.normalize(x.astype(jnp.bfloat16), narrow["mean"], 0, narrow["var"], narrow["scale"], narrow["bias"])
+
+
 class TakesAnyBatch(BatchNorm):
     def move(self, old, new, accepted):
         return super().move(old, new, True)
@@ -377,6 +393,13 @@ class WritesALog(BatchNorm):
 class IgnoresTheMask(BatchNorm):
     def admit(self, x, mask):
         return super().admit(x, None)
+
+
+class TakesAnyMaskOfOneFeatureForOnePerExample(BatchNorm):
+    def admit(self, x, mask):
+        if mask is not None and mask.shape[-1] == 1:
+            mask = mask[(slice(None), *[slice(1)] * (mask.ndim - 1))]
+        return super().admit(x, mask)
 
 
 class CountsMaskedPositions(BatchNorm):
@@ -476,7 +499,7 @@ BROKEN_BY = {
     "large_means_lose_nothing": [MeanInOneFloat],
     "running_statistics_at_large_means": [FastVarianceInTheAverage],
     "variance_is_never_negative": [FastVarianceUnclipped],
-    "low_precision": [SumsInHalfPrecision, SquaresInHalfPrecision],
+    "low_precision": [SumsInHalfPrecision, SquaresInHalfPrecision, TotalsInHalfPrecision, EvaluationInBfloat16],
     "one_nan_batch": [TakesAnyBatch],
     "dtypes_are_stable": [StatisticsTakeTheDtypeOfTheInputs, StatisticsDriftInFloat64],
     "jit_equals_eager": [LooksAtTheValues, OtherwiseUnderJit],
@@ -486,6 +509,7 @@ BROKEN_BY = {
     "remat_changes_nothing": [WritesALog],
     "statistics_of_masked_data": [IgnoresTheMask, CountsMaskedPositions],
     "gradients_of_masked_data": [IgnoresTheMask, CountsMaskedPositions],
+    "mask_of_one_feature": [TakesAnyMaskOfOneFeatureForOnePerExample],
     "nan_in_masked_positions": [MultipliesByTheMask],
     "batch_masked_everywhere": [MovesTowardsNothing, CountsEmptyBatches, DividesByTheCount],
     "split_over_devices": [EachDeviceAlone, MeanOfTheVariances, OwnGradientAlone, StatisticsOfTheDevice],

@@ -128,6 +128,19 @@ def test_examples_of_a_page_run(page):
         exec(compile(block, page.name, "exec"), scope)
 
 
+@pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
+@pytest.mark.parametrize(
+    "cases", [pytest.param(slice(1), id="one law"), pytest.param(slice(None), id="every law", marks=pytest.mark.slow)]
+)
+def test_the_test_of_a_batch_norm_that_the_readme_shows_passes(cases):
+    (block,) = (block for block in python_blocks(README) if "check_batch_norm" in block)
+    exec(compile(block, README.name, "exec"), scope := {"__name__": README.stem})
+    test = scope["test_batch_norm_keeps_the_law"]
+    (parametrized,) = test.pytestmark
+    for law in parametrized.args[1][cases]:
+        test(law)
+
+
 @pytest.mark.skipif(not PARALLEL.is_file(), reason="the pages are not in this distribution")
 @pytest.mark.parametrize("recipe", [parallel.value_and_grad_of_psum, parallel.psum_of_value_and_grad])
 def test_the_page_on_parallel_apis_shows_the_recipes_that_are_tested(recipe):

@@ -196,6 +196,7 @@ def test_laws_that_an_adapter_declares_nothing_of_are_not_put_to_it():
         "low_precision",
         "statistics_of_masked_data",
         "gradients_of_masked_data",
+        "mask_of_one_feature",
         "nan_in_masked_positions",
         "batch_masked_everywhere",
         "split_over_devices",

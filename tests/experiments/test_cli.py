@@ -14,6 +14,7 @@ from experiments import __main__ as cli
 from experiments import study
 
 ROOT = Path(cli.__file__).parents[1]
+COMMANDS = [name.removesuffix("_command").replace("_", "-") for name in vars(cli) if name.endswith("_command")]
 # 28 steps an epoch, a checkpoint after each.
 TRAIN = "train --data digits --image-size 8 --net cnn7 --width 0.5 --batch-size 50 --epochs 8".split()
 
@@ -40,10 +41,7 @@ def test_help_comes_without_importing_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["demo", "sync-demo", "calibration", "collectives", "numerics", "bench", "run", "train", "plot", "table", "list"],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as exit:
         call(monkeypatch, command, "--help")

@@ -8,8 +8,8 @@ import types
 import pytest
 
 from experiments import __main__ as cli
-from experiments import scoreboard
-from experiments.peers import OURS, PEERS
+from experiments import results, scoreboard
+from experiments.peers import LIBRARIES, OURS, PEERS
 from experiments.scoreboard import FOLDER
 from jaxbn.testing import LAWS
 
@@ -172,6 +172,23 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_installed_pe
     ]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text == scoreboard.readme(tmp_path) and "Not installed: torch." in text
+
+
+def test_summary_has_a_row_for_each_installed_peer_with_the_laws_that_it_breaks():
+    outcomes = {"jaxbn": ("holds", "not declared"), "haiku": ("broken", "broken"), "torch": ("not installed",) * 2}
+    lines = [
+        {"peer": peer, "law": law, "outcome": outcome}
+        for peer, of in outcomes.items()
+        for law, outcome in zip(("first_law", "second_law"), of, strict=True)
+    ]
+    assert scoreboard.summary({"records": [*lines, {"fault": "of_haiku"}]}).splitlines()[2:4] == [
+        "| jaxbn | 1 of 1 | – |",
+        "| haiku | 0 of 2 | first law, second law |",
+    ]
+
+
+def test_versions_of_all_peers_are_recorded():
+    assert set(LIBRARIES.values()) <= set(results.PEERS)
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
