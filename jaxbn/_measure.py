@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._pairs import pair_sum, spread
+
 # A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance.  Above this
 # ratio the sums are taken again, centred on the mean, which costs a second reading of x.  Just under 4 the loss is
 # about five roundings.  Activations of real nets pass 4 now and then and 16 hardly ever, but just under 16 the error
@@ -54,6 +56,11 @@ class Devices(NamedTuple):
         """Returns what :meth:`totals`, or a function of it, holds for the group of this device."""
         return totals if self._adds_within_groups() else tuple(total[self._group()] for total in totals)
 
+    def number(self) -> int | None:
+        """Returns how many devices add together, None if that differs from group to group."""
+        sizes = {len(group) for group in self.groups} or {math.prod(lax.axis_size(name) for name in self.names)}
+        return sizes.pop() if len(sizes) == 1 else None
+
     def _group(self):
         """The number of this device's group."""
         number = {index: group for group, members in enumerate(self.groups) for index in members}
@@ -73,17 +80,18 @@ class Devices(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Moments whose mean is kept as two floats, so that x - mean - residue is exact to the precision of x.
+    """Moments whose mean is kept as two floats, so that x - pivot - offset is exact to the precision of x.
 
     Attributes:
-      mean: leading part of the mean, shape [C]; constant to differentiation.
-      residue: rest of the mean, shape [C]; carries the derivative of both.
+      pivot: a number near the mean, shape [C], or 0 where no feature has a mean that is large against its spread;
+        constant to differentiation.
+      offset: the mean less the pivot, shape [C]; carries the derivative of both.
       var: biased variance, shape [C].
       count: number of values behind each feature, on all devices, shape [C].
     """
 
-    mean: jax.Array
-    residue: jax.Array
+    pivot: jax.Array
+    offset: jax.Array
     var: jax.Array
     count: jax.Array
 
@@ -101,7 +109,10 @@ def measure(x, mask, reduced: tuple[int, ...], devices: Devices, negligible) -> 
     Returns:
       Statistics of the shape of the other axes.
     """
-    return Measured(*_measure(x, mask, _count(x, mask, reduced), negligible, reduced, devices))
+    together = devices.number() if mask is None else None
+    size = together and together * math.prod(x.shape[i] for i in reduced)
+    # A float, since there may be more values than an int32 holds.
+    return Measured(*_measure(x, mask, _count(x, mask, reduced), negligible, reduced, devices, float(size or 0)))
 
 
 def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -114,59 +125,86 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(_wide(x.dtype))
 
 
+def is_narrow(x: jax.Array) -> bool:
+    """Returns whether the arithmetic on ``x`` is in a wider dtype than its own."""
+    return x.dtype != _wide(x.dtype)
+
+
 def abs2(x: jax.Array) -> jax.Array:
     """Returns |x|^2, real also where x is complex."""
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-@functools.partial(jax.jit, static_argnums=(4, 5))  # called eagerly, the branches would be compiled at every call
-def _measure(x, mask, count, negligible, reduced, devices):
-    """Returns mean, residue, variance and count: raw sums in one reading of x, centred sums only where those cancel."""
-    expand = functools.partial(jnp.expand_dims, axis=reduced)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))  # called eagerly, the branches would be compiled at every call
+def _measure(x, mask, count, negligible, reduced, devices, size):
+    """Returns pivot, offset, variance and count: raw sums in one reading of x, centred sums only where those cancel.
+
+    ``count`` is that of this device; ``size`` the number of values behind each feature on all, 0.0 where that is known
+    only when the program runs, because of a mask or of groups.
+    """
+    add = functools.partial(_sum_both, narrow=is_narrow(x), reduced=reduced, mask=mask)
+    counts = () if size else (count,)
     wide = widen(x)
-    count, raw, squares = devices.totals(count, _sum(wide, reduced, mask), _sum(abs2(wide), reduced, mask))
-    m = jnp.maximum(count, 1)
-    mean = raw / m
-    var = jnp.maximum(squares / m - abs2(mean), 0)
-    # Decided before each device turns to its own group: all that add together must take the same branch.
-    cancels = jnp.any(abs2(mean) > CANCELLATION * (var + negligible))
-    mean, var, count, m = devices.own(mean, var, count, m)
+    total, squares, *counts = devices.totals(*add(wide, abs2(wide)), *counts)
+    m = size or jnp.maximum(*counts, 1)
+    mean2 = abs2(total / m)
+    # Decided before each device turns to its own group: all that add together must take the same branch.  A sum, since
+    # it is cheaper to compile than `any`.
+    cancels = (mean2 > CANCELLATION * (squares / m - mean2 + negligible)).astype(jnp.float32).sum() > 0
+    total, squares, *counts = devices.own(total, squares, *counts)
+    m = size or jnp.maximum(*counts, 1)
 
-    def again(x):
-        centred = widen(x) - expand(mean)  # widened in here: outside, the wide copy of x would be written to memory
-        raw, squares = devices.total(_sum(centred, reduced, mask), _sum(abs2(centred), reduced, mask))
-        residue = raw / m
-        high = mean + residue
-        return high, residue - (high - mean), jnp.maximum(squares / m - abs2(residue), 0)
+    def again(x, total, squares):
+        del squares
+        pivot, wide = total / m, widen(x)  # widened in here: outside, the wide copy of x would be written to memory
+        centred = wide - spread(pivot, wide, reduced)
+        # Not the same difference to the compiler, which would write it to memory for the two sums.
+        negative = spread(lax.optimization_barrier(pivot), wide, reduced) - wide
+        return pivot, *devices.total(*add(centred, abs2(negative)))
 
-    # The mean goes through the branches, changed by one of them, so that it is written to memory: recomputed from the
-    # sum where it is used, it would be contracted to a fused multiply-add, and the residue would be that of another.
-    mean, residue, var = lax.cond(cancels, again, lambda x: (mean, jnp.zeros_like(mean), var), x)
-    return mean, residue, var, count
+    def once(x, total, squares):
+        del x
+        return jnp.zeros_like(total), total, squares
+
+    # Either branch returns a pivot, and the sum and the sum of squares of x less that.  Coming out of a branch, the
+    # pivot is one number wherever it is used: computed in place, it would be contracted to a fused multiply-add there.
+    pivot, total, squares = lax.cond(cancels, again, once, x, total, squares)
+    offset = total / m
+    var = jnp.maximum(squares / m - abs2(offset), 0)
+    return pivot, offset, var, jnp.full_like(var, size) if size else counts[0]
 
 
 @_measure.defjvp
-def _measure_jvp(reduced, devices, primals, tangents):
+def _measure_jvp(reduced, devices, size, primals, tangents):
     """Derivative of the moments: d mean = E[dx],  d var = 2 E[Re(conj(x - mean) dx)].
 
-    The whole derivative of the mean goes to the residue.  With the leading part constant, the cotangent of the mean
-    is a multiple of sum(dy), which the bias needs anyway, and a reading of x and dy is saved.
+    The whole derivative of the mean goes to the offset.  With the pivot constant, the cotangent of the mean is a
+    multiple of sum(dy), which the bias needs anyway, and a reading of x and dy is saved.
     """
     x, mask, *_ = primals
-    mean, residue, var, count = _measure(*primals, reduced, devices)
-    mean_dot, var_dot = _mean_and_var_dot(x, mask, mean, residue, count, tangents[0], reduced, devices)
-    return (mean, residue, var, count), (jnp.zeros_like(mean), mean_dot, var_dot, jnp.zeros_like(count))
+    pivot, offset, var, count = _measure(*primals, reduced, devices, size)
+    share = 1 / size if size else 1 / jnp.maximum(count, 1)
+    sum_dot, squares_dot = _sums_dot(x, mask, pivot, offset, tangents[0], reduced, devices)
+    tangents = jnp.zeros_like(pivot), sum_dot * share, squares_dot * (2 * share), jnp.zeros_like(count)
+    return (pivot, offset, var, count), tangents
 
 
-@functools.partial(jax.checkpoint, static_argnums=(6, 7))  # keeps x alone for the backward pass, not x - mean as well
-def _mean_and_var_dot(x, mask, mean, residue, count, x_dot, reduced, devices):
-    expand = functools.partial(jnp.expand_dims, axis=reduced)
-    x_dot = widen(x_dot)
-    centred = (widen(fill(x, mask)) - expand(mean)) - expand(residue)
-    sums = devices.total(_sum(x_dot, reduced, mask), _sum((jnp.conj(centred) * x_dot).real, reduced, mask))
-    m = jnp.maximum(count, 1)
-    return sums[0] / m, 2 * sums[1] / m
+@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
+def _sums_dot(x, mask, pivot, offset, x_dot, reduced, devices):
+    wide, wide_dot = widen(fill(x, mask)), widen(x_dot)
+    centred = (wide - spread(pivot, wide, reduced)) - spread(offset, wide, reduced)
+    products = (jnp.conj(centred) * wide_dot).real
+    return devices.total(*_sum_both(wide_dot, products, narrow=is_narrow(x), reduced=reduced, mask=mask))
+
+
+def _sum_both(a, b, *, narrow, reduced, mask):
+    """Returns the sums of a and of b, both made of one array, which is narrower than they are or not."""
+    if not narrow:
+        return _sum(a, reduced, mask), _sum(b, reduced, mask)
+    if mask is not None:
+        a, b = (jnp.where(mask, values, 0) for values in (a, b))
+    return pair_sum(a, b, reduced)
 
 
 def _sum(values, reduced, mask):

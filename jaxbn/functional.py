@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn._measure import Devices, Measured, fill, measure, widen
+from jaxbn._measure import Devices, Measured, fill, is_narrow, measure, widen
+from jaxbn._pairs import pair_spread, spread
 from jaxbn.stats import AnyStats, Moments, Stats, round_mean, update_stats
 
 
@@ -79,7 +80,7 @@ def normalize(
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, epsilon, mean=mean, var=var, scale=scale, bias=bias)
     mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
-    return _affine(x, None, mean, None, lax.rsqrt(var + epsilon), scale, bias, reduced)
+    return _affine(x, None, mean, None, var + epsilon, scale, bias, reduced)
 
 
 def batch_normalize(
@@ -251,8 +252,10 @@ def affine(
 
 def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> jax.Array:
     """Normalises x, shape [..., C], with moments that were measured on it; its arguments have been checked."""
-    rsqrt = jnp.where(batch.count > 0, lax.rsqrt(batch.var + epsilon), 0)
-    return _affine(x, mask, lax.stop_gradient(batch.mean), batch.residue, rsqrt, scale, bias, reduced)
+    v = batch.var + epsilon
+    if mask is not None:  # a feature that is masked everywhere becomes its bias
+        v = jnp.where(batch.count > 0, v, jnp.inf)
+    return _affine(x, mask, lax.stop_gradient(batch.pivot), batch.offset, v, scale, bias, reduced)
 
 
 def result_dtype(x, scale, bias):
@@ -260,20 +263,43 @@ def result_dtype(x, scale, bias):
     return jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
 
 
-def _affine(x, mask, mean, residue, rsqrt, scale, bias, reduced) -> jax.Array:
-    """Returns y = (x - mean) a + (bias - residue a), with a = scale * rsqrt: exact where x and its mean are large."""
+def _affine(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
+    """Returns y = (x - pivot) a + (bias - offset a), with a = scale / sqrt(v): exact where x and its mean are large."""
     dtype = result_dtype(x, scale, bias)
-    a = rsqrt if scale is None else rsqrt * widen(jnp.asarray(scale))
+    a = _slope(jnp.ones_like(v) if scale is None else widen(jnp.asarray(scale)), v)
     shift = None if bias is None else widen(jnp.asarray(bias))
-    if residue is not None:
-        shift = -residue * a if shift is None else shift - residue * a
-    return _scale_and_shift(x, mask, mean, a, shift, reduced, dtype)
+    if offset is not None:
+        shift = -offset * a if shift is None else shift - offset * a
+    return _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - mean as well
-def _scale_and_shift(x, mask, mean, a, shift, reduced, dtype):
-    expand = functools.partial(jnp.expand_dims, axis=reduced)
-    y = (widen(fill(x, mask)) - expand(mean)) * expand(a)
-    if shift is not None:
-        y = y + expand(shift)
+@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
+def _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype):
+    wide = widen(fill(x, mask))
+    centred = wide - spread(pivot, wide, reduced)
+    if shift is None:
+        y = centred * spread(a, wide, reduced)
+    elif is_narrow(x):
+        a, shift = pair_spread(a, shift, wide, reduced)
+        y = centred * a + shift
+    else:
+        y = centred * spread(a, wide, reduced) + spread(shift, wide, reduced)
     return y.astype(dtype)
+
+
+@jax.custom_jvp
+def _slope(scale, v):
+    """Returns scale / sqrt(v)."""
+    return scale * lax.rsqrt(v)
+
+
+@_slope.defjvp
+def _slope_jvp(primals, tangents):
+    """Derivative, divided where that comes last backward.
+
+    XLA keeps what a division gives, an array per feature.  Products of such arrays it repeats for every value of the
+    batch that they are applied to.
+    """
+    scale, v = primals
+    scale_dot, v_dot = tangents
+    return _slope(scale, v), scale_dot * lax.rsqrt(v) - (0.5 * _slope(scale, v)) * (v_dot / v)

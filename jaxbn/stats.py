@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
@@ -132,7 +133,7 @@ def moments(
 
 def round_mean(measured: Measured) -> Moments:
     """Returns what was measured as moments, with the mean in one float."""
-    return Moments(measured.mean + measured.residue, measured.var, measured.count)
+    return Moments(measured.pivot + measured.offset, measured.var, measured.count)
 
 
 def combine(a: Moments, b: Moments) -> Moments:
@@ -259,7 +260,8 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
         )
 
     def move(old, new):
-        return _keep_dtype(jnp.where(accepted, momentum * old + (1 - momentum) * new, old), old)
+        new = _keep_dtype(momentum * old + (1 - momentum) * new, old)
+        return lax.select(accepted, new, old.astype(new.dtype))
 
     return stats._replace(mean=move(stats.mean, moments.mean), var=move(stats.var, var))
 

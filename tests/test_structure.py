@@ -23,6 +23,7 @@ RANKS = {
     "_graph": 0,
     "_groups": 0,
     "_oracle": 0,
+    "_pairs": 0,
     "_weights": 0,
     "padding": 0,
     "_adapter": 1,

@@ -1,0 +1,171 @@
+"""Sums over a batch, and values per feature spread over a batch, which is what sums are when they are transposed.
+
+A batch norm needs its sums in pairs: of x and x^2 forward, of dy and dy (x - mean) backward.  For float32, XLA has
+kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU it is first written to
+memory as float32.  There the two sums are taken together, in one reading.  `pair_sum` and `pair_spread` are primitives
+of JAX, linear and each the transpose of the other, so that every kind of derivative has its sums in pairs too.
+
+``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+# Positions that are added first, in one loop that XLA writes out, with the features side by side.  Longer loops are not
+# written out, and many times slower; in shorter ones there is more left to add afterwards.
+STRIDE = 16
+WORTHWHILE = 4
+
+
+def pair_sum(a: jax.Array, b: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of a and of b, arrays of one shape, over the axes ``reduced``, in one reading."""
+    if _lies_explicitly(a) or a.dtype != b.dtype:
+        total_a, total_b = _sum_each(a, b, reduced=reduced)
+    else:
+        total_a, total_b = sum_p.bind(*_varying_alike(a, b), reduced=reduced)
+    return total_a, total_b
+
+
+def pair_spread(a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns what :func:`spread` does of a and of b; their derivatives are summed in one reading."""
+    if _lies_explicitly(x):
+        return spread(a, x, reduced), spread(b, x, reduced)
+    # Made to vary over devices before they are spread: afterwards, whole batches would be added over the devices.
+    a, b, _ = _varying_alike(a, b, x)
+    spread_a, spread_b = spread_p.bind(a, b, shape=x.shape, reduced=reduced)
+    return spread_a, spread_b
+
+
+def spread(values: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Returns values, of which there is one per feature, in a shape that broadcasts to that of x."""
+    if _lies_explicitly(x) or jax.typeof(x).manual_axis_type.varying:
+        return jnp.expand_dims(values, reduced)  # JAX minds the devices when it broadcasts, and when it transposes that
+    # In one step, and in one when transposed: JAX's own takes four, which all have to be compiled.
+    return lax.broadcast_in_dim(values, x.shape, [axis for axis in range(x.ndim) if axis not in reduced])
+
+
+def _lies_explicitly(x):
+    """Returns whether the type of x says how it lies on devices; JAX's own sums and broadcasts then keep to it."""
+    return any(jax.typeof(x).sharding.spec)
+
+
+def _varying_alike(*values):
+    """Returns the values as varying over all those device axes of shard_map over which one of them varies."""
+    axes = [jax.typeof(value).manual_axis_type.varying for value in values]
+    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    return [lax.pcast(v, names, to="varying") if names else v for v, names in zip(values, missing, strict=True)]
+
+
+def _sum_each(a, b, *, reduced):
+    return [jnp.sum(a, reduced), jnp.sum(b, reduced)]
+
+
+def _sum_together(a, b, *, reduced):
+    """Adds runs of up to `STRIDE` positions of both arrays in one loop, and what comes out as usual."""
+    positions = a.shape[: len(reduced)]
+    length = _run_length(positions)
+    features_last = reduced == tuple(range(len(reduced))) and len(reduced) < a.ndim
+    if not features_last or length < WORTHWHILE:
+        return _sum_each(a, b, reduced=reduced)
+    runs = (math.prod(positions) // length, length, *a.shape[len(reduced) :])
+    zero = jnp.zeros((), a.dtype)
+    a, b = lax.reduce((a.reshape(runs), b.reshape(runs)), (zero, zero), _add_both, (1,))
+    return _sum_each(a, b, reduced=(0,))
+
+
+def _run_length(positions):
+    """Returns the greatest number of neighbours, up to `STRIDE`, that divides whole trailing axes and one part."""
+    length = 1
+    for size in reversed(positions):
+        length *= max(part for part in range(1, STRIDE // length + 1) if size % part == 0)
+        if length % max(size, 1):
+            break
+    return length
+
+
+def _add_both(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _spread_each(a, b, *, shape, reduced):
+    return [jnp.broadcast_to(jnp.expand_dims(value, reduced), shape) for value in (a, b)]
+
+
+def _linear_primitive(name, each, together=None):
+    """Returns a primitive that is linear in its two arrays jointly, and has two results.
+
+    Args:
+      name: of the primitive.
+      each: what it does, in JAX.
+      together: the same, faster on the CPU.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda a, b, **options: _compiled(each, **options)(a, b))
+    primitive.def_abstract_eval(lambda a, b, **options: jax.make_jaxpr(_bound(each, **options))(a, b).out_avals)
+    mlir.register_lowering(primitive, mlir.lower_fun(each, multiple_results=True))
+    if together is not None:
+        mlir.register_lowering(primitive, mlir.lower_fun(together, multiple_results=True), platform="cpu")
+
+    def jvp(primals, tangents, **options):
+        values = primitive.bind(*primals, **options)
+        if all(isinstance(tangent, ad.Zero) for tangent in tangents):
+            return values, [ad.Zero.from_primal_value(value) for value in values]
+        return values, primitive.bind(*map(ad.instantiate_zeros, tangents), **options)
+
+    ad.primitive_jvps[primitive] = jvp
+    return primitive
+
+
+@functools.cache
+def _compiled(function, **options):
+    return jax.jit(_bound(function, **options))
+
+
+def _bound(function, **options):
+    return functools.partial(function, **options)
+
+
+sum_p = _linear_primitive("pair_sum", _sum_each, _sum_together)
+spread_p = _linear_primitive("pair_spread", _spread_each)
+
+
+def _transpose_sum(cotangents, a, b, *, reduced):
+    shape = next(v.aval.shape for v in (a, b) if ad.is_undefined_primal(v))
+    return spread_p.bind(*map(ad.instantiate_zeros, cotangents), shape=shape, reduced=reduced)
+
+
+def _transpose_spread(cotangents, a, b, *, shape, reduced):
+    del a, b, shape
+    return sum_p.bind(*map(ad.instantiate_zeros, cotangents), reduced=reduced)
+
+
+def _batch_sum(values, axes, *, reduced):
+    _, values = _to_front(values, axes)
+    return sum_p.bind(*values, reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
+
+
+def _batch_spread(values, axes, *, shape, reduced):
+    size, values = _to_front(values, axes)
+    return spread_p.bind(*values, shape=(size, *shape), reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
+
+
+def _to_front(values, axes):
+    """Returns the size of the mapped axis, and the values with it in front, also of those that lack it: None."""
+    size = next(v.shape[axis] for v, axis in zip(values, axes, strict=True) if axis is not None)
+    return size, [
+        jnp.broadcast_to(v, (size, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
+        for v, axis in zip(values, axes, strict=True)
+    ]
+
+
+ad.primitive_transposes[sum_p] = _transpose_sum
+ad.primitive_transposes[spread_p] = _transpose_spread
+batching.primitive_batchers[sum_p] = _batch_sum
+batching.primitive_batchers[spread_p] = _batch_spread
