@@ -196,11 +196,11 @@ def bench_command(
     *,
     only: str = "layers,steps,collectives",
     rounds: int = 25,
-    step_rounds: int = 15,
+    step_rounds: int = 60,
     compilations: int = 7,
     out: MeasurementsDir = MEASUREMENTS,
 ) -> None:
-    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: a quarter of an hour on two cores.
+    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: half an hour on two cores.
 
     Stopped at any moment, the same command continues. `table` shows what was measured in the README.
 

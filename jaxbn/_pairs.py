@@ -66,10 +66,10 @@ def _sum_each(a, b, *, reduced):
     return [jnp.sum(a, reduced), jnp.sum(b, reduced)]
 
 
-def _sum_together(a, b, *, reduced):
+def _sum_together(a, b, *, reduced, cut_batch):
     """Adds runs of up to `STRIDE` positions of both arrays in one loop, and what comes out as usual."""
     positions = a.shape[: len(reduced)]
-    length = _run_length(positions)
+    length = _run_length(positions if cut_batch else positions[1:])
     features_last = reduced == tuple(range(len(reduced))) and len(reduced) < a.ndim
     if not features_last or length < WORTHWHILE:
         return _sum_each(a, b, reduced=reduced)
@@ -83,8 +83,9 @@ def _run_length(positions):
     """Returns the greatest number of neighbours, up to `STRIDE`, that divides whole trailing axes and one part."""
     length = 1
     for size in reversed(positions):
-        length *= max(part for part in range(1, STRIDE // length + 1) if size % part == 0)
-        if length % max(size, 1):
+        part = max(part for part in range(1, STRIDE // length + 1) if size % part == 0)
+        length *= part
+        if part < size:
             break
     return length
 
@@ -97,21 +98,20 @@ def _spread_each(a, b, *, shape, reduced):
     return [jnp.broadcast_to(jnp.expand_dims(value, reduced), shape) for value in (a, b)]
 
 
-def _linear_primitive(name, each, together=None):
-    """Returns a primitive that is linear in its two arrays jointly, and has two results.
+def _lower_sum_for_cpu(context, a, b, *, reduced):
+    # A batch may be spread over the devices of a program: runs that reach from one to the next would gather it on each.
+    devices = getattr(context.module_context.axis_context, "num_devices", None)
+    lower = mlir.lower_fun(_bound(_sum_together, cut_batch=devices == 1), multiple_results=True)
+    return lower(context, a, b, reduced=reduced)
 
-    Args:
-      name: of the primitive.
-      each: what it does, in JAX.
-      together: the same, faster on the CPU.
-    """
+
+def _linear_primitive(name, each):
+    """Returns a primitive that is linear in its two arrays jointly, has two results, and does what ``each`` does."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(lambda a, b, **options: _compiled(each, **options)(a, b))
     primitive.def_abstract_eval(lambda a, b, **options: jax.make_jaxpr(_bound(each, **options))(a, b).out_avals)
     mlir.register_lowering(primitive, mlir.lower_fun(each, multiple_results=True))
-    if together is not None:
-        mlir.register_lowering(primitive, mlir.lower_fun(together, multiple_results=True), platform="cpu")
 
     def jvp(primals, tangents, **options):
         values = primitive.bind(*primals, **options)
@@ -132,8 +132,9 @@ def _bound(function, **options):
     return functools.partial(function, **options)
 
 
-sum_p = _linear_primitive("pair_sum", _sum_each, _sum_together)
+sum_p = _linear_primitive("pair_sum", _sum_each)
 spread_p = _linear_primitive("pair_spread", _spread_each)
+mlir.register_lowering(sum_p, _lower_sum_for_cpu, platform="cpu")
 
 
 def _transpose_sum(cotangents, a, b, *, reduced):

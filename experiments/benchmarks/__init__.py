@@ -19,7 +19,7 @@ class Settings:
 
     rounds: int = 25
     """Timings of each layer in each row."""
-    step_rounds: int = 15
+    step_rounds: int = 60
     """Timings of each training step."""
     compilations: int = 7
     """Of the training step of ResNet-20, ours and Flax's."""
