@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._pairs import pair_sum, spread
+from jaxbn._pairs import broadcast, pair_sum
 
-# A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance.  Above this
-# ratio the sums are taken again, centred on the mean, which costs a second reading of x.  Just under 4 the loss is
-# about five roundings.  Activations of real nets pass 4 now and then and 16 hardly ever, but just under 16 the error
-# would be four times as large; 2 they pass half of the time.
+# A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance, and an output
+# x a - mean a half as many.  Above this ratio the sums are taken again, centred on the mean, which costs a second
+# reading of x.  Just under 4 the loss is about five roundings.  Activations of real nets pass 4 now and then and 16
+# hardly ever, but just under 16 the error would be four times as large; 2 they pass half of the time.
 CANCELLATION = 4.0
 
 
@@ -56,7 +56,7 @@ class Devices(NamedTuple):
         """Returns what :meth:`totals`, or a function of it, holds for the group of this device."""
         return totals if self._adds_within_groups() else tuple(total[self._group()] for total in totals)
 
-    def number(self) -> int | None:
+    def size(self) -> int | None:
         """Returns how many devices add together, None if that differs from group to group."""
         sizes = {len(group) for group in self.groups} or {math.prod(lax.axis_size(name) for name in self.names)}
         return sizes.pop() if len(sizes) == 1 else None
@@ -109,10 +109,9 @@ def measure(x, mask, reduced: tuple[int, ...], devices: Devices, negligible) -> 
     Returns:
       Statistics of the shape of the other axes.
     """
-    together = devices.number() if mask is None else None
-    size = together and together * math.prod(x.shape[i] for i in reduced)
-    # A float, since there may be more values than an int32 holds.
-    return Measured(*_measure(x, mask, _count(x, mask, reduced), negligible, reduced, devices, float(size or 0)))
+    size = _known_size(x, mask, reduced, devices)
+    count = None if size else _count(x, mask, reduced)
+    return Measured(*_measure(x, mask, count, negligible, reduced, devices, size))
 
 
 def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -140,8 +139,8 @@ def abs2(x: jax.Array) -> jax.Array:
 def _measure(x, mask, count, negligible, reduced, devices, size):
     """Returns pivot, offset, variance and count: raw sums in one reading of x, centred sums only where those cancel.
 
-    ``count`` is that of this device; ``size`` the number of values behind each feature on all, 0.0 where that is known
-    only when the program runs, because of a mask or of groups.
+    ``size`` is the number of values behind each feature on all devices; where that is 0.0, ``count`` is the number on
+    this device.
     """
     add = functools.partial(_sum_both, narrow=is_narrow(x), reduced=reduced, mask=mask)
     counts = () if size else (count,)
@@ -158,9 +157,9 @@ def _measure(x, mask, count, negligible, reduced, devices, size):
     def again(x, total, squares):
         del squares
         pivot, wide = total / m, widen(x)  # widened in here: outside, the wide copy of x would be written to memory
-        centred = wide - spread(pivot, wide, reduced)
+        centred = wide - broadcast(pivot, wide, reduced)
         # Not the same difference to the compiler, which would write it to memory for the two sums.
-        negative = spread(lax.optimization_barrier(pivot), wide, reduced) - wide
+        negative = broadcast(lax.optimization_barrier(pivot), wide, reduced) - wide
         return pivot, *devices.total(*add(centred, abs2(negative)))
 
     def once(x, total, squares):
@@ -193,7 +192,7 @@ def _measure_jvp(reduced, devices, size, primals, tangents):
 @functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
 def _sums_dot(x, mask, pivot, offset, x_dot, reduced, devices):
     wide, wide_dot = widen(fill(x, mask)), widen(x_dot)
-    centred = (wide - spread(pivot, wide, reduced)) - spread(offset, wide, reduced)
+    centred = (wide - broadcast(pivot, wide, reduced)) - broadcast(offset, wide, reduced)
     products = (jnp.conj(centred) * wide_dot).real
     return devices.total(*_sum_both(wide_dot, products, narrow=is_narrow(x), reduced=reduced, mask=mask))
 
@@ -209,6 +208,14 @@ def _sum_both(a, b, *, narrow, reduced, mask):
 
 def _sum(values, reduced, mask):
     return jnp.sum(values, reduced, where=mask)
+
+
+def _known_size(x, mask, reduced, devices):
+    """Returns the number of values behind each feature on all devices; 0.0 where only the running program can tell."""
+    sizes = [x.shape[i] for i in reduced]
+    if mask is not None or not all(isinstance(size, int) for size in sizes):  # exported for a batch of any size
+        return 0.0
+    return float((devices.size() or 0) * math.prod(sizes))  # a float: there may be more values than an int32 holds
 
 
 def _count(x, mask, reduced):

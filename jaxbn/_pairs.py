@@ -1,9 +1,11 @@
-"""Sums over a batch, and values per feature spread over a batch, which is what sums are when they are transposed.
+"""Sums over a batch, and what they are transposed: values per feature, broadcast over a batch.
 
 A batch norm needs its sums in pairs: of x and x^2 forward, of dy and dy (x - mean) backward.  For float32, XLA has
-kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU it is first written to
-memory as float32.  There the two sums are taken together, in one reading.  `pair_sum` and `pair_spread` are primitives
-of JAX, linear and each the transpose of the other, so that every kind of derivative has its sums in pairs too.
+kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU, XLA writes it to memory as
+float32 first.  There the two sums are taken together, in one reading, where the features come last and the number of
+positions has a divisor that suits; otherwise, and on other platforms, they are sums like any others.  `pair_sum` and
+`pair_broadcast` are primitives of JAX, linear and each the transpose of the other, so that every kind of derivative has
+its sums in pairs too.
 
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
 """
@@ -17,40 +19,40 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-# Positions that are added first, in one loop that XLA writes out, with the features side by side.  Longer loops are not
-# written out, and many times slower; in shorter ones there is more left to add afterwards.
+# Positions that are added first, in one loop that XLA writes out, with the features side by side.  Loops of more than
+# 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
 STRIDE = 16
 WORTHWHILE = 4
 
 
 def pair_sum(a: jax.Array, b: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of a and of b, arrays of one shape, over the axes ``reduced``, in one reading."""
-    if _lies_explicitly(a) or a.dtype != b.dtype:
+    """Returns the sums of a and of b, arrays of one shape, over the axes ``reduced``."""
+    if _is_sharded_explicitly(a):
         total_a, total_b = _sum_each(a, b, reduced=reduced)
     else:
         total_a, total_b = sum_p.bind(*_varying_alike(a, b), reduced=reduced)
     return total_a, total_b
 
 
-def pair_spread(a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns what :func:`spread` does of a and of b; their derivatives are summed in one reading."""
-    if _lies_explicitly(x):
-        return spread(a, x, reduced), spread(b, x, reduced)
-    # Made to vary over devices before they are spread: afterwards, whole batches would be added over the devices.
+def pair_broadcast(a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns what :func:`broadcast` does of a and of b; of their cotangents, the sums are a pair."""
+    if _is_sharded_explicitly(x):
+        return broadcast(a, x, reduced), broadcast(b, x, reduced)
+    # Made to vary over devices before they are broadcast: afterwards, whole batches would be added over the devices.
     a, b, _ = _varying_alike(a, b, x)
-    spread_a, spread_b = spread_p.bind(a, b, shape=x.shape, reduced=reduced)
-    return spread_a, spread_b
+    wide_a, wide_b = broadcast_p.bind(a, b, shape=x.shape, reduced=reduced)
+    return wide_a, wide_b
 
 
-def spread(values: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Returns values, of which there is one per feature, in a shape that broadcasts to that of x."""
-    if _lies_explicitly(x) or jax.typeof(x).manual_axis_type.varying:
+def broadcast(values: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Returns values, of which there is one per feature, in the shape of x or in one that broadcasts to it."""
+    if _is_sharded_explicitly(x) or jax.typeof(x).manual_axis_type.varying:
         return jnp.expand_dims(values, reduced)  # JAX minds the devices when it broadcasts, and when it transposes that
-    # In one step, and in one when transposed: JAX's own takes four, which all have to be compiled.
+    # In one operation, and in one when transposed: left to JAX there are four, and all of them have to be compiled.
     return lax.broadcast_in_dim(values, x.shape, [axis for axis in range(x.ndim) if axis not in reduced])
 
 
-def _lies_explicitly(x):
+def _is_sharded_explicitly(x):
     """Returns whether the type of x says how it lies on devices; JAX's own sums and broadcasts then keep to it."""
     return any(jax.typeof(x).sharding.spec)
 
@@ -66,21 +68,22 @@ def _sum_each(a, b, *, reduced):
     return [jnp.sum(a, reduced), jnp.sum(b, reduced)]
 
 
-def _sum_together(a, b, *, reduced, cut_batch):
+def _sum_together(a, b, *, reduced):
     """Adds runs of up to `STRIDE` positions of both arrays in one loop, and what comes out as usual."""
-    positions = a.shape[: len(reduced)]
-    length = _run_length(positions if cut_batch else positions[1:])
-    features_last = reduced == tuple(range(len(reduced))) and len(reduced) < a.ndim
-    if not features_last or length < WORTHWHILE:
+    positions, features = a.shape[: len(reduced)], a.shape[len(reduced) :]
+    features_last = reduced == tuple(range(len(reduced))) and len(features) > 0
+    known = all(isinstance(size, int) for size in a.shape)  # not so in a program exported for any size of batch
+    length = _run_length(positions) if known else 1
+    if a.dtype != b.dtype or not features_last or length < WORTHWHILE:
         return _sum_each(a, b, reduced=reduced)
-    runs = (math.prod(positions) // length, length, *a.shape[len(reduced) :])
+    runs = (math.prod(positions) // length, length, *features)
     zero = jnp.zeros((), a.dtype)
     a, b = lax.reduce((a.reshape(runs), b.reshape(runs)), (zero, zero), _add_both, (1,))
     return _sum_each(a, b, reduced=(0,))
 
 
 def _run_length(positions):
-    """Returns the greatest number of neighbours, up to `STRIDE`, that divides whole trailing axes and one part."""
+    """Returns the greatest number of neighbours, up to `STRIDE`, that is whole trailing axes times a part of one."""
     length = 1
     for size in reversed(positions):
         part = max(part for part in range(1, STRIDE // length + 1) if size % part == 0)
@@ -94,14 +97,14 @@ def _add_both(a, b):
     return a[0] + b[0], a[1] + b[1]
 
 
-def _spread_each(a, b, *, shape, reduced):
+def _broadcast_each(a, b, *, shape, reduced):
     return [jnp.broadcast_to(jnp.expand_dims(value, reduced), shape) for value in (a, b)]
 
 
 def _lower_sum_for_cpu(context, a, b, *, reduced):
-    # A batch may be spread over the devices of a program: runs that reach from one to the next would gather it on each.
-    devices = getattr(context.module_context.axis_context, "num_devices", None)
-    lower = mlir.lower_fun(_bound(_sum_together, cut_batch=devices == 1), multiple_results=True)
+    # In a program for several devices, runs could reach from one to the next, and the batch would be gathered.
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    lower = mlir.lower_fun(_sum_together if alone else _sum_each, multiple_results=True)
     return lower(context, a, b, reduced=reduced)
 
 
@@ -133,16 +136,16 @@ def _bound(function, **options):
 
 
 sum_p = _linear_primitive("pair_sum", _sum_each)
-spread_p = _linear_primitive("pair_spread", _spread_each)
+broadcast_p = _linear_primitive("pair_broadcast", _broadcast_each)
 mlir.register_lowering(sum_p, _lower_sum_for_cpu, platform="cpu")
 
 
 def _transpose_sum(cotangents, a, b, *, reduced):
     shape = next(v.aval.shape for v in (a, b) if ad.is_undefined_primal(v))
-    return spread_p.bind(*map(ad.instantiate_zeros, cotangents), shape=shape, reduced=reduced)
+    return broadcast_p.bind(*map(ad.instantiate_zeros, cotangents), shape=shape, reduced=reduced)
 
 
-def _transpose_spread(cotangents, a, b, *, shape, reduced):
+def _transpose_broadcast(cotangents, a, b, *, shape, reduced):
     del a, b, shape
     return sum_p.bind(*map(ad.instantiate_zeros, cotangents), reduced=reduced)
 
@@ -152,9 +155,9 @@ def _batch_sum(values, axes, *, reduced):
     return sum_p.bind(*values, reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
 
 
-def _batch_spread(values, axes, *, shape, reduced):
+def _batch_broadcast(values, axes, *, shape, reduced):
     size, values = _to_front(values, axes)
-    return spread_p.bind(*values, shape=(size, *shape), reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
+    return broadcast_p.bind(*values, shape=(size, *shape), reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
 
 
 def _to_front(values, axes):
@@ -167,6 +170,6 @@ def _to_front(values, axes):
 
 
 ad.primitive_transposes[sum_p] = _transpose_sum
-ad.primitive_transposes[spread_p] = _transpose_spread
+ad.primitive_transposes[broadcast_p] = _transpose_broadcast
 batching.primitive_batchers[sum_p] = _batch_sum
-batching.primitive_batchers[spread_p] = _batch_spread
+batching.primitive_batchers[broadcast_p] = _batch_broadcast

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, Measured, fill, is_narrow, measure, widen
-from jaxbn._pairs import pair_spread, spread
+from jaxbn._pairs import broadcast, pair_broadcast
 from jaxbn.stats import AnyStats, Moments, Stats, round_mean, update_stats
 
 
@@ -276,14 +276,14 @@ def _affine(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
 @functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
 def _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype):
     wide = widen(fill(x, mask))
-    centred = wide - spread(pivot, wide, reduced)
+    centred = wide - broadcast(pivot, wide, reduced)
     if shift is None:
-        y = centred * spread(a, wide, reduced)
+        y = centred * broadcast(a, wide, reduced)
     elif is_narrow(x):
-        a, shift = pair_spread(a, shift, wide, reduced)
+        a, shift = pair_broadcast(a, shift, wide, reduced)
         y = centred * a + shift
     else:
-        y = centred * spread(a, wide, reduced) + spread(shift, wide, reduced)
+        y = centred * broadcast(a, wide, reduced) + broadcast(shift, wide, reduced)
     return y.astype(dtype)
 
 

@@ -151,6 +151,23 @@ def test_forward_over_forward_is_the_hessian_between_two_directions(mean):
     np.testing.assert_allclose(computed, sum(t.sum() for t in terms), atol=error)
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
+@pytest.mark.parametrize("mode", [grad, grad_of_remat, forward_over_reverse, reverse_over_reverse])
+def test_half_precision_is_differentiated_as_the_same_numbers_in_float32(mode, mask):
+    half = jnp.bfloat16
+    (x, *parameters), (v, *others) = arguments(1.0), V
+    computed = differentiate(mode, (x.astype(half), *parameters), (v.astype(half), *others), mask)
+    wide = [value.astype(half).astype(np.float32) for value in (x, v)]
+    expected = differentiate(mode, (wide[0], *parameters), (wide[1], *others), mask)
+    # The gradient in x alone is rounded to half precision; products of the Hessian are made of it.
+    unit = float(jnp.finfo(half).eps)
+    others = 64 * ROUNDING if mode in (grad, grad_of_remat) else 4 * unit
+    largest = float(max(abs(e).max() for e in jax.tree.leaves(expected)))
+    for c, e in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
+        error = max(others, unit / 2) if c.dtype == half else others
+        np.testing.assert_allclose(np.float64(c), np.float64(e), rtol=0, atol=error * largest)
+
+
 @pytest.mark.parametrize("mean", MEANS)
 def test_forward_and_reverse_jacobians_agree(mean):
     x = arguments(mean)[0][:6, 0]

@@ -157,3 +157,17 @@ def test_a_lowered_step_gives_what_the_jitted_step_gives(net, step):
     flat, leaves, exported = program(net, step)
     # The same program compiled twice, but for its choice of platform: some roundings at values of at most 10.
     chex.assert_trees_all_close(exported.call(*leaves), flat(*leaves), rtol=0, atol=16 * 10 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_can_be_exported_for_batches_of_any_size(dtype):
+    def loss(scale, x):
+        y, _ = jaxbn.batch_norm(x, jaxbn.init_stats(2), scale, use_running_average=False)
+        return (y**3).sum()
+
+    (n,) = jax.export.symbolic_shape("n")
+    of_scale, of_x = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((n, 6, 6, 2), dtype)
+    exported = jax.export.export(jax.jit(jax.grad(loss)))(of_scale, of_x)
+    for x in (X.astype(dtype), X[:3].astype(dtype)):
+        expected = jax.grad(loss)(jnp.ones(2), x)
+        chex.assert_trees_all_close(exported.call(jnp.ones(2), x), expected, rtol=64 * np.finfo(np.float32).eps)
