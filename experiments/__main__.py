@@ -196,25 +196,25 @@ def bench_command(
     *,
     only: str = "layers,steps,collectives",
     rounds: int = 25,
-    step_rounds: int = 60,
-    compilations: int = 7,
+    step_processes: int = 5,
+    step_rounds: int = 12,
     out: MeasurementsDir = MEASUREMENTS,
 ) -> None:
-    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: half an hour on two cores.
+    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: an hour on two cores.
 
     Stopped at any moment, the same command continues. `table` shows what was measured in the README.
 
     Args:
         only: Some of `layers`, `steps` and `collectives`, with commas between.
         rounds: Timings of each layer in each row.
-        step_rounds: Timings of each training step.
-        compilations: Compilations of the training step of ResNet-20.
+        step_processes: Processes that compile and time the same training steps.
+        step_rounds: Timings of each training step in each process.
         out: Where the files go.
     """
     from experiments import bench
     from experiments.benchmarks import Settings
 
-    settings = Settings(rounds=rounds, step_rounds=step_rounds, compilations=compilations)
+    settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds)
     parts = only.split(",")
     if status := bench.run(only=parts, out=out, settings=settings):
         sys.exit(status)

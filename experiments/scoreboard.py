@@ -30,7 +30,8 @@ WIDTH = 150  # of the table with all peers
 COMMAND = "python -m experiments scoreboard"
 STATEMENTS = {law.name: law.statement for law in testing.LAWS}
 HOLDS, BROKEN, NOT_DECLARED, NOT_INSTALLED = "holds", "broken", "not declared", "not installed"
-STYLED = {HOLDS: "[green]holds[/]", BROKEN: "[bold red]broken[/]", NOT_DECLARED: "–", NOT_INSTALLED: ""}
+NOT_MADE = "could not be made"
+STYLED = {HOLDS: "[green]holds[/]", BROKEN: "[bold red]broken[/]", NOT_DECLARED: "–", NOT_INSTALLED: "", NOT_MADE: ""}
 CELLS = {HOLDS: "holds", BROKEN: "**broken**", NOT_DECLARED: "–"}
 HEAD = f"""# Scoreboard
 
@@ -67,14 +68,20 @@ def run(*, peers: str | None = None, laws: str | None = None, out: Path | None =
     if out is not None:
         # The header asks for JAX's devices, and so is made after the peers, which need the memory.
         header = results.measurement_header({"laws": {law: STATEMENTS[law] for law in laws}})
-        results.write(out / f"{NAME}.jsonl", header, [*lines, *map(run_fault, fault_scripts())])
+        faults = [run_fault(path) for path in fault_scripts()]
+        results.write(out / f"{NAME}.jsonl", header, [*lines, *faults])
         (out / "README.md").write_text(readme(out), encoding="utf-8")
+        for fault in faults:
+            if "failed" in fault:
+                console.print(f"{fault['fault']}: {fault['failed']}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"Written to {out}", soft_wrap=True)
-    return not any(line["outcome"] == BROKEN and line["peer"] in OURS for line in lines)
+    return not any(line["outcome"] in (BROKEN, NOT_MADE) and line["peer"] in OURS for line in lines)
 
 
 def judge(peer: str, laws: Sequence[str]) -> list[dict]:
     """Judges a peer in a process of its own; a law that ends the process is broken, and another process goes on.
+
+    A process that ends before there is an adapter breaks no law: the peer could not be made.
 
     Returns:
       A dict for each law, with "peer", "law", "outcome" and "detail".
@@ -83,18 +90,23 @@ def judge(peer: str, laws: Sequence[str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.jsonl"
         while left := laws[len(lines) :]:
-            path.write_text("", encoding="utf-8")
+            path.unlink(missing_ok=True)
             command = [sys.executable, "-m", __name__, str(path), peer, *left]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+            ending = _ending(done.returncode, done.stderr)
+            if not path.exists():
+                return lines + [_line(peer, testing.Finding(law, NOT_MADE, ending)) for law in left]
             lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if done.returncode and len(lines) < len(laws):
-                detail = _ending(done.returncode, done.stderr)
-                lines.append(_line(peer, testing.Finding(laws[len(lines)], BROKEN, detail)))
+            if len(lines) < len(laws):
+                lines.append(_line(peer, testing.Finding(laws[len(lines)], BROKEN, ending)))
     return lines
 
 
 def judge_here(path: Path, peer: str, laws: Sequence[str]) -> None:
-    """Judges a peer in this process; writes a line after each law, so that a crash leaves those before it."""
+    """Judges a peer in this process; writes a line after each law, so that a crash leaves those before it.
+
+    The file is there as soon as the adapter is, or is known to be missing.
+    """
     try:
         adapter = PEERS[peer]()
     except ModuleNotFoundError as error:
@@ -114,9 +126,13 @@ def fault_scripts() -> list[Path]:
 
 
 def run_fault(path: Path) -> dict[str, str]:
-    """Runs a script in a process of its own; returns its name, text and output as "fault", "text" and "printed"."""
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
-    return {"fault": path.stem, "text": path.read_text(encoding="utf-8"), "printed": done.stdout}
+    """Runs a script in a process of its own; returns its name, text and output as "fault", "text" and "printed".
+
+    Of one that fails, "failed" says how it ended.
+    """
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, errors="replace")
+    found = {"fault": path.stem, "text": path.read_text(encoding="utf-8"), "printed": done.stdout}
+    return found | ({"failed": _ending(done.returncode, done.stderr)} if done.returncode else {})
 
 
 def load(folder: Path = FOLDER) -> dict:
@@ -131,10 +147,10 @@ def load(folder: Path = FOLDER) -> dict:
 
 
 def table(folder: Path = FOLDER) -> str:
-    """Returns the table in Markdown: a row for each law, a column for each peer that was installed."""
+    """Returns the table in Markdown: a row for each law, a column for each peer that was judged."""
     found = by_peer(load(folder)["lines"])
     laws = dict.fromkeys(law for of in found.values() for law in of)
-    lines = [{"law": f"`{law}`"} | {peer: CELLS[of[law]] for peer, of in found.items()} for law in laws]
+    lines = [{"law": f"`{law}`"} | {peer: CELLS.get(of.get(law), "") for peer, of in found.items()} for law in laws]
     return report.markdown([*lines, {"law": "holds, of those asked"} | {peer: kept(of) for peer, of in found.items()}])
 
 
@@ -156,10 +172,10 @@ def summary(run: dict) -> str:
 
 
 def by_peer(lines: Iterable[dict]) -> dict[str, dict[str, str]]:
-    """Returns peer -> law -> outcome, for the peers that were installed."""
+    """Returns peer -> law -> outcome, for the peers that were judged."""
     found = {}
     for line in lines:
-        if line["outcome"] != NOT_INSTALLED:
+        if line["outcome"] not in (NOT_INSTALLED, NOT_MADE):
             found.setdefault(line["peer"], {})[line["law"]] = line["outcome"]
     return found
 
@@ -208,8 +224,10 @@ def show(lines: list[dict], console: Console) -> None:
         if line["outcome"] == BROKEN:
             text = f"{line['peer']} breaks {line['law']}: {line['detail']}\n    {again(line)}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-    for missing in dict.fromkeys(line["detail"] for line in lines if line["outcome"] == NOT_INSTALLED):
-        console.print(missing, highlight=False, markup=False, soft_wrap=True)
+    said = [line["detail"] for line in lines if line["outcome"] == NOT_INSTALLED]
+    said += [f"{peer} could not be made: {detail}" for peer, detail in _not_made(lines)]
+    for sentence in dict.fromkeys(said):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _chosen(kind: str, names: str | None, known: Collection[str]) -> list[str]:
@@ -233,8 +251,16 @@ def _ending(status, stderr):
 
 
 def _missing(found):
+    """What is said of the peers that are not in the table."""
     missing = dict.fromkeys(line["peer"] for line in found["lines"] if line["outcome"] == NOT_INSTALLED)
-    return f"Not installed: {', '.join(missing)}. " if missing else ""
+    said = [f"Not installed: {', '.join(missing)}. "] if missing else []
+    said += [f"{peer} could not be made: {detail.removesuffix('.')}. " for peer, detail in _not_made(found["lines"])]
+    return "".join(said)
+
+
+def _not_made(lines):
+    """The peers whose adapters could not be made, each once, and why."""
+    return list(dict.fromkeys((line["peer"], line["detail"]) for line in lines if line["outcome"] == NOT_MADE))
 
 
 def _fault(fault):
@@ -248,6 +274,8 @@ def _fault(fault):
     yield f"`python experiments/faults/{fault['fault']}.py`"
     yield f"```python\n{code}\n```"
     yield f"prints\n\n```\n{fault['printed'].strip()}\n```"
+    if "failed" in fault:
+        yield f"It failed: {fault['failed']}"
 
 
 if __name__ == "__main__":

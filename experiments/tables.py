@@ -70,24 +70,28 @@ def layers_pages(run: dict) -> str:
 
 def steps_table(run: dict) -> str:
     """Returns what each norm adds to a step, by net and dtype."""
-    lines = []
+    lines, settings = [], run["header"]["settings"]
     for net, dtype in {(record["net"], record["dtype"]): None for record in run["records"]}:
-        chosen = _select(run["records"], net=net, dtype=dtype)
-        for found in steps.summarize(chosen):
+        for found in steps.summarize(_select(run["records"], net=net, dtype=dtype)):
             if found["arm"] != steps.NONE:
                 lines.append(
                     {
                         "net": f"{net}, {dtype}",
                         "norm": found["arm"],
-                        "time added, over Flax's": _interval(found["added"]) if found["arm"] != steps.FLAX else "1",
+                        "time added": _interval(found["added"], 100, " %", decimals=0),
+                        "over Flax's": _interval(found["share"]),
                         "temporaries, over no norm": f"{found['temporaries']:.2f}",
-                        "compile time, over Flax's": f"{found['compile']['median']:.2f}",
+                        "compile / trace, over Flax's": " / ".join(
+                            f"{found[name]['median']:.2f}" for name in ("compile", "trace")
+                        ),
                     }
                 )
     nets = {f"{r['net']} at width {r['width']:g} and batch {r['batch_size']}": None for r in run["records"]}
     return (
-        f"{markdown(lines)}\n\n{', '.join(nets)}, on images of {run['records'][0]['image_size']} x "
-        f"{run['records'][0]['image_size']}. In brackets, an interval of 95 % (bootstrap over the rounds). {STABLE}"
+        f"{markdown(lines)}\n\n{', '.join(nets)}, on images of {settings['image_size']} x {settings['image_size']}; "
+        "time added to the net without a norm. In brackets, an interval of 95 % (bootstrap over "
+        f"{settings['step_processes']} processes, and {settings['step_rounds']} rounds in each); a dash where Flax's "
+        f"norm may add no time. Compile: XLA; trace: Python, before that. {STABLE}"
     )
 
 
@@ -156,12 +160,13 @@ def _with_quartiles(ratio):
     return f"{ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
 
 
-def _interval(share):
-    if math.isnan(share["value"]):
-        return "Flax's adds none"
-    if math.isnan(share["lower"]):  # in some of the samples, Flax's adds none
-        return f"{share['value']:.2f} (any)"
-    return f"{share['value']:.2f} ({share['lower']:.2f} to {share['upper']:.2f})"
+def _interval(found, scale=1, unit="", decimals=2):
+    """A value with its interval, or a dash where that is open."""
+    if any(map(math.isnan, found.values())):
+        return "-"
+    # A rounded zero has no sign.
+    value, lower, upper = (f"{round(scale * found[name], decimals) + 0:.{decimals}f}" for name in found)
+    return f"{value}{unit} ({lower} to {upper})"
 
 
 def _apis(apis, every):

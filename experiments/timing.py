@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def in_rounds(samples: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -81,29 +82,29 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def share(
-    ours: Sequence[float], theirs: Sequence[float], base: Sequence[float], *, resamples: int = 2000
-) -> dict[str, float]:
-    """Returns what one arm adds to a base over what another adds to it, by their medians, and how sure that is.
+def share(ours: ArrayLike, theirs: ArrayLike, base: ArrayLike) -> ArrayLike:
+    """Returns what one arm adds to a base over what another adds to it; NaN where the other adds nothing."""
+    added = np.asarray(theirs) - base
+    return np.where(added > 0, np.asarray(ours) - base, np.nan) / np.where(added > 0, added, 1)
+
+
+def estimate(figure: Callable[..., ArrayLike], *arms: ArrayLike, resamples: int = 2000) -> dict[str, float]:
+    """Returns a figure of the seconds of some arms, and how sure it is.
 
     Args:
-      ours: seconds of the arm, by round.
-      theirs: seconds of the other arm.
-      base: seconds without either.
-      resamples: of the rounds, drawn with replacement, for the interval.
+      figure: takes the seconds of each arm, scalars or arrays of one shape.  An arm's seconds are the mean over
+        processes of the medians of their rounds.
+      arms: seconds of shape [processes, rounds], all alike.
+      resamples: of the processes, and of the rounds in each, drawn with replacement for the interval.
 
     Returns:
-      The value, and the lower and upper end of an interval of 95 %. NaN where the other arm adds nothing.
+      The value, and the lower and upper end of an interval of 95 %, which is NaN where a figure of a resample is.
     """
-    samples = np.array([ours, theirs, base])
-    rounds = samples.shape[1]
-    drawn = np.random.default_rng(0).integers(0, rounds, (resamples, rounds))
-    resampled = np.median(samples[:, drawn], axis=-1)
-    value = _share(*np.median(samples, axis=-1))
-    lower, upper = np.quantile(_share(*resampled), (0.025, 0.975))
+    samples = np.array(arms)
+    processes, rounds = samples.shape[1:]
+    rng = np.random.default_rng(0)
+    process = rng.integers(0, processes, (resamples, processes, 1))
+    drawn = samples[:, process, rng.integers(0, rounds, (resamples, processes, rounds))]
+    value = figure(*np.median(samples, axis=-1).mean(axis=-1))
+    lower, upper = np.quantile(figure(*np.median(drawn, axis=-1).mean(axis=-1)), (0.025, 0.975))
     return {"value": float(value), "lower": float(lower), "upper": float(upper)}
-
-
-def _share(ours, theirs, base):
-    added = np.asarray(theirs - base)
-    return np.where(added > 0, ours - base, np.nan) / np.where(added > 0, added, 1)

@@ -35,8 +35,8 @@ class Adapter:
       evaluate: ``(state, x) -> y``, normalised with the running statistics.
       statistics: ``state -> (mean, var)``: the running statistics that evaluation uses, shape [C].
       with_parameters: ``(state, scale, bias) -> state``.
-      gradients: ``(state, x, scale, bias, dy, mask) -> (dx, dscale, dbias)`` of sum(y dy) in training.  None: `train`
-        is made of JAX, and jax.vjp takes them.
+      gradients: ``(state, x, scale, bias, dy, mask) -> (dx, dscale, dbias)`` of sum(y dy) in training; dy has the
+        dtype of x.  None: `train` is made of JAX, and jax.vjp takes them.
       epsilon: added to the variance.
       momentum: weight of the OLD running value.
       unbiased: whether the running variance has the factor m/(m - 1).
@@ -46,6 +46,7 @@ class Adapter:
       traceable: whether the functions are made of JAX, so that they can be jitted, differentiated, mapped and scanned,
         and states are pytrees.
       half_precision: dtypes with fewer than 32 bits that it takes.
+      float64: whether it takes float64 too, which JAX's arrays are under ``jax.enable_x64``.
       over_devices: the same implementation with statistics over the device axis `AXIS`: its train is called under
         ``jax.vmap(axis_name=AXIS)``.  None: it has no such thing.
     """
@@ -64,6 +65,7 @@ class Adapter:
     masks: bool = False
     traceable: bool = True
     half_precision: tuple[str, ...] = ("bfloat16", "float16")
+    float64: bool = True
     over_devices: "Adapter | None" = None
 
     def __post_init__(self):
@@ -198,8 +200,7 @@ def wide(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
 def entries(found: Any, function: str, *names: str) -> Any:
     """Returns what came back; refuses what is not a tuple with an entry for each name."""
     if not isinstance(found, (tuple, list)) or len(found) != len(names):
-        given = f"{len(found)} values" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
-        raise AssertionError(f"{function} returned {given}, expected ({', '.join(names)})")
+        raise AssertionError(f"{function} returned {_in_words(found)}, expected ({', '.join(names)})")
     return found
 
 
@@ -220,6 +221,13 @@ def _gradients(adapter, state, x, scale, bias, dy, mask):
 
     y, vjp = jax.vjp(run, x, scale, bias)
     return vjp(dy.astype(y.dtype))
+
+
+def _in_words(found):
+    """What came back, where a tuple was expected, or one of another length."""
+    if isinstance(found, (tuple, list)):
+        return f"{len(found)} value{'s' * (len(found) != 1)}"
+    return "one array" if isinstance(found, (jax.Array, np.ndarray)) else f"one value of type {type(found).__name__}"
 
 
 def _bits(dtype):

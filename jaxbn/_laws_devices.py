@@ -1,4 +1,7 @@
-"""Laws of parallelism: a batch that is split over devices is normalised as the whole one would be."""
+"""Laws of parallelism: a batch that is split over a named axis is normalised as the whole one would be.
+
+The devices are those of ``jax.vmap(axis_name=AXIS)``, which need no hardware; other ways to split are not asked.
+"""
 
 import functools
 
@@ -37,14 +40,14 @@ def spread_and_masked(adapter: Adapter) -> bool:
 
 @law(spread)
 def split_over_devices(adapter: Adapter) -> None:
-    """Output, statistics and gradients of a batch split over devices are those of the whole batch."""
+    """A batch split under vmap with a named axis has the output, statistics and gradients of the whole batch."""
     for shape in SHAPES:
         _require_whole(adapter, sample(shape))
 
 
 @law(spread)
 def large_means_over_devices(adapter: Adapter) -> None:
-    """Split over devices, large means cost no more digits than the mean has over the standard deviation."""
+    """Split under vmap with a named axis, large means cost no more digits than the mean has over the deviation."""
     for shape in SHAPES:
         data = sample(shape, mean=LARGE * np.array(ALIKE), std=ALIKE)
         _require_whole(adapter, data, case=f"at mean/std {LARGE:g}, ", rounding=(ROUNDINGS + 32 * LARGE) * EPS)
@@ -52,7 +55,7 @@ def large_means_over_devices(adapter: Adapter) -> None:
 
 @law(spread_and_masked)
 def devices_with_unequal_counts(adapter: Adapter) -> None:
-    """Devices weigh as many examples as their masks admit, which may be none."""
+    """Devices, under vmap with a named axis, weigh as many examples as their masks admit, which may be none."""
     each = SHAPES[0][0] // DEVICES
     for counts in COUNTS:
         mask = (np.arange(each) < np.array(counts)[:, None]).reshape(-1, 1)

@@ -146,13 +146,13 @@ def _measure(x, mask, count, negligible, reduced, devices, size):
     counts = () if size else (count,)
     wide = widen(x)
     total, squares, *counts = devices.totals(*add(wide, abs2(wide)), *counts)
-    m = size or jnp.maximum(*counts, 1)
+    m = size or jnp.maximum(counts[0], 1)
     mean2 = abs2(total / m)
     # Decided before each device turns to its own group: all that add together must take the same branch.  A sum, since
     # it is cheaper to compile than `any`.
     cancels = (mean2 > CANCELLATION * (squares / m - mean2 + negligible)).astype(jnp.float32).sum() > 0
     total, squares, *counts = devices.own(total, squares, *counts)
-    m = size or jnp.maximum(*counts, 1)
+    m = size or jnp.maximum(counts[0], 1)
 
     def again(x, total, squares):
         del squares

@@ -118,8 +118,6 @@ def _linear_primitive(name, each):
 
     def jvp(primals, tangents, **options):
         values = primitive.bind(*primals, **options)
-        if all(isinstance(tangent, ad.Zero) for tangent in tangents):
-            return values, [ad.Zero.from_primal_value(value) for value in values]
         return values, primitive.bind(*map(ad.instantiate_zeros, tangents), **options)
 
     ad.primitive_jvps[primitive] = jvp

@@ -86,7 +86,7 @@ class Report(NamedTuple):
         """Returns a line for each law, and their number."""
         outcomes = [finding.outcome for finding in self.findings]
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in (HOLDS, BROKEN, NOT_DECLARED))
-        return "\n".join([f"{self.name}: {len(outcomes)} laws: {counts}", *_lines(self.findings)])
+        return "\n".join([f"{self.name}: {_number_of_laws(outcomes)}: {counts}", *_lines(self.findings)])
 
 
 def laws_for(adapter: Adapter) -> tuple[Law, ...]:
@@ -115,7 +115,7 @@ def laws_for(adapter: Adapter) -> tuple[Law, ...]:
     return tuple(law for law in LAWS if law.applies(adapter))
 
 
-def judge(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Report:
+def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
     """Puts an implementation to the laws, and reports; whatever it does is a finding, not an error.
 
     >>> from jaxbn.testing import Adapter, judge
@@ -134,7 +134,7 @@ def judge(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Report:
 
     Args:
       adapter: the implementation.
-      laws: laws, or their names.
+      laws: laws, or their names; a single one may stand alone.
 
     Returns:
       A finding for each law.
@@ -142,11 +142,12 @@ def judge(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Report:
     Raises:
       ValueError: for a name that no law has; the message lists those that are close.
     """
-    chosen = [_named(law) if isinstance(law, str) else law for law in laws]
+    several = [laws] if isinstance(laws, (Law, str)) else laws  # a law is a tuple, and a name has letters
+    chosen = [_named(law) if isinstance(law, str) else law for law in several]
     return Report(adapter.name, tuple(_judge(adapter, law) for law in chosen))
 
 
-def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Report:
+def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
     """Puts an implementation to the laws, and fails where one is broken: the whole test of a batch norm.
 
     >>> from jaxbn.testing import Adapter, check_batch_norm
@@ -166,13 +167,13 @@ def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Repo
     ...     momentum=0.9,
     ...     masks=True,
     ... )
-    >>> print(check_batch_norm(adapter, ["running_average_converges"]))
-    jaxbn: 1 laws: 1 holds, 0 broken, 0 not declared
+    >>> print(check_batch_norm(adapter, "running_average_converges"))
+    jaxbn: 1 law: 1 holds, 0 broken, 0 not declared
     running_average_converges  holds
 
     Args:
       adapter: the implementation.
-      laws: laws, or their names.
+      laws: laws, or their names; a single one may stand alone.
 
     Returns:
       A finding for each law; none is broken.
@@ -183,10 +184,9 @@ def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] = LAWS) -> Repo
     """
     report = judge(adapter, laws)
     if report.broken:
-        lines = _lines(report.broken)
-        raise AssertionError(
-            "\n".join([f"{adapter.name} breaks {len(lines)} of {len(laws)} laws of batch norm:", *lines])
-        )
+        asked = [finding for finding in report.findings if finding.outcome != NOT_DECLARED]
+        said = f"{adapter.name} breaks {len(report.broken)} of {_number_of_laws(asked)} of batch norm:"
+        raise AssertionError("\n".join([said, *_lines(report.broken)]))
     return report
 
 
@@ -208,6 +208,10 @@ def _named(name):
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise ValueError(f"{name!r} is not a law; did you mean {' or '.join(close)}? LAWS has them all.")
     return LAWS[names.index(name)]
+
+
+def _number_of_laws(laws):
+    return f"{len(laws)} law{'s' * (len(laws) != 1)}"
 
 
 def _first_line(error):

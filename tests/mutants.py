@@ -274,16 +274,19 @@ class MeanInOneFloat(BatchNorm):
         return mean, jnp.zeros_like(rest), var, count
 
 
+def added_one_by_one(x, dtype):
+    """The sum over all axes but the last, in a dtype: too large, soon, for the next term to count."""
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])
+    return lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(rows[0]), rows)[0].astype(x.dtype)
+
+
 class SumsInHalfPrecision(BatchNorm):
     def train(self, state, x, mask):
         self.narrow = x.dtype
         return super().train(state, x, mask)
 
     def total(self, x):
-        narrow = x.astype(self.narrow).reshape(-1, x.shape[-1])
-        if narrow.dtype.itemsize < 4:
-            narrow = lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(narrow[0]), narrow)[0][None]
-        return super().total(narrow.astype(jnp.float32))
+        return super().total(x if self.narrow.itemsize >= 4 else added_one_by_one(x, self.narrow)[None])
 
 
 class SquaresInHalfPrecision(FastVariance):
@@ -303,6 +306,29 @@ class TotalsInHalfPrecision(SumsInHalfPrecision):
     def total(self, x):
         positions = tuple(range(1, x.ndim - 1))
         return BatchNorm.total(self, x.mean(positions).astype(self.narrow)).astype(x.dtype) * x[0, ..., 0].size
+
+
+class GradientsAddedInBfloat16(BatchNorm):
+    """What is the same for all values of a feature has a gradient that adds up those of the values, in bfloat16."""
+
+    def train(self, state, x, mask):
+        self.narrow = x.dtype.itemsize < 4
+        return super().train(state, x, mask)
+
+    def normalize(self, x, *of_features):
+        return super().normalize(x, *(self.spread(value, x) for value in of_features))
+
+    def spread(self, value, x):
+        @jax.custom_vjp
+        def f(value):
+            return jnp.broadcast_to(value, x.shape)
+
+        dtype = jnp.bfloat16 if self.narrow else x.dtype
+        f.defvjp(lambda value: (f(value), None), lambda _, dy: (added_one_by_one(dy, dtype),))
+        return f(value)
+
+    def evaluate(self, state, x):
+        return BatchNorm().evaluate(state, x)
 
 
 class EvaluationInBfloat16(BatchNorm):
@@ -333,6 +359,13 @@ class StatisticsDriftInFloat64(BatchNorm):
 
     def move(self, old, new, accepted):
         return jnp.where(accepted, self.momentum * old + (1 - self.momentum) * new, old)
+
+
+class TakesNoFloat64(BatchNorm):
+    def widen(self, x):
+        if x.dtype == jnp.float64:
+            raise TypeError("float64 is too wide")
+        return super().widen(x)
 
 
 class LooksAtTheValues(BatchNorm):
@@ -499,9 +532,15 @@ BROKEN_BY = {
     "large_means_lose_nothing": [MeanInOneFloat],
     "running_statistics_at_large_means": [FastVarianceInTheAverage],
     "variance_is_never_negative": [FastVarianceUnclipped],
-    "low_precision": [SumsInHalfPrecision, SquaresInHalfPrecision, TotalsInHalfPrecision, EvaluationInBfloat16],
+    "low_precision": [
+        SumsInHalfPrecision,
+        SquaresInHalfPrecision,
+        TotalsInHalfPrecision,
+        GradientsAddedInBfloat16,
+        EvaluationInBfloat16,
+    ],
     "one_nan_batch": [TakesAnyBatch],
-    "dtypes_are_stable": [StatisticsTakeTheDtypeOfTheInputs, StatisticsDriftInFloat64],
+    "dtypes_are_stable": [StatisticsTakeTheDtypeOfTheInputs, StatisticsDriftInFloat64, TakesNoFloat64],
     "jit_equals_eager": [LooksAtTheValues, OtherwiseUnderJit],
     "forward_mode": [ReverseModeOnly],
     "hessian_vector_products": [DerivativeIsConstant],

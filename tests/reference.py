@@ -1,6 +1,7 @@
-"""The oracle: batch norm and its variants in NumPy float64, written from the papers and not from jaxbn.
+"""The oracle: batch norm and its variants in NumPy float64, written from the papers.
 
-The part for batch norm itself comes with the library, for `jaxbn.testing`; here are the variants.
+The part for batch norm itself is `jaxbn/_oracle.py`, which comes with the library for `jaxbn.testing`, and shares no
+code with the rest of it; here are the variants.
 
 References:
   Ioffe and Szegedy 2015, arXiv:1502.03167;  Ioffe 2017, arXiv:1702.03275 (renorm);

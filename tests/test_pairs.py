@@ -116,10 +116,10 @@ def scaled(x, scale, bias, broadcast=pair_broadcast):
     return (wide * scale + bias).astype(x.dtype)
 
 
-def sums_backward(x, dy):
+def sums_backward(x, dy, broadcast=pair_broadcast):
     """The sums of x dy and dy."""
     one = jnp.ones(x.shape[-1])
-    return jax.vjp(functools.partial(scaled, x), one, one)[1](dy)
+    return jax.vjp(functools.partial(scaled, x, broadcast=broadcast), one, one)[1](dy)
 
 
 HALF = [(sums, 1), (sums_backward, 2)]  # and their numbers of inputs
@@ -243,7 +243,9 @@ def test_under_shard_map_sums_are_added_over_devices_and_not_batches(broadcast):
 
 @pytest.mark.parametrize("shape", [EXAMPLES, (DEVICES, 8, 8, 4)])
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-@pytest.mark.parametrize(("function", "inputs"), HALF)
+@pytest.mark.parametrize(
+    ("function", "inputs"), [*HALF, (functools.partial(sums_backward, broadcast=broadcast_each), 2)]
+)
 def test_under_jit_a_batch_is_summed_where_it_lies(function, inputs, axis_type, shape):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh(axis_type), P("d")))
     compiled = jax.jit(function).lower(*[x] * inputs).compile()

@@ -19,10 +19,10 @@ class Settings:
 
     rounds: int = 25
     """Timings of each layer in each row."""
-    step_rounds: int = 60
-    """Timings of each training step."""
-    compilations: int = 7
-    """Of the training step of ResNet-20, ours and Flax's."""
+    step_processes: int = 5
+    """Processes that compile and time the same training steps."""
+    step_rounds: int = 12
+    """Timings of each training step in each process."""
     shapes: tuple[tuple[int, ...], ...] = (*CONVOLUTIONAL, *DENSE)
     """Of a layer's inputs, features last."""
     dtypes: tuple[str, ...] = DTYPES
@@ -44,7 +44,7 @@ class Settings:
         Raises:
           ValueError: names the value.
         """
-        for name in ("rounds", "step_rounds", "compilations"):
+        for name in ("rounds", "step_processes", "step_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; at least 1 is accepted; choose more.")
 

@@ -1,15 +1,19 @@
 """What batch norm adds to a training step of a whole net: time, memory, and time to compile.
 
 Conventions: all arms are timed in one run, in shuffled order, each once just before it is timed. What is quoted is the
-time that a norm adds to the net without a norm over the time that Flax's adds, since the machine's speed cancels in it.
+time that a norm adds to the net without a norm, as a part of that net's time or of what Flax's norm adds, since the
+machine's speed cancels in both. A process places its arrays in memory once, well or badly for one arm or another,
+whatever the number of rounds, so several processes measure the same, and intervals say how much they differ.
 Steps in bfloat16 are those of mixed precision: parameters and statistics are float32; kernels and biases of the
 convolutions and the dense layer are rounded to bfloat16 in each step, like the images, so that all activations are
 bfloat16. The norms get their float32 parameters, and `dtype=bfloat16` for their outputs, all arms alike. So no net has
 an option for it.
 """
 
+import concurrent.futures
 import functools
 import math
+import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -47,41 +51,49 @@ class Step(NamedTuple):
 
 
 def pieces(settings: Settings) -> dict[str, Callable[[], list[dict]]]:
-    """Returns the pieces of this part: one for each net and dtype."""
-    resnet = Config(net="resnet20", width=settings.width, batch_size=settings.batch_size)
-    inception = Config(width=settings.inception_width, batch_size=settings.inception_batch_size)
-    # To compile the four steps of the Inception net once takes longer than to time them.
-    nets = {"ResNet-20": (resnet, settings.compilations), "Inception": (inception, 1)}
+    """Returns the pieces of this part: one for each net, dtype and process."""
+    nets = {
+        "ResNet-20": Config(net="resnet20", width=settings.width, batch_size=settings.batch_size),
+        "Inception": Config(width=settings.inception_width, batch_size=settings.inception_batch_size),
+    }
     return {
-        f"{name} {dtype}": functools.partial(
-            measure,
+        f"{name}, {dtype}, process {process}": functools.partial(
+            measure_apart,
             name,
             config,
             dtype,
+            process,
             image_size=settings.image_size,
             rounds=settings.step_rounds,
-            compilations=compilations,
         )
-        for name, (config, compilations) in nets.items()
+        for name, config in nets.items()
         for dtype in settings.dtypes
+        for process in range(1, settings.step_processes + 1)
     }
 
 
-def measure(name: str, config: Config, dtype: str, *, image_size: int, rounds: int, compilations: int) -> list[dict]:
+def measure_apart(*arguments: Any, **options: Any) -> list[dict]:
+    """Returns what `measure` does, in a process of its own."""
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as process:
+        return process.submit(measure, *arguments, **options).result()
+
+
+def measure(name: str, config: Config, dtype: str, process: int, *, image_size: int, rounds: int) -> list[dict]:
     """Returns the records of a net: one for each arm, with its seconds in each round.
 
     Args:
       name: the net's name in the records.
       config: says which net, and the batch.
       dtype: of images, activations and products.
+      process: which of those that measure the same, from 1.
       image_size: pixels per side.
       rounds: timings of each arm.
-      compilations: of this library's arm and of Flax's, in turns; the others are compiled once.
     """
     images = jax.random.uniform(jax.random.key(0), (config.batch_size, image_size, image_size, 3))
     images = images.astype(dtype)
     steps = {arm: training_step(layer, config, images) for arm, layer in ARMS.items()}
-    compiled, compile_seconds = compile_in_turns(steps, compilations)
+    compiled, seconds_before = compile_in_turn(steps, random.Random(process))
     seconds = timing.time_calls(calls(steps, compiled), rounds)
     return [
         {
@@ -91,8 +103,9 @@ def measure(name: str, config: Config, dtype: str, *, image_size: int, rounds: i
             "image_size": image_size,
             "dtype": dtype,
             "arm": arm,
+            "process": process,
             "seconds": seconds[arm],
-            "compile_seconds": compile_seconds[arm],
+            **seconds_before[arm],
             "temporaries": compiled[arm].memory_analysis().temp_size_in_bytes,
         }
         for arm in steps
@@ -163,28 +176,24 @@ def rounded(params: dict, dtype: Any) -> dict:
     return jax.tree.map_with_path(leaf, params)
 
 
-def compile_in_turns(steps: dict[str, Step], repeats: int) -> tuple[dict[str, jax.stages.Compiled], dict[str, list]]:
-    """Compiles all arms in shuffled order, and those that are compared more often.
-
-    Only the compilation counts, not what comes before it: Python that traces and lowers the step.
-
-    Args:
-      steps: by arm.
-      repeats: of this library's arm and of Flax's; the others are compiled once.
+def compile_in_turn(
+    steps: dict[str, Step], shuffled: random.Random
+) -> tuple[dict[str, jax.stages.Compiled], dict[str, dict[str, float]]]:
+    """Compiles all arms in shuffled order, after something small, since the first program of a process takes longer.
 
     Returns:
-      The programs, and the seconds of all compilations, by arm.
+      The programs, and the seconds before the first step, by arm: "trace_seconds", for Python that traces and lowers
+      the step, and "compile_seconds", for XLA.
     """
-    compiled, seconds = {}, {arm: [] for arm in steps}
-    shuffled = random.Random(0)
-    for repeat in range(repeats):
-        arms = list(steps) if repeat == 0 else [FLAX, OURS]
-        for arm in shuffled.sample(arms, len(arms)):
-            jax.clear_caches()  # or what was lowered before would give its program again
-            lowered = steps[arm].lower()
-            start = time.perf_counter()
-            compiled[arm] = lowered.compile()
-            seconds[arm].append(time.perf_counter() - start)
+    jax.jit(jnp.cumsum).lower(jnp.ones(2)).compile()
+    compiled, seconds = {}, {}
+    for arm in shuffled.sample(list(steps), len(steps)):
+        jax.clear_caches()  # or what was traced before would shorten this
+        start = time.perf_counter()
+        lowered = steps[arm].lower()
+        traced = time.perf_counter()
+        compiled[arm] = lowered.compile()
+        seconds[arm] = {"trace_seconds": traced - start, "compile_seconds": time.perf_counter() - traced}
     return compiled, seconds
 
 
@@ -203,22 +212,25 @@ def summarize(records: list[dict]) -> list[dict]:
     """Returns what the records of a net and dtype say: one dict for each arm.
 
     Returns:
-      By arm: median `seconds`; `added`, the share of what Flax's norm adds, with its interval; `temporaries` over
-      those without a norm; `compile`, the seconds of the compilation over Flax's, the median of the ratios in turns.
+      By arm: `added`, the time over that of the net without a norm, less 1; `share`, the time added over what Flax's
+      norm adds, both with intervals; `temporaries` over those without a norm; `trace` and `compile`, the seconds over
+      Flax's, the medians of the ratios in the processes.
     """
-    by_arm = {record["arm"]: record for record in records}
-    none, flax = by_arm[NONE], by_arm[FLAX]
+    by_arm = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], []).append(record)
+
+    def column(name, *arms):
+        return ([record[name] for record in by_arm[each]] for each in arms)
+
     return [
         {
             "arm": arm,
-            "seconds": timing.spread(record["seconds"])["median"],
-            "added": timing.share(record["seconds"], flax["seconds"], none["seconds"]),
-            "temporaries": record["temporaries"] / none["temporaries"],
-            "compile": _compile_ratio(record["compile_seconds"], flax["compile_seconds"]),
+            "added": timing.estimate(lambda with_norm, without: with_norm / without - 1, *column("seconds", arm, NONE)),
+            "share": timing.estimate(timing.share, *column("seconds", arm, FLAX, NONE)),
+            "temporaries": of_arm[0]["temporaries"] / by_arm[NONE][0]["temporaries"],
+            "trace": timing.ratio(*column("trace_seconds", arm, FLAX)),
+            "compile": timing.ratio(*column("compile_seconds", arm, FLAX)),
         }
-        for arm, record in by_arm.items()
+        for arm, of_arm in by_arm.items()
     ]
-
-
-def _compile_ratio(ours, theirs):
-    return timing.ratio(ours, theirs[: len(ours)])  # the first one is that of all arms

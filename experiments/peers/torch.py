@@ -50,7 +50,8 @@ def layer() -> Adapter:
 
 
 def _make(x):
-    return LAYERS[np.ndim(x)](np.shape(x)[-1], eps=EPSILON, momentum=1 - MOMENTUM)  # that of the new value
+    dtype = torch.float64 if x.dtype == np.float64 else torch.float32  # also for inputs in half precision
+    return LAYERS[np.ndim(x)](np.shape(x)[-1], eps=EPSILON, momentum=1 - MOMENTUM, dtype=dtype)  # that of the new value
 
 
 def _layer(state, x):

@@ -14,8 +14,8 @@ from experiments.benchmarks import Settings
 
 TINY = Settings(
     rounds=2,
-    step_rounds=2,
-    compilations=1,
+    step_processes=2,
+    step_rounds=3,
     shapes=((4, 3, 3, 2), (6, 5)),
     dtypes=("bfloat16",),
     batch_size=2,
@@ -94,8 +94,8 @@ def test_whole_run_measures_every_row_and_the_tables_are_made_of_it(monkeypatch,
     ours = [record for record in layers["records"] if record["arm"] == "jaxbn"]
     assert len(ours) == 3 * 2 * 2  # passes, activations, shapes
     assert all(record["seconds"]["median"] > 0 for record in layers["records"])
-    assert len(steps["records"]) == 2 * 4  # nets, arms
-    assert all(len(record["seconds"]) == 2 and record["temporaries"] > 0 for record in steps["records"])
+    assert len(steps["records"]) == 2 * 2 * 4  # nets, processes, arms
+    assert all(len(record["seconds"]) == 3 and record["temporaries"] > 0 for record in steps["records"])
     (tmp_path / "README.md").write_text(
         "".join(f"<!-- measured: {name} -->\n<!-- end -->\n" for name in ("layers", "steps"))
     )

@@ -1,5 +1,7 @@
-"""Training steps of the benchmark: mixed precision as promised, compilations in turns, and what the seconds say."""
+"""Training steps of the benchmark: mixed precision as promised, processes of their own, and what the seconds say."""
 
+import os
+import random
 import re
 
 import jax
@@ -58,32 +60,61 @@ class Lowered:
         return self.name
 
 
-def test_compared_arms_are_compiled_in_turns_and_the_others_once():
-    order = []
-    plan = {name: steps.Step(lambda name=name: Lowered(name, order), (), ()) for name in steps.ARMS}
-    compiled, seconds = steps.compile_in_turns(plan, 3)
-    assert compiled == {name: name for name in steps.ARMS}
-    assert {name: len(each) for name, each in seconds.items()} == {"none": 1, "Flax": 3, "Flax, stable": 1, "jaxbn": 3}
-    assert sorted(order[:4]) == sorted(steps.ARMS) and sorted(order[4:6]) == sorted(order[6:]) == ["Flax", "jaxbn"]
+def steps_that_record(order):
+    """A step for each arm, which only says when it is compiled."""
+    return {name: steps.Step(lambda name=name: Lowered(name, order), (), ()) for name in steps.ARMS}
 
 
-def test_pieces_are_both_nets_in_every_dtype():
-    settings = Settings(dtypes=DTYPES)
-    assert list(steps.pieces(settings)) == [f"{net} {dtype}" for net in ("ResNet-20", "Inception") for dtype in DTYPES]
+def test_all_arms_are_compiled_in_the_order_of_the_process():
+    orders = []
+    for process in range(1, 9):
+        order = []
+        compiled, seconds = steps.compile_in_turn(steps_that_record(order), random.Random(process))
+        assert compiled == {name: name for name in steps.ARMS} and sorted(order) == sorted(steps.ARMS)
+        assert all(set(found) == {"trace_seconds", "compile_seconds"} for found in seconds.values())
+        orders.append(tuple(order))
+    assert len(set(orders)) > 4
 
 
-def record(arm, seconds, temporaries, compile_seconds):
-    found = {"arm": arm, "seconds": [seconds] * 3, "temporaries": temporaries}
-    return found | {"compile_seconds": compile_seconds}
+def test_pieces_are_both_nets_in_every_dtype_as_often_as_there_are_processes():
+    settings = Settings(dtypes=DTYPES, step_processes=2)
+    assert list(steps.pieces(settings)) == [
+        f"{net}, {dtype}, process {process}"
+        for net in ("ResNet-20", "Inception")
+        for dtype in DTYPES
+        for process in (1, 2)
+    ]
+
+
+def test_pieces_are_measured_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(steps, "measure", process_of)
+    settings = Settings(step_processes=2)
+    found = [piece() for piece in list(steps.pieces(settings).values())[:2]]
+    assert [process for _, process in found] == [1, 2]
+    assert len({os.getpid(), *(number for number, _ in found)}) == 3
+
+
+def process_of(name, config, dtype, process, **_):
+    """Stands for `measure`, and says where it was called."""
+    return os.getpid(), process
+
+
+def record(arm, seconds, temporaries, **before):
+    return {"arm": arm, "seconds": [seconds] * 3, "temporaries": temporaries, **before}
 
 
 def test_summary_says_what_a_norm_adds_over_what_flaxs_adds():
     records = [
-        record("none", 1.0, 100, [1.0]),
-        record("Flax", 1.4, 150, [2.0, 4.0]),
-        record("jaxbn", 1.1, 101, [3.0, 6.0]),
+        record("none", 1.0, 100, trace_seconds=1.0, compile_seconds=1.0),
+        record("Flax", 1.4, 150, trace_seconds=2.0, compile_seconds=2.0),
+        record("jaxbn", 1.1, 101, trace_seconds=3.0, compile_seconds=3.0),
+        record("none", 2.0, 100, trace_seconds=1.0, compile_seconds=1.0),
+        record("Flax", 2.8, 150, trace_seconds=2.0, compile_seconds=4.0),
+        record("jaxbn", 2.2, 101, trace_seconds=3.0, compile_seconds=3.0),
     ]
     none, flax, ours = steps.summarize(records)
-    assert none["added"]["value"] == 0 and flax["added"]["value"] == 1
-    assert ours["added"]["value"] == pytest.approx(0.25)
-    assert ours["temporaries"] == 1.01 and ours["compile"]["median"] == 1.5 and none["compile"]["median"] == 0.5
+    assert none["added"]["value"] == none["share"]["value"] == 0
+    assert flax["added"]["value"] == pytest.approx(0.4) and flax["share"]["value"] == 1
+    assert ours["added"]["value"] == pytest.approx(0.1) and ours["share"]["value"] == pytest.approx(0.25)
+    assert ours["temporaries"] == 1.01
+    assert ours["trace"]["median"] == 1.5 and ours["compile"]["median"] == (1.5 + 0.75) / 2

@@ -9,7 +9,14 @@ from experiments.__main__ import MEASUREMENTS, PROJECT
 
 README = PROJECT / "README.md"
 HEADER = {
-    "settings": {"rounds": 7, "growth": [8, 64], "features": 64},
+    "settings": {
+        "rounds": 7,
+        "step_processes": 2,
+        "step_rounds": 3,
+        "image_size": 32,
+        "growth": [8, 64],
+        "features": 64,
+    },
     "date": "2001-01-01",
     "versions": {"python": "3.11", "jax": "0.10", "flax": "0.12"},
     "hardware": {"platform": "cpu", "device": "cpu", "cpu": "Z80", "cpu_count": 2, "largest_cache": "64K"},
@@ -36,12 +43,23 @@ def layer_records(shape=(1024, 1024)):
     return records
 
 
-def step_records():
-    seconds = {"none": 1.0, "Flax": 1.4, "jaxbn": 1.1}
+def step_records(flax=(1.4, 1.4)):
+    """Two processes, and the seconds of Flax's step in both; jaxbn adds a tenth of the net without a norm."""
+    seconds = {"none": (1.0, 1.0), "Flax": flax, "jaxbn": (1.1, 1.1)}
     net = {"net": "ResNet-20", "width": 1.0, "batch_size": 128, "image_size": 32, "dtype": "float32"}
+    before = {"none": (1.0, 1.0), "Flax": (2.0, 4.0), "jaxbn": (1.0, 3.0)}
     return [
-        {**net, "arm": arm, "seconds": [each] * 3, "compile_seconds": [each], "temporaries": 100 * each}
-        for arm, each in seconds.items()
+        {
+            **net,
+            "arm": arm,
+            "process": process + 1,
+            "seconds": [seconds[arm][process]] * 3,
+            "trace_seconds": 1.0,
+            "compile_seconds": before[arm][process],
+            "temporaries": 100 * seconds[arm][0],
+        }
+        for process in range(2)
+        for arm in seconds
     ]
 
 
@@ -170,18 +188,23 @@ def test_page_shows_every_row_with_quartiles():
 
 def test_steps_show_what_each_norm_adds_beside_flaxs():
     text = tables.steps_table(run_of(step_records()))
-    assert "| ResNet-20, float32 | Flax | 1 | 1.40 | 1.00 |" in text
-    assert "| ResNet-20, float32 | jaxbn | 0.25 (0.25 to 0.25) | 1.10 | 0.79 |" in text
+    assert "| ResNet-20, float32 | Flax | 40 % (40 to 40) | 1.00 (1.00 to 1.00) | 1.40 | 1.00 / 1.00 |" in text
+    assert "| ResNet-20, float32 | jaxbn | 10 % (10 to 10) | 0.25 (0.25 to 0.25) | 1.10 | 0.62 / 1.00 |" in text
     assert "| none |" not in text and "ResNet-20 at width 1 and batch 128" in text
+    assert "2 processes, and 3 rounds in each" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
-    ("flax", "cell"),
-    [([0.9] * 3, "Flax's adds none"), ([0.9, 1.4, 1.4], "0.25 (any)"), ([1.4] * 3, "0.25 (0.25 to 0.25)")],
+    ("flax", "cells"),
+    [
+        ((0.9, 0.9), "| Flax | -10 % (-10 to -10) | - |"),
+        ((0.9, 1.4), "| Flax | 15 % (-10 to 40) | - |"),
+        ((0.998, 0.998), "| Flax | 0 % (0 to 0) | - |"),
+    ],
 )
-def test_share_says_where_flaxs_norm_adds_nothing(flax, cell):
-    records = [record | {"seconds": flax} if record["arm"] == "Flax" else record for record in step_records()]
-    assert f"| jaxbn | {cell} |" in tables.steps_table(run_of(records))
+def test_share_is_left_out_where_flaxs_norm_may_add_nothing(flax, cells):
+    text = tables.steps_table(run_of(step_records(flax)))
+    assert cells in text and "| jaxbn | 10 % (10 to 10) | - |" in text
 
 
 def test_apis_that_do_the_same_share_a_line():

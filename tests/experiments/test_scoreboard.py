@@ -24,12 +24,17 @@ def committed():
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Lets a test say which peers break the laws; the others keep them, but for one that is not installed."""
+    """Lets a test say which peers break the laws; the others keep them, but for two that cannot be judged."""
     broken = set()
 
     def judge(peer, laws):
-        outcome = "not installed" if peer == "torch" else "broken" if peer in broken else "holds"
-        detail = {"broken": "y: error 1, allowed 0", "not installed": "torch is not installed; pip install."}
+        absent = {"torch": "not installed", "keras": "could not be made"}
+        outcome = absent.get(peer, "broken" if peer in broken else "holds")
+        detail = {
+            "broken": "y: error 1, allowed 0",
+            "not installed": "torch is not installed; pip install.",
+            "could not be made": "ValueError: no backend.",
+        }
         return [{"peer": peer, "law": law, "outcome": outcome, "detail": detail.get(outcome, "")} for law in laws]
 
     monkeypatch.setattr(scoreboard, "judge", judge)
@@ -56,7 +61,8 @@ def test_committed_file_has_every_law_for_every_peer(committed):
     assert committed["header"]["settings"]["laws"] == scoreboard.STATEMENTS
     found = [(line["peer"], line["law"]) for line in committed["lines"]]
     assert found == [(peer, law.name) for peer in PEERS for law in LAWS]
-    assert "not installed" not in {line["outcome"] for line in committed["lines"]}
+    assert not {"not installed", "could not be made"} & {line["outcome"] for line in committed["lines"]}
+    assert not any("failed" in fault for fault in committed["faults"])
 
 
 def test_this_library_breaks_no_law_in_the_committed_file(committed):
@@ -117,6 +123,27 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
     assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was ended by SIGSEGV: bad memory"
 
 
+@pytest.mark.parametrize("status", [1, 0])
+def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_law(monkeypatch, status):
+    calls = []
+
+    def end(command, **_):
+        calls.append(command)
+        return types.SimpleNamespace(returncode=status, stderr="Traceback\nValueError: no backend\n")
+
+    monkeypatch.setattr(subprocess, "run", end)
+    found = scoreboard.judge("keras", [LAW, OTHER])
+    assert len(calls) == 1
+    assert [(line["law"], line["outcome"]) for line in found] == [(law, "could not be made") for law in (LAW, OTHER)]
+    ending = f"the process has ended with exit status {status}: ValueError: no backend"
+    assert {line["detail"] for line in found} == {ending}
+
+
+def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
+    (found,) = scoreboard.judge("nobody", [LAW])  # nobody is no peer
+    assert found["outcome"] == "could not be made" and found["detail"].endswith("KeyError: 'nobody'")
+
+
 def test_missing_library_is_no_failure(monkeypatch, tmp_path):
     def missing():
         raise ModuleNotFoundError("haiku is not installed; pip install it.", name="haiku")
@@ -136,6 +163,7 @@ def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp
     monkeypatch.setitem(PEERS, "haiku", lambda: __import__("jax.nonsense"))
     with pytest.raises(ModuleNotFoundError, match="nonsense"):
         scoreboard.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
+    assert not (tmp_path / "found.jsonl").exists()
 
 
 @pytest.mark.parametrize(("broken", "status"), [((), 0), (("haiku",), 0), (("jaxbn-nnx", "haiku"), 1)])
@@ -153,6 +181,31 @@ def test_failure_is_printed_with_the_line_that_repeats_it(monkeypatch, capsys, j
     assert "torch is not installed" in printed and "jaxbn breaks" not in printed
 
 
+def test_adapter_that_could_not_be_made_is_printed_once(monkeypatch, capsys, judged):
+    assert call(monkeypatch, "--peers", "jaxbn,keras", "--laws", f"{LAW},{OTHER}") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("keras could not be made: ValueError: no backend.") == 1
+    assert "keras breaks" not in printed
+
+
+def test_exit_status_tells_that_this_library_could_not_be_made(monkeypatch, judged):
+    lines = [{"peer": "jaxbn", "law": LAW, "outcome": "could not be made", "detail": "ValueError: no."}]
+    monkeypatch.setattr(scoreboard, "judge", lambda peer, laws: lines)
+    assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW) == 1
+
+
+def test_fault_script_that_fails_is_recorded_with_what_it_printed_and_all_else(monkeypatch, capsys, judged, tmp_path):
+    script = tmp_path / "haiku_fails.py"
+    script.write_text('"""Haiku: it fails."""\n\nprint("half way")\nraise ValueError("no more")\n')
+    monkeypatch.setattr(scoreboard, "fault_scripts", lambda: [script])
+    assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW, "--out", tmp_path) == 0
+    found = scoreboard.load(tmp_path)
+    (fault,), ending = found["faults"], "the process has ended with exit status 1: ValueError: no more"
+    assert fault["printed"] == "half way\n" and fault["failed"] == ending and len(found["lines"]) == 1
+    assert f"It failed: {ending}" in (tmp_path / "README.md").read_text()
+    assert f"haiku_fails: {ending}" in capsys.readouterr().out
+
+
 def test_a_choice_is_written_only_to_a_folder_that_is_named(monkeypatch, judged):
     written = []
     monkeypatch.setattr(scoreboard.results, "write", lambda path, *_: written.append(path))
@@ -160,9 +213,10 @@ def test_a_choice_is_written_only_to_a_folder_that_is_named(monkeypatch, judged)
     assert not written
 
 
-def test_written_table_has_a_row_for_each_law_and_a_column_for_each_installed_peer(monkeypatch, judged, tmp_path):
+def test_written_table_has_a_row_for_each_law_and_a_column_for_each_judged_peer(monkeypatch, judged, tmp_path):
     judged.add("haiku")
-    assert call(monkeypatch, "--peers", "jaxbn,haiku,torch", "--laws", f"{LAW},{OTHER}", "--out", tmp_path) == 0
+    peers, laws = "jaxbn,haiku,keras,torch", f"{LAW},{OTHER}"
+    assert call(monkeypatch, "--peers", peers, "--laws", laws, "--out", tmp_path) == 0
     assert scoreboard.table(tmp_path).splitlines() == [
         "| law | jaxbn | haiku |",
         "| --- | --- | --- |",
@@ -171,7 +225,8 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_installed_pe
         "| holds, of those asked | 2 of 2 | 0 of 2 |",
     ]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text == scoreboard.readme(tmp_path) and "Not installed: torch." in text
+    assert text == scoreboard.readme(tmp_path)
+    assert "Not installed: torch. keras could not be made: ValueError: no backend. –:" in text
 
 
 def test_summary_has_a_row_for_each_installed_peer_with_the_laws_that_it_breaks():
