@@ -196,8 +196,8 @@ def bench_command(
     *,
     only: str = "layers,steps,collectives",
     rounds: int = 25,
-    step_processes: int = 5,
-    step_rounds: int = 12,
+    step_processes: int = 4,
+    step_rounds: int = 15,
     out: MeasurementsDir = MEASUREMENTS,
 ) -> None:
     """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: an hour on two cores.

@@ -89,7 +89,7 @@ def steps_table(run: dict) -> str:
     nets = {f"{r['net']} at width {r['width']:g} and batch {r['batch_size']}": None for r in run["records"]}
     return (
         f"{markdown(lines)}\n\n{', '.join(nets)}, on images of {settings['image_size']} x {settings['image_size']}; "
-        "time added to the net without a norm. In brackets, an interval of 95 % (bootstrap over "
+        "time added to the net without a norm, median of the rounds. In brackets, an interval of 95 % (bootstrap over "
         f"{settings['step_processes']} processes, and {settings['step_rounds']} rounds in each); a dash where Flax's "
         f"norm may add no time. Compile: XLA; trace: Python, before that. {STABLE}"
     )

@@ -82,29 +82,22 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def share(ours: ArrayLike, theirs: ArrayLike, base: ArrayLike) -> ArrayLike:
-    """Returns what one arm adds to a base over what another adds to it; NaN where the other adds nothing."""
-    added = np.asarray(theirs) - base
-    return np.where(added > 0, np.asarray(ours) - base, np.nan) / np.where(added > 0, added, 1)
-
-
-def estimate(figure: Callable[..., ArrayLike], *arms: ArrayLike, resamples: int = 2000) -> dict[str, float]:
-    """Returns a figure of the seconds of some arms, and how sure it is.
+def estimate(figure: Callable[..., ArrayLike], *ratios: ArrayLike, resamples: int = 2000) -> dict[str, float]:
+    """Returns a figure of some arms, and how sure it is.
 
     Args:
-      figure: takes the seconds of each arm, scalars or arrays of one shape.  An arm's seconds are the mean over
-        processes of the medians of their rounds.
-      arms: seconds of shape [processes, rounds], all alike.
+      figure: takes the ratio of each arm, scalars or arrays of one shape: the median over processes and rounds.
+      ratios: of each arm to another one within the rounds, shape [processes, rounds].
       resamples: of the processes, and of the rounds in each, drawn with replacement for the interval.
 
     Returns:
       The value, and the lower and upper end of an interval of 95 %, which is NaN where a figure of a resample is.
     """
-    samples = np.array(arms)
+    samples = np.array(ratios)
     processes, rounds = samples.shape[1:]
     rng = np.random.default_rng(0)
     process = rng.integers(0, processes, (resamples, processes, 1))
     drawn = samples[:, process, rng.integers(0, rounds, (resamples, processes, rounds))]
-    value = figure(*np.median(samples, axis=-1).mean(axis=-1))
-    lower, upper = np.quantile(figure(*np.median(drawn, axis=-1).mean(axis=-1)), (0.025, 0.975))
+    value = figure(*np.median(samples, axis=(-2, -1)))
+    lower, upper = np.quantile(figure(*np.median(drawn, axis=(-2, -1))), (0.025, 0.975))
     return {"value": float(value), "lower": float(lower), "upper": float(upper)}

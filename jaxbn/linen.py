@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
     >>> y = layer.apply(variables | updates, x, use_running_average=True)
 
     Differs from flax.linen.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and training needs no more memory than without a norm.
+      1. Variance and gradient are exact at any mean, and training in float32 needs no more memory than without a norm.
       2. A batch that is empty, masked everywhere or not finite leaves the running statistics as they were.
       3. Devices with different numbers of masked positions are weighted by their counts.
       4. A position that is masked may hold NaN.

@@ -35,7 +35,7 @@ class BatchNorm(nnx.Module):
     >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
 
     Differs from flax.nnx.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and training needs no more memory than without a norm.
+      1. Variance and gradient are exact at any mean, and training in float32 needs no more memory than without a norm.
       2. A batch that is empty, masked everywhere or not finite leaves the running statistics as they were.
       3. Devices with different numbers of masked positions are weighted by their counts.
       4. A position that is masked may hold NaN.

@@ -19,9 +19,9 @@ class Settings:
 
     rounds: int = 25
     """Timings of each layer in each row."""
-    step_processes: int = 5
+    step_processes: int = 4
     """Processes that compile and time the same training steps."""
-    step_rounds: int = 12
+    step_rounds: int = 15
     """Timings of each training step in each process."""
     shapes: tuple[tuple[int, ...], ...] = (*CONVOLUTIONAL, *DENSE)
     """Of a layer's inputs, features last."""

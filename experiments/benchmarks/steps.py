@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 import jaxbn.linen
 from experiments import blocks, models, timing
@@ -212,25 +213,32 @@ def summarize(records: list[dict]) -> list[dict]:
     """Returns what the records of a net and dtype say: one dict for each arm.
 
     Returns:
-      By arm: `added`, the time over that of the net without a norm, less 1; `share`, the time added over what Flax's
-      norm adds, both with intervals; `temporaries` over those without a norm; `trace` and `compile`, the seconds over
-      Flax's, the medians of the ratios in the processes.
+      By arm: `added`, the time over that of the net without a norm, less 1; `share`, of what Flax's norm adds; both
+      with intervals, and NaN where that adds nothing; `temporaries` over those without a norm; `trace` and `compile`,
+      the seconds over Flax's, the medians of the ratios in the processes.
     """
     by_arm = {}
     for record in records:
         by_arm.setdefault(record["arm"], []).append(record)
 
-    def column(name, *arms):
-        return ([record[name] for record in by_arm[each]] for each in arms)
+    def ratios(arm, other, name):
+        return np.array([ours[name] for ours in by_arm[arm]]) / [theirs[name] for theirs in by_arm[other]]
 
+    in_flax = ratios(FLAX, NONE, "seconds")
     return [
         {
             "arm": arm,
-            "added": timing.estimate(lambda with_norm, without: with_norm / without - 1, *column("seconds", arm, NONE)),
-            "share": timing.estimate(timing.share, *column("seconds", arm, FLAX, NONE)),
+            "added": timing.estimate(lambda ratio: ratio - 1, ratios(arm, NONE, "seconds")),
+            "share": timing.estimate(share, ratios(arm, NONE, "seconds"), in_flax),
             "temporaries": of_arm[0]["temporaries"] / by_arm[NONE][0]["temporaries"],
-            "trace": timing.ratio(*column("trace_seconds", arm, FLAX)),
-            "compile": timing.ratio(*column("compile_seconds", arm, FLAX)),
+            "trace": timing.spread(ratios(arm, FLAX, "trace_seconds")),
+            "compile": timing.spread(ratios(arm, FLAX, "compile_seconds")),
         }
         for arm, of_arm in by_arm.items()
     ]
+
+
+def share(ours: ArrayLike, flax: ArrayLike) -> np.ndarray:
+    """Returns what an arm adds to the net without a norm, over what Flax's adds; both are ratios to that net."""
+    ours, flax = np.asarray(ours), np.asarray(flax)
+    return np.where(flax > 1, ours - 1, np.nan) / np.where(flax > 1, flax - 1, 1)

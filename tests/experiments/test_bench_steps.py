@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.benchmarks import Settings, steps
@@ -118,3 +119,12 @@ def test_summary_says_what_a_norm_adds_over_what_flaxs_adds():
     assert ours["added"]["value"] == pytest.approx(0.1) and ours["share"]["value"] == pytest.approx(0.25)
     assert ours["temporaries"] == 1.01
     assert ours["trace"]["median"] == 1.5 and ours["compile"]["median"] == (1.5 + 0.75) / 2
+
+
+def test_share_is_what_one_arm_adds_over_what_the_other_adds():
+    assert steps.share(1.2, 1.4) == pytest.approx(0.5)
+    assert steps.share([1.2, 0.9], [1.4, 1.1]).tolist() == pytest.approx([0.5, -1])
+
+
+def test_share_of_nothing_is_not_a_number():
+    assert np.isnan(steps.share([1.2, 1.2], [0.9, 1.0])).all()

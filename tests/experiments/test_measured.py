@@ -1,5 +1,7 @@
 """Blocks of the README: made from the files of measurements alone, and the committed ones are what the files give."""
 
+import re
+
 import pytest
 from PIL import Image
 
@@ -118,6 +120,12 @@ def test_what_stands_outside_of_blocks_is_left_as_it_is(folder):
     written = measured.rewrite(text, folder)
     assert written.startswith("before\n<!-- measured: steps -->\n\n|") and written.endswith("\nafter <!-- end -->\n")
     assert "old" not in written
+
+
+@pytest.mark.parametrize("name", measured.BLOCKS)
+def test_committed_measurements_are_of_code_that_is_committed(name):
+    header = results.read_records(MEASUREMENTS / f"{measured.BLOCKS[name].file}.jsonl")["header"]
+    assert re.fullmatch("[0-9a-f]{40}", header["commit"])
 
 
 def test_rewriting_twice_changes_nothing(folder):
