@@ -91,7 +91,8 @@ def estimate(figure: Callable[..., ArrayLike], *ratios: ArrayLike, resamples: in
       resamples: of the processes, and of the rounds in each, drawn with replacement for the interval.
 
     Returns:
-      The value, and the lower and upper end of an interval of 95 %, which is NaN where a figure of a resample is.
+      The value, and the lower and upper end of an interval of 95 %, which are NaN where more than 2.5 % of the
+      resamples have no figure.
     """
     samples = np.array(ratios)
     processes, rounds = samples.shape[1:]
@@ -99,5 +100,7 @@ def estimate(figure: Callable[..., ArrayLike], *ratios: ArrayLike, resamples: in
     process = rng.integers(0, processes, (resamples, processes, 1))
     drawn = samples[:, process, rng.integers(0, rounds, (resamples, processes, rounds))]
     value = figure(*np.median(samples, axis=(-2, -1)))
-    lower, upper = np.quantile(figure(*np.median(drawn, axis=(-2, -1))), (0.025, 0.975))
+    figures = np.asarray(figure(*np.median(drawn, axis=(-2, -1))))
+    known = figures[~np.isnan(figures)]
+    lower, upper = np.quantile(known, (0.025, 0.975)) if len(known) >= 0.975 * resamples else (np.nan, np.nan)
     return {"value": float(value), "lower": float(lower), "upper": float(upper)}

@@ -113,6 +113,16 @@ def test_arms_are_resampled_together():
     assert found == {"value": 2, "lower": 2, "upper": 2}
 
 
-def test_interval_is_open_where_a_figure_of_a_resample_is():
-    found = timing.estimate(lambda ratio: np.where(ratio > 1, ratio, np.nan), [[0.5], [2.5], [2.0]])
+def above_one(ratio):
+    return np.where(ratio > 1, ratio, np.nan)
+
+
+def test_interval_is_open_where_many_resamples_have_no_figure():
+    found = timing.estimate(above_one, [[0.5], [2.5], [2.0]])
     assert found["value"] == 2 and math.isnan(found["lower"]) and math.isnan(found["upper"])
+
+
+def test_few_resamples_without_a_figure_leave_the_interval():
+    found = timing.estimate(above_one, [[0.5] + 19 * [2.0]])
+    assert found == {"value": 2, "lower": 2, "upper": 2}
+    assert not math.isnan(timing.estimate(above_one, [[0.5] * 4 + [2.0, 3.0] * 8])["lower"])
