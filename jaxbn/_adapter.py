@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxbn import _checks
 
-AXIS = "devices"  # the name of the device axis under which `Adapter.over_devices` is called
+#: Name of the device axis under which `Adapter.over_devices` is called.
+AXIS = "devices"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

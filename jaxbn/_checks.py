@@ -8,6 +8,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,15 @@ def momentum(value: ArrayLike | None) -> None:
 def at_least(name: str, value: ArrayLike, least: float) -> None:
     """Refuses a value below ``least``; values known only at run time pass."""
     if _known(value, lambda value: not (value >= least).all()):
-        raise ValueError(f"{name}={value} is below {least}, its smallest value; use for example {name}={least + 2}.")
+        raise ValueError(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more.")
+
+
+def whole(name: str, value: Any) -> int:
+    """Returns an integer; refuses what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; an integer is accepted; pass one.") from None
 
 
 def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: AxisNames | None) -> None:
@@ -131,9 +140,25 @@ def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     if not fits:
         raise ValueError(
             f"mask of shape {value.shape} does not broadcast to an input of shape {x.shape}; "
-            f"for one entry per example, pass a mask of shape {(x.shape[0],) + (1,) * (x.ndim - 1)}."
+            f"{_mask_hint(value.shape, x.shape)}"
         )
     return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
+
+
+def _mask_hint(mask_shape, shape):
+    """What to do about a mask that does not fit an input of that shape."""
+    last_axes_are_missing = mask_shape == shape[: len(mask_shape)]
+    kept = mask_shape if last_axes_are_missing else shape[:1]
+    entry = "example" if len(kept) == 1 else "position"
+    return f"for one entry per {entry}, pass a mask of shape {kept + (1,) * (len(shape) - len(kept))}."
+
+
+def result(dtype: Any) -> None:
+    """Refuses a dtype of results that cannot hold them; None is what inputs and parameters promote to."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"dtype={dtype!r}; a floating-point or complex dtype is accepted; use for example jnp.bfloat16."
+        )
 
 
 def axis_names(

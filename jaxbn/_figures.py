@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbn._groups import Groups, score
-from jaxbn._sums import Record, Settings, usable
+from jaxbn._records import Record, Settings, usable
 from jaxbn.stats import BatchStats, Moments
 
 # Of the 0.9 quantile of the layer's features, so that neither a large epsilon nor a residual branch that starts at 0

@@ -23,7 +23,7 @@ from jaxbn._samples import (
 )
 
 DEVICES = 4
-SHAPES = (48, 4), (8, 5, 3, 4)
+DIVISIBLE = (48, 4), (8, 5, 3, 4)
 LARGE = 1e3  # mean over standard deviation
 COUNTS = (12, 7, 1, 3), (12, 7, 1, 0), (0, 5, 12, 1)  # valid examples on each device, of the 12 that it has
 
@@ -41,14 +41,14 @@ def spread_and_masked(adapter: Adapter) -> bool:
 @law(spread)
 def split_over_devices(adapter: Adapter) -> None:
     """A batch split under vmap with a named axis has the output, statistics and gradients of the whole batch."""
-    for shape in SHAPES:
+    for shape in DIVISIBLE:
         _require_whole(adapter, sample(shape))
 
 
 @law(spread)
 def large_means_over_devices(adapter: Adapter) -> None:
     """Split under vmap with a named axis, large means cost no more digits than the mean has over the deviation."""
-    for shape in SHAPES:
+    for shape in DIVISIBLE:
         data = sample(shape, mean=LARGE * np.array(ALIKE), std=ALIKE)
         _require_whole(adapter, data, case=f"at mean/std {LARGE:g}, ", rounding=(ROUNDINGS + 32 * LARGE) * EPS)
 
@@ -56,10 +56,10 @@ def large_means_over_devices(adapter: Adapter) -> None:
 @law(spread_and_masked)
 def devices_with_unequal_counts(adapter: Adapter) -> None:
     """Devices, under vmap with a named axis, weigh as many examples as their masks admit, which may be none."""
-    each = SHAPES[0][0] // DEVICES
+    each = DIVISIBLE[0][0] // DEVICES
     for counts in COUNTS:
         mask = (np.arange(each) < np.array(counts)[:, None]).reshape(-1, 1)
-        data = sample(SHAPES[0])
+        data = sample(DIVISIBLE[0])
         data = data._replace(dy=np.where(mask, data.dy, np.float32(0)))
         _require_whole(adapter, data, mask, case=f"with {counts} valid examples ")
 

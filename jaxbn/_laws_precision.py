@@ -6,6 +6,7 @@ import numpy as np
 from jaxbn import _oracle
 from jaxbn._adapter import Adapter, evaluate, gradients, law, start, statistics, train
 from jaxbn._samples import (
+    ALIKE,
     EPS,
     ROUNDINGS,
     SHAPES,
@@ -24,7 +25,6 @@ from jaxbn._samples import (
 
 MANY = (64, 16, 16, 4), (2**14, 4)  # values, whose sums in half precision stand still, or overflow in float16
 RATIOS = 10.0, 1e3, 1e5  # of mean to standard deviation
-STDS = np.array([1, 0.5, 3, 2])
 
 
 @law()
@@ -141,7 +141,7 @@ def _adding_up(data: Sample) -> Sample:
 
 def _at_ratio(ratio: float) -> list[Sample]:
     """Returns dense and convolutional data with means of either sign, so many standard deviations away from 0."""
-    return [sample(shape, mean=ratio * STDS * (1, -1, 1, -1), std=STDS) for shape in SHAPES]
+    return [sample(shape, mean=ratio * np.array(ALIKE) * (1, -1, 1, -1), std=ALIKE) for shape in SHAPES]
 
 
 def _step_at_large_means(adapter, tolerance):

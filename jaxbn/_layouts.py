@@ -74,8 +74,8 @@ def batch_norm_layout(
       use_scale: as Flax's layer has it; in Keras, ``scale``.
       use_bias: as Flax's layer has it; in Keras, ``center``.
       counted: whether Flax's layer keeps ``steps``, as jaxbn's do with ``momentum=None`` or ``debias=True``.
-      flattened: the shape [C, *k] of one example in PyTorch before a flattening in front of this layer, or after an
-        unflattening behind it; as in :func:`dense_layout`.  Such norms must be in ``layouts``: nothing shows it.
+      flattened: the shape ``[C, *k]`` of one example in PyTorch before a flattening in front of this layer, or after
+        an unflattening behind it; as in :func:`dense_layout`.  Such norms must be in ``layouts``: nothing shows it.
 
     Returns:
       The layout, of arrays of shape [C] and a scalar ``num_batches_tracked``.
@@ -211,7 +211,8 @@ def conv_transpose_layout(*, transpose_kernel: bool = False) -> Layout:
     (3, 3, 8, 4)
 
     Args:
-      transpose_kernel: as Flax's layer has it; with True its kernel is as in Keras, [*k, out, in] and not reversed.
+      transpose_kernel: as Flax's layer has it; with True its kernel is as in Keras, ``[*k, out, in]`` and not
+        reversed.
 
     Returns:
       The layout, of a kernel and, where there is one, a bias of shape [out].
@@ -236,8 +237,8 @@ def dense_layout(*, flattened: Sequence[int] | None = None, unflattened: Sequenc
     """Returns the layout of ``Dense``, and of ``nnx.Linear``.
 
     After a flattening its input features are in another order, and before an unflattening its output features:
-    PyTorch has [C, *k] there, Flax and Keras [*k, C].  Such layers must be in ``layouts``, and so must the norms, with
-    :func:`batch_norm_layout`, whose features are flat: nothing in the weights shows it.
+    PyTorch has ``[C, *k]`` there, Flax and Keras ``[*k, C]``.  Such layers must be in ``layouts``, and so must the
+    norms, with :func:`batch_norm_layout`, whose features are flat: nothing in the weights shows it.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -246,9 +247,9 @@ def dense_layout(*, flattened: Sequence[int] | None = None, unflattened: Sequenc
     array([0., 3., 1., 4., 2., 5.])
 
     Args:
-      flattened: the shape [C, *k] of one example in PyTorch before a flattening in front of this layer, with nothing
+      flattened: the shape ``[C, *k]`` of one example in PyTorch before a flattening in front of this layer, nothing
         but layers of single features, such as norms and activations, in between.
-      unflattened: the shape [C, *k] of one example in PyTorch after an unflattening behind this layer.
+      unflattened: the shape ``[C, *k]`` of one example in PyTorch after an unflattening behind this layer.
 
     Returns:
       The layout, of a kernel and, where there is one, a bias of shape [out].

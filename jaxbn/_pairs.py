@@ -21,8 +21,8 @@ from jax.interpreters import ad, batching, mlir
 
 # Positions that are added first, in one loop that XLA writes out, with the features side by side.  Loops of more than
 # 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
-STRIDE = 16
-WORTHWHILE = 4
+LONGEST_RUN = 16
+SHORTEST_RUN = 4
 
 
 def pair_sum(a: jax.Array, b: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -69,12 +69,12 @@ def _sum_each(a, b, *, reduced):
 
 
 def _sum_together(a, b, *, reduced):
-    """Adds runs of up to `STRIDE` positions of both arrays in one loop, and what comes out as usual."""
+    """Adds runs of up to `LONGEST_RUN` positions of both arrays in one loop, and what comes out as usual."""
     positions, features = a.shape[: len(reduced)], a.shape[len(reduced) :]
     features_last = reduced == tuple(range(len(reduced))) and len(features) > 0
     known = all(isinstance(size, int) for size in a.shape)  # not so in a program exported for any size of batch
     length = _run_length(positions) if known else 1
-    if a.dtype != b.dtype or not features_last or length < WORTHWHILE:
+    if a.dtype != b.dtype or not features_last or length < SHORTEST_RUN:
         return _sum_each(a, b, reduced=reduced)
     runs = (math.prod(positions) // length, length, *features)
     zero = jnp.zeros((), a.dtype)
@@ -83,10 +83,10 @@ def _sum_together(a, b, *, reduced):
 
 
 def _run_length(positions):
-    """Returns the greatest number of neighbours, up to `STRIDE`, that is whole trailing axes times a part of one."""
+    """Returns how many neighbours make a run, up to `LONGEST_RUN`: of whole trailing axes, and a part of one."""
     length = 1
     for size in reversed(positions):
-        part = max(part for part in range(1, STRIDE // length + 1) if size % part == 0)
+        part = max(part for part in range(1, LONGEST_RUN // length + 1) if size % part == 0)
         length *= part
         if part < size:
             break

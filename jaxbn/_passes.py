@@ -105,7 +105,7 @@ def measure_all(model, batches, call, mask, *, use_running_average, by_call=Fals
     return functools.reduce(_combined, reversed(sums)), number
 
 
-def find_layers(model, batch, call, mask):
+def find_layers(model, batch, call):
     """Returns, by path, the calls of the layers whose statistics are to be replaced, with their levels."""
     structure, any_frozen = jax.tree.structure({}), False
 

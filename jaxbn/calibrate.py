@@ -127,7 +127,7 @@ def one_pass(
     """
     given = split(model, variables)
     first, data = opened(batches)
-    layers = find_layers(given, first, call, mask)
+    layers = find_layers(given, first, call)
     try:
         found, _ = measure_all(given, data, call, mask, use_running_average=use_running_average)
     except jax.errors.UnexpectedTracerError:
@@ -187,7 +187,7 @@ def layer_by_layer(
             "once for each level of layers; pass a list, or a function that returns an iterator; or use one_pass."
         )
     first, data = opened(batches)
-    layers = find_layers(given, first, call, mask)
+    layers = find_layers(given, first, call)
     _refuse_loops(layers)
     known = {path: [_start(one) for one in calls] for path, calls in layers.items()}
     found, reads = {}, []

@@ -17,7 +17,7 @@ from jaxbn import _checks
 from jaxbn._figures import Layer, figures
 from jaxbn._findings import Finding, findings, listed
 from jaxbn._models import call_model, split
-from jaxbn._sums import look
+from jaxbn._records import look
 
 __all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
 

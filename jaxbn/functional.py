@@ -80,7 +80,7 @@ def normalize(
     x, axes, reduced = _checks.inputs(x, axis)
     _checks.parameters(x, axes, epsilon, mean=mean, var=var, scale=scale, bias=bias)
     mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
-    return _affine(x, None, mean, None, var + epsilon, scale, bias, reduced)
+    return _normalize_about(x, None, mean, None, var + epsilon, scale, bias, reduced)
 
 
 def batch_normalize(
@@ -255,7 +255,7 @@ def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> j
     v = batch.var + epsilon
     if mask is not None:  # a feature that is masked everywhere becomes its bias
         v = jnp.where(batch.count > 0, v, jnp.inf)
-    return _affine(x, mask, lax.stop_gradient(batch.pivot), batch.offset, v, scale, bias, reduced)
+    return _normalize_about(x, mask, lax.stop_gradient(batch.pivot), batch.offset, v, scale, bias, reduced)
 
 
 def result_dtype(x, scale, bias):
@@ -263,7 +263,7 @@ def result_dtype(x, scale, bias):
     return jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
 
 
-def _affine(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
+def _normalize_about(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
     """Returns y = (x - pivot) a + (bias - offset a), with a = scale / sqrt(v): exact where x and its mean are large."""
     dtype = result_dtype(x, scale, bias)
     a = _slope(jnp.ones_like(v) if scale is None else widen(jnp.asarray(scale)), v)

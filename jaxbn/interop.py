@@ -2,17 +2,17 @@
 
 ``from_torch``, ``to_torch``, ``from_keras`` and ``to_keras`` convert models; a :class:`Layout` converts one layer:
 
-=========================  ======================  ============================  ==========================
-layout                     Flax                    PyTorch                       Keras
-=========================  ======================  ============================  ==========================
-``batch_norm_layout``      scale, bias,            weight, bias, running_mean,   gamma, beta, moving_mean,
-                           mean, var, steps        running_var,                  moving_variance
-                                                   num_batches_tracked
-``conv_layout``            [*k, in/groups, out]    [out, in/groups, *k]          [*k, in/groups, out]
-``depthwise_conv_layout``  [*k, 1, in*multiplier]  [in*multiplier, 1, *k]        [*k, in, multiplier]
-``conv_transpose_layout``  [*k, in, out]           [in, out, *k], k reversed     [*k, out, in], k reversed
-``dense_layout``           [in, out]               [out, in]                     [in, out]
-=========================  ======================  ============================  ==========================
+=========================  ==========================  =============================  =============================
+layout                     Flax                        PyTorch                        Keras
+=========================  ==========================  =============================  =============================
+``batch_norm_layout``      scale, bias,                weight, bias, running_mean,    gamma, beta, moving_mean,
+                           mean, var, steps            running_var,                   moving_variance
+                                                       num_batches_tracked
+``conv_layout``            ``[*k, in/groups, out]``    ``[out, in/groups, *k]``       ``[*k, in/groups, out]``
+``depthwise_conv_layout``  ``[*k, 1, in*multiplier]``  ``[in*multiplier, 1, *k]``     ``[*k, in, multiplier]``
+``conv_transpose_layout``  ``[*k, in, out]``           ``[in, out, *k]``, k reversed  ``[*k, out, in]``, k reversed
+``dense_layout``           ``[in, out]``               ``[out, in]``                  ``[in, out]``
+=========================  ==========================  =============================  =============================
 
 Values are moved, not computed, so gradients and momenta of parameters convert as the parameters do; the scale of 1, or
 bias of 0, that PyTorch has and Flax's batch norm lacks is written for those with statistics alone, which momenta have
@@ -252,5 +252,7 @@ def to_keras(
 def _complement(momentum):
     """Returns 1 - momentum, of as many digits as people write: 0.1 of 0.9, not 0.09999999999999998."""
     if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum={momentum} is not in [0, 1]; give the weight of a value in an average, or None.")
+        raise ValueError(
+            f"momentum={momentum} is outside [0, 1]; it is the weight of a value in an average; pass such, or None."
+        )
     return None if momentum is None else round(1 - momentum, 15)

@@ -17,6 +17,8 @@ from jaxbn import _checks
 from jaxbn.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
+__all__ = ["Affine", "BatchNorm"]
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation with running statistics in the collection ``batch_stats``.
@@ -122,6 +124,7 @@ class BatchNorm(nn.Module):
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        _checks.result(self.dtype)
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype

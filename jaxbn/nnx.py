@@ -19,6 +19,8 @@ from jaxbn import _checks
 from jaxbn.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
+__all__ = ["Affine", "BatchNorm"]
+
 
 class BatchNorm(nnx.Module):
     """Batch normalisation with running statistics in ``BatchStat`` variables.
@@ -110,6 +112,7 @@ class BatchNorm(nnx.Module):
         frozen: bool = False,
         accumulate: int = 1,
     ):
+        _checks.result(dtype)
         features = (num_features,)
         start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(start).items():

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn import _checks
+
 Batch = TypeVar("Batch")
 
 
@@ -35,7 +37,9 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, np.ndarray]:
 
     Raises:
       ValueError: for arrays without a common first axis, or more than ``size`` examples.
+      TypeError: if ``size`` is not an integer.
     """
+    size = _checks.whole("size", size)
     shapes = [np.shape(array) for array in jax.tree.leaves(batch)]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(

@@ -5,7 +5,6 @@ feature axes, [C] for inputs [..., C].  Variances are biased: divided by the cou
 float32, or float64 where ``x`` is; of a complex ``x`` the mean is complex and the variance real.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -102,7 +101,7 @@ def moments(
 ) -> Moments:
     """Measures mean, biased variance and count of each feature.
 
-    mean = sum(x) / m,  var = sum(|x - mean|^2) / m, over the m positions that the mask admits, on all devices.
+    ``mean = sum(x) / m``, ``var = sum(|x - mean|^2) / m``, over the m positions that the mask admits, on all devices.
     Both are accurate to the precision of ``x`` at any mean, and differentiable in every mode.
 
     >>> mean, var, count = jaxbn.moments(jnp.array([[1., 10.], [3., 30.]]))
@@ -201,7 +200,7 @@ def init_stats(
       ValueError: if ``accumulate`` is below 1.
       TypeError: if ``accumulate`` is not an integer.
     """
-    _checks.at_least("accumulate", operator.index(accumulate), 1)
+    _checks.at_least("accumulate", _checks.whole("accumulate", accumulate), 1)
     real = jnp.finfo(dtype).dtype
     mean, var = jnp.zeros(features, dtype), jnp.ones(features, real)
     stats = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)

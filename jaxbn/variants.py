@@ -6,7 +6,6 @@ Options of its own are bound first: ``method=functools.partial(ghost_normalize, 
 
 import functools
 import math
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +78,8 @@ def ghost_normalize(
             f"axis={axis} makes the first axis of an input of shape {x.shape} a feature axis, but ghost batch norm "
             "divides that axis into groups; move the examples to the first axis."
         )
-    if operator.index(group_size) < 1 or x.shape[0] % group_size:
+    _checks.at_least("group_size", _checks.whole("group_size", group_size), 1)
+    if x.shape[0] % group_size:
         raise ValueError(
             f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
             "choose a divisor, or pad the batch and pass a mask."

@@ -132,14 +132,18 @@ def test_an_epsilon_that_is_not_positive_is_refused(function, epsilon):
 MASKING = {name: f for name, f in (FUNCTIONS | MEASURING).items() if name != "normalize"}
 
 
-@pytest.mark.parametrize("shape", [(8,), (7, 1, 1), (1, 8, 5, 3)])
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((8,), "for one entry per example, pass a mask of shape (8, 1, 1)."),
+        ((8, 5), "for one entry per position, pass a mask of shape (8, 5, 1)."),
+        ((7, 1, 1), "for one entry per example, pass a mask of shape (8, 1, 1)."),
+        ((1, 8, 5, 3), "for one entry per example, pass a mask of shape (8, 1, 1)."),
+    ],
+)
 @pytest.mark.parametrize("function", MASKING)
-def test_a_mask_that_does_not_broadcast_to_the_input_is_refused(function, shape):
-    message = (
-        f"mask of shape {shape} does not broadcast to an input of shape (8, 5, 3); "
-        "for one entry per example, pass a mask of shape (8, 1, 1)."
-    )
-    with refused(message):
+def test_a_mask_that_does_not_broadcast_to_the_input_is_refused(function, shape, hint):
+    with refused(f"mask of shape {shape} does not broadcast to an input of shape (8, 5, 3); {hint}"):
         MASKING[function](X, mask=np.ones(shape, bool))
 
 
@@ -187,12 +191,18 @@ def test_groups_that_do_not_partition_the_axis_are_refused(function, groups):
         )
 
 
-@pytest.mark.parametrize("group_size", [3, 16, 0, -2])
+@pytest.mark.parametrize("group_size", [3, 16])
 def test_a_group_size_that_does_not_divide_the_batch_is_refused(group_size):
     message = (
         f"group_size={group_size} does not divide the batch of 8; choose a divisor, or pad the batch and pass a mask."
     )
     with refused(message):
+        ghost(group_size=group_size)
+
+
+@pytest.mark.parametrize("group_size", [0, -2])
+def test_a_group_without_examples_is_refused(group_size):
+    with refused(f"group_size={group_size} is below 1, its smallest value; use group_size=1 or more."):
         ghost(group_size=group_size)
 
 
@@ -216,7 +226,7 @@ def test_renorm_without_running_statistics_is_refused():
 
 @pytest.mark.parametrize(("name", "value", "least"), [("r_max", 0.5, 1), ("d_max", -1.0, 0)])
 def test_limits_of_renorm_that_exclude_batch_norm_are_refused(name, value, least):
-    with refused(f"{name}={value} is below {least}, its smallest value; use for example {name}={least + 2}."):
+    with refused(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more."):
         renorm(**{name: value})
 
 
@@ -326,3 +336,29 @@ def test_nothing_leaves_the_device_in_a_compiled_step():
         jax.make_jaxpr(lambda x, mask: jaxbn.batch_norm(x, STATS, use_running_average=False, mask=mask))(X, X > 0)
     )
     assert "callback" not in program
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("group_size", lambda: ghost(group_size=2.0)),
+        ("accumulate", lambda: jaxbn.init_stats(2, accumulate=2.0)),
+        ("size", lambda: jaxbn.pad_batch(X, 2.0)),
+    ],
+)
+def test_a_number_that_has_to_be_whole_is_refused_by_its_name(name, call):
+    with pytest.raises(TypeError, match=rf"^{name}=2.0 is a float; an integer is accepted; pass one.$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda dtype: jaxbn.linen.BatchNorm(dtype=dtype).init(jax.random.key(0), X, use_running_average=True),
+        lambda dtype: jaxbn.nnx.BatchNorm(3, dtype=dtype, rngs=nnx.Rngs(0)),
+    ],
+    ids=["linen", "nnx"],
+)
+def test_a_layer_whose_results_would_be_integers_is_refused(layer):
+    with pytest.raises(ValueError, match="^dtype=.*int32.*; a floating-point or complex dtype is accepted; use for ex"):
+        layer(jnp.int32)

@@ -280,7 +280,9 @@ def test_options_to_pytorch_and_back_are_the_same(momentum, epsilon):
 @pytest.mark.parametrize("convert", [interop.batch_norm_options_from_torch, interop.batch_norm_options_to_torch])
 @pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
 def test_options_refuse_a_momentum_that_is_no_weight(convert, momentum):
-    with refused(f"momentum={momentum} is not in [0, 1]; give the weight of a value in an average, or None."):
+    with refused(
+        f"momentum={momentum} is outside [0, 1]; it is the weight of a value in an average; pass such, or None."
+    ):
         convert(momentum=momentum)
 
 
