@@ -6,7 +6,7 @@ PIP_QUIET ?= --quiet
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow lint types check clean help
+.PHONY: demo test slow lint types docs notebooks check clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,7 +27,14 @@ lint: $(READY)  ## style and formatting
 types: $(READY)  ## static types of the library
 	@$(BIN)/pyrefly check
 
-check: test lint types slow  ## everything that continuous integration runs
+docs: $(READY)  ## the documentation, to read from docs/_build/html/docs/index.html; warnings are errors
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs --builder html . docs/_build/html
+	@echo docs/_build/html/docs/index.html
+
+notebooks: $(READY)  ## execute the notebooks, and keep their outputs
+	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+check: test lint types docs slow  ## all tests and checks on this Python
 
 clean:  ## remove the environment; results and data stay
 	rm -rf .venv
