@@ -37,11 +37,12 @@ HEAD = f"""# Scoreboard
 
 Written by `{COMMAND}`, which puts this library and its peers to the laws of batch norm
 ([jaxbn/testing.py](../../jaxbn/testing.py)), each through a small adapter
-([experiments/peers](../../experiments/peers)); the oracle is NumPy in float64. `pip install -e '.[peers]'` brings the
-libraries. Conventions, such as the factor m/(m - 1) in the running variance, are declared, and no failure. A law is
-asked only of those that declare what it is about, such as masks. Options are at their defaults but epsilon (1e-5) and
-momentum (0.9); `flax-linen-stable` has `use_fast_variance=False`, and `jaxbn` is the function behind the two layers.
-A broken law is not always a broken promise: that training survives a batch with NaN in it, for one, no peer says.
+([experiments/peers](../../experiments/peers/__init__.py)); the oracle is NumPy in float64. `pip install -e '.[peers]'`
+brings the libraries. Conventions, such as the factor m/(m - 1) in the running variance, are declared, and no failure. A
+law is asked only of those that declare what it is about, such as masks. Options are at their defaults but epsilon
+(1e-5) and momentum (0.9); `flax-linen-stable` has `use_fast_variance=False`, and `jaxbn` is the function behind the two
+layers. A broken law is not always a broken promise: that training survives a batch with NaN in it, for one, no peer
+says.
 """
 
 

@@ -64,7 +64,7 @@ def layers_pages(run: dict) -> str:
                 found = _select(chosen, arm=arm, **row)
                 line[arm] = _with_quartiles(found[0]["ratio"]) if found else "-"
             lines.append(line)
-        parts.append(f"### {name}, {dtype}\n\n{markdown(lines)}")
+        parts.append(f"## {name}, {dtype}\n\n{markdown(lines)}")
     return "\n\n".join(parts)
 
 

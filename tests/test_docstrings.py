@@ -22,8 +22,8 @@ import jaxbn.testing
 from tests import parallel
 
 ROOT = Path(__file__).parent.parent
-README, PARALLEL = ROOT / "README.md", ROOT / "docs" / "parallel.md"
-PAGES = [README, PARALLEL, ROOT / "docs" / "after_training.md"]
+README, PARALLEL, TESTING = ROOT / "README.md", ROOT / "docs" / "parallel.md", ROOT / "docs" / "testing.md"
+PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text())]
 MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
 TOOLS = ["calibrate", "diagnose", "interop", "surgery", "testing"]
 PUBLIC = {name: getattr(jaxbn, name) for name in jaxbn.__all__}
@@ -132,9 +132,9 @@ def test_examples_of_a_page_run(page):
 @pytest.mark.parametrize(
     "cases", [pytest.param(slice(1), id="one law"), pytest.param(slice(None), id="every law", marks=pytest.mark.slow)]
 )
-def test_the_test_of_a_batch_norm_that_the_readme_shows_passes(cases):
-    (block,) = (block for block in python_blocks(README) if "check_batch_norm" in block)
-    exec(compile(block, README.name, "exec"), scope := {"__name__": README.stem})
+def test_the_test_of_a_batch_norm_that_the_guide_shows_passes(cases):
+    (block,) = (block for block in python_blocks(TESTING) if "check_batch_norm" in block)
+    exec(compile(block, TESTING.name, "exec"), scope := {"__name__": TESTING.stem})
     test = scope["test_batch_norm_keeps_the_law"]
     (parametrized,) = test.pytestmark
     for law in parametrized.args[1][cases]:

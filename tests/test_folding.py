@@ -15,7 +15,7 @@ from flax import nnx
 import jaxbn.linen
 from jaxbn import surgery
 
-PAGE = Path(__file__).parent.parent / "docs" / "after_training.md"
+PAGE = Path(__file__).parent.parent / "docs" / "inference.md"
 RNG = np.random.default_rng(0)
 FEATURES = 6  # of the inputs
 MASK = (RNG.random((3, 3, FEATURES, 12)) < 0.5).astype(np.float32)

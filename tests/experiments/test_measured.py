@@ -189,7 +189,7 @@ def test_arm_that_was_left_out_of_a_row_is_a_dash():
 
 def test_page_shows_every_row_with_quartiles():
     text = tables.layers_pages(run_of(layer_records()))
-    assert "### forward, float32" in text
+    assert "## forward, float32" in text
     assert "| 1024x1024 | none | 2.000 | 0.50 | 4.0 | 0.50 (0.25 to 1.00) |" in text
     assert "| 1024x1024 | relu | 2.000 | 0.50 | 4.0 | 2.00 (1.00 to 4.00) |" in text
 

@@ -1,0 +1,128 @@
+"""The documentation: every page is in it, public names have their place, links lead somewhere, and commands exist."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import tyro
+
+import jaxbn
+from experiments import __main__ as cli
+from experiments import study
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+INDEX = DOCS / "index.md"
+PUBLIC = ["jaxbn", "jaxbn.linen", "jaxbn.nnx", "jaxbn.calibrate", "jaxbn.surgery", "jaxbn.diagnose", "jaxbn.interop"]
+PUBLIC.append("jaxbn.testing")
+# What modules share among themselves: public names elsewhere are made of them.
+INSIDE = {
+    "jaxbn.functional": {"Method", "apply_measured", "result_dtype"},
+    "jaxbn.padding": {"Batch"},
+    "jaxbn.stats": {"Stats", "from_variables", "pool", "round_mean", "to_variables", "variable_names"},
+}
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+    ROOT / "experiments" / "README.md",
+]
+pytestmark = pytest.mark.skipif(not INDEX.is_file(), reason="the pages are not in this distribution")
+
+
+def text_of(page):
+    if page.suffix == ".ipynb":
+        cells = nbformat.read(page, as_version=4).cells
+        return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def listed():
+    """The pages in the contents of the index."""
+    contents = re.search(r"```{toctree}\n(.*?)```", INDEX.read_text(encoding="utf-8"), re.DOTALL)[1]
+    names = [line for line in contents.splitlines() if line and not line.startswith(":")]
+    return {path.resolve() for name in names for path in (DOCS / f"{name}.md", DOCS / f"{name}.ipynb") if path.exists()}
+
+
+def anchors(page):
+    """The places on a page that a link can name: headings in lower case, with hyphens."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != INDEX], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_page_is_in_the_index(page):
+    assert page.resolve() in listed()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if not re.match(r"https?:|mailto:", link):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{link}: there is no such file"
+            if anchor and target.suffix in (".md", ".ipynb"):
+                assert anchor in anchors(target), f"{link}: there is no such heading"
+
+
+def found(pattern):
+    """What a pattern finds on the pages, in lines that end where their paragraph does; each once."""
+    pages = [page.read_text(encoding="utf-8") if page.suffix == ".md" else text_of(page) for page in PAGES]
+    text = "\n".join(re.sub(r"(?<=\w)\n(?!python)(?=[\w-])", " ", page) for page in pages)
+    return sorted({" ".join(one.split()) for one in re.findall(pattern, text, re.MULTILINE)})
+
+
+@pytest.mark.parametrize("command", found(r"-m experiments ([\w\-./ =,]+)"))
+def test_command_on_a_page_is_one_that_the_command_line_takes(command):
+    def only_parsed(function):  # without a trace of the function itself, which would be found and called
+        parsed = functools.wraps(function)(lambda *_, **options: options)
+        del parsed.__wrapped__
+        parsed.__signature__ = inspect.signature(function)
+        return parsed
+
+    functions = {name: value for name, value in vars(cli).items() if name.endswith("_command")}
+    takes = {name.removesuffix("_command").replace("_", "-"): only_parsed(each) for name, each in functions.items()}
+    options = tyro.extras.subcommand_cli_from_dict(takes, args=command.split())
+    named = options.get("study", "all")
+    assert named.isupper() or named in ["all", *study.names()]
+
+
+@pytest.mark.parametrize("target", found(r"(?:`|^)make (\w+)"))
+def test_target_on_a_page_is_in_the_makefile(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_module_is_in_the_reference(name):
+    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]
+    assert sum(f".. automodule:: {name}\n   :members:\n" in page for page in pages) == 1
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_what_the_reference_is_made_of(name):
+    module = importlib.import_module(name)
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in Path(jaxbn.__file__).parent.glob("*.py"))
+    for public in module.__all__:
+        value = getattr(module, public)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert value.__doc__ and value.__module__.startswith("jaxbn."), public
+        else:  # a constant is documented by a comment of its own
+            assert re.search(rf"^#: .+\n{public}\b.* = ", lines, re.MULTILINE), public
+
+
+@pytest.mark.parametrize("name", sorted({f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__)}))
+def test_what_a_module_defines_is_private_or_in_the_reference(name):
+    module = importlib.import_module(name)
+    if name.startswith("jaxbn._"):
+        return
+    defined = {each for each, value in vars(module).items() if getattr(value, "__module__", None) == name}
+    documented = {*jaxbn.__all__, *getattr(module, "__all__", ()), *INSIDE.get(name, ())}
+    assert not {each for each in defined if not each.startswith("_")} - documented
