@@ -22,7 +22,7 @@ from jaxbn.stats import AnyStats, Moments, Stats, round_mean, update_stats
 
 
 class Method(Protocol):
-    """What training does with a batch: the signature that :func:`batch_normalize` and its variants share."""
+    """What training does with a batch: the signature that :func:`jaxbn.batch_normalize` and its variants share."""
 
     def __call__(
         self,
