@@ -19,7 +19,7 @@ from jaxbn import _checks
 from jaxbn.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
 
-__all__ = ["Affine", "BatchNorm"]
+__all__ = ["BatchNorm", "Affine"]
 
 
 class BatchNorm(nnx.Module):

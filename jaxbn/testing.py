@@ -15,6 +15,8 @@ from jaxbn._adapter import AXIS, Adapter, Law
 __all__ = ["AXIS", "LAWS", "Adapter", "Finding", "Law", "Report", "check_batch_norm", "judge", "laws_for"]
 
 #: All laws, those of values first.
+#:
+#: :meta hide-value:
 LAWS: tuple[Law, ...] = (
     _laws_values.output_equals_oracle,
     _laws_values.gradients_equal_oracle,
