@@ -2,8 +2,8 @@
 
 Conventions: all arms are timed in one run, in shuffled order, each once just before it is timed. What is quoted is the
 time that a norm adds to the net without a norm, as a part of that net's time or of what Flax's norm adds, since the
-machine's speed cancels in both. A process places its arrays in memory once, well or badly for one arm or another,
-whatever the number of rounds, so several processes measure the same, and intervals say how much they differ.
+machine's speed cancels in both. It differs from process to process and from minute to minute, with where the arrays lie
+and what else uses the memory, so several processes measure the same, and intervals say how much they differ.
 Steps in bfloat16 are those of mixed precision: parameters and statistics are float32; kernels and biases of the
 convolutions and the dense layer are rounded to bfloat16 in each step, like the images, so that all activations are
 bfloat16. The norms get their float32 parameters, and `dtype=bfloat16` for their outputs, all arms alike. So no net has
@@ -241,4 +241,4 @@ def summarize(records: list[dict]) -> list[dict]:
 def share(ours: ArrayLike, flax: ArrayLike) -> np.ndarray:
     """Returns what an arm adds to the net without a norm, over what Flax's adds; both are ratios to that net."""
     ours, flax = np.asarray(ours), np.asarray(flax)
-    return np.where(flax > 1, ours - 1, np.nan) / np.where(flax > 1, flax - 1, 1)
+    return (ours - 1) / np.where(flax > 1, flax - 1, np.nan)
