@@ -4,6 +4,7 @@ Every check reads static facts (shapes, dtypes, Python numbers), so it costs not
 Each message says what was given, what is accepted, and what to do.
 """
 
+import inspect
 import math
 import operator
 import warnings
@@ -59,7 +60,7 @@ def feature_axes(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
 
 def parameters(x: jax.Array, axes: tuple[int, ...], epsilon: ArrayLike, **per_feature: ArrayLike | None) -> None:
     """Refuses an epsilon that is not positive, and parameters or statistics that do not fit the features of ``x``."""
-    if _known(epsilon, lambda value: not (value > 0).all()):
+    if _known("epsilon", epsilon, lambda value: not (value > 0).all()):
         raise ValueError(f"epsilon={epsilon} is not positive; it is added to the variance; use for example 1e-5.")
     expected = tuple(x.shape[axis] for axis in axes)
     for name, value in per_feature.items():
@@ -92,7 +93,7 @@ def num_features(num: int, x: jax.Array, axis: int) -> None:
 
 def momentum(value: ArrayLike | None) -> None:
     """Refuses a momentum outside [0, 1]; values known only at run time pass."""
-    if value is not None and _known(value, lambda value: not ((0 <= value) & (value <= 1)).all()):
+    if value is not None and _known("momentum", value, lambda value: not ((0 <= value) & (value <= 1)).all()):
         raise ValueError(
             f"momentum={value} is outside [0, 1]; it is the weight of the old value, 0.99 by default; "
             "PyTorch's momentum is 1 minus ours."
@@ -101,16 +102,44 @@ def momentum(value: ArrayLike | None) -> None:
 
 def at_least(name: str, value: ArrayLike, least: float) -> None:
     """Refuses a value below ``least``; values known only at run time pass."""
-    if _known(value, lambda value: not (value >= least).all()):
+    if _known(name, value, lambda value: not (value >= least).all()):
         raise ValueError(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more.")
 
 
-def whole(name: str, value: Any) -> int:
-    """Returns an integer; refuses what is none."""
+def whole(name: str, value: Any, *, least: int) -> int:
+    """Returns an integer; refuses what is none, or is below ``least``."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; an integer is accepted; pass one.") from None
+    at_least(name, number, least)
+    return number
+
+
+def statistics(stats: Any, accepted: tuple[type, ...]) -> None:
+    """Refuses running statistics that are of none of these classes, such as a dict."""
+    if not isinstance(stats, accepted):
+        raise ValueError(
+            f"stats is a {type(stats).__name__}; accepted are {', '.join(one.__name__ for one in accepted)}; "
+            "start with jaxbn.init_stats(features), or put arrays into jaxbn.BatchStats(mean=mean, var=var)."
+        )
+
+
+def method(value: Any) -> None:
+    """Refuses what cannot be called as batch_normalize is, such as a variant whose own options are not bound."""
+    remedy = (
+        "pass jaxbn.batch_normalize, or a variant with its options bound, as in "
+        "functools.partial(jaxbn.ghost_normalize, group_size=16)."
+    )
+    if not callable(value):
+        raise ValueError(f"method={value!r} is a {type(value).__name__}; accepted is a function; {remedy}")
+    names = ("axis", "epsilon", "axis_name", "axis_index_groups", "mask", "stats")
+    try:
+        inspect.signature(value).bind("x", "scale", "bias", **dict.fromkeys(names))
+    except TypeError as error:
+        raise ValueError(
+            f"method={getattr(value, '__name__', value)} cannot be called as batch_normalize is: {error}; {remedy}"
+        ) from None
 
 
 def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: AxisNames | None) -> None:
@@ -142,6 +171,11 @@ def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"mask of shape {value.shape} does not broadcast to an input of shape {x.shape}; "
             f"{_mask_hint(value.shape, x.shape)}"
         )
+    if value.dtype != np.bool_ and _known("mask", value, lambda value: ((value != 0) & (value != 1)).any()):
+        raise ValueError(
+            "mask holds integers other than 0 and 1; a mask says which positions count, and does not weigh them; "
+            "pass for example mask > 0, or for lengths, jnp.arange(size) < lengths[:, None]."
+        )
     return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
@@ -153,12 +187,13 @@ def _mask_hint(mask_shape, shape):
     return f"for one entry per {entry}, pass a mask of shape {kept + (1,) * (len(shape) - len(kept))}."
 
 
-def result(dtype: Any) -> None:
-    """Refuses a dtype of results that cannot hold them; None is what inputs and parameters promote to."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"dtype={dtype!r}; a floating-point or complex dtype is accepted; use for example jnp.bfloat16."
-        )
+def inexact(**dtypes: Any) -> None:
+    """Refuses dtypes that cannot hold results, parameters or statistics; None is what inputs and parameters give."""
+    for name, dtype in dtypes.items():
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"{name}={dtype!r}; a floating-point or complex dtype is accepted; use for example jnp.float32."
+            )
 
 
 def axis_names(
@@ -176,6 +211,11 @@ def axis_names(
                 f"axis_index_groups={shown} without axis_name; groups divide a named axis of devices; pass its name."
             )
         return (), ()
+    if not isinstance(names, Iterable):
+        raise ValueError(
+            f"axis_name={names!r} is no name; accepted are the name of an axis of devices and a sequence of names; "
+            'name the axis, as in jax.pmap(..., axis_name="data").'
+        )
     spread_over = (names,) if isinstance(names, str) else tuple(names)
     try:
         size = math.prod(lax.axis_size(name) for name in spread_over)
@@ -192,9 +232,12 @@ def axis_names(
     return spread_over, tuple(map(tuple, shown))
 
 
-def _known(value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> bool:
-    """Returns whether ``value`` is known before the program runs, and wrong."""
+def _known(name: str, value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> bool:
+    """Returns whether ``value`` is known before the program runs, and wrong; refuses what is no number at all."""
     try:
-        return bool(wrong(np.asarray(value)))
-    except jax.errors.TracerArrayConversionError:
+        known = np.asarray(value)
+    except (jax.errors.TracerArrayConversionError, RuntimeError):  # the latter of an array on several machines
         return False
+    if not jnp.issubdtype(known.dtype, jnp.number):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; a number is accepted; pass one.")
+    return bool(wrong(known))

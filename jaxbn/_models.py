@@ -30,6 +30,10 @@ BATCH_NORMS = (flax.linen.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn
 CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
 DENSE = (flax.linen.Dense, flax.linen.DenseGeneral, nnx.Linear, nnx.LinearGeneral)
 LINEAR = (*CONVOLUTIONS, *DENSE)
+WITH_BATCH_NORM = (
+    "accepted are models that call flax.linen.BatchNorm, flax.nnx.BatchNorm or those of jaxbn, or subclasses with the "
+    "same __call__"
+)
 _RUN = itertools.count()  # numbers the runs
 
 
@@ -115,6 +119,13 @@ Handler = Callable[[Call], tuple[Any, Any]]  # returns the output of a call, and
 
 def call_model(model: Any, batch: Any) -> Any:
     """Returns ``model(batch)``: how a model is called if nothing else is said."""
+    try:
+        inspect.signature(model).bind(batch)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called as model(batch): {error}; say with call= how it evaluates a "
+            "batch, as in call=lambda module, batch: module(batch, train=False)."
+        ) from None
     return model(batch)
 
 
@@ -128,9 +139,10 @@ def split(model: Any, variables: Mapping | None) -> Model:
             )
         return Model(*nnx.split(model))
     if not isinstance(model, flax.linen.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(
-            f"the model is a {type(model).__name__}; accepted are a flax.linen.Module and an nnx.Module; "
-            "pass the module itself, not its apply function."
+            f"the model is {given}; accepted are a flax.linen.Module and an nnx.Module; "
+            "pass the module itself, not its class, and not its apply function."
         )
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         given = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
@@ -226,7 +238,15 @@ def evaluating(call: Callable) -> Callable:
     def evaluate(module, batch):
         if isinstance(module, nnx.Module):
             module.eval()
-        return call(module, batch)
+        try:
+            return call(module, batch)
+        except (TypeError, LookupError, AttributeError) as error:
+            if not isinstance(batch, jax.Array):
+                error.add_note(
+                    f"jaxbn called the model on a batch that is a {type(batch).__name__}, not an array; if the model "
+                    "takes a part of it, say so with call=, as in call=lambda module, batch: module(batch[0])."
+                )
+            raise
 
     return evaluate
 

@@ -58,8 +58,8 @@ def must_be_operable(model: Model, found: Found, sample: Any, call: Evaluate) ->
     """Refuses a model without batch norms, and linen blocks that nn.jit compiles once, and would not compile anew."""
     if not found:
         raise ValueError(
-            "the model calls no batch norm on this sample; accepted are flax's and jaxbn's BatchNorm, and subclasses "
-            "that do not override __call__."
+            f"no batch norm was called, so that there is nothing to change; {_models.WITH_BATCH_NORM}; check that call "
+            "runs the whole model on the sample."
         )
     if not isinstance(model.definition, flax.linen.Module):
         return

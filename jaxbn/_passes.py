@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _checks, _graph
-from jaxbn._models import BATCH_NORMS, Model, evaluated, evaluating, norm_of, run
+from jaxbn._models import BATCH_NORMS, WITH_BATCH_NORM, Model, evaluated, evaluating, norm_of, run
 from jaxbn.functional import batch_normalize
 from jaxbn.stats import Moments, combine, moments
 
@@ -160,9 +160,10 @@ def in_common(norm, examples, path):
 def opened(batches):
     """Returns the first batch, and an iterator over all."""
     if isinstance(batches, Mapping | jax.Array | np.ndarray):
+        given = "a dict" if isinstance(batches, Mapping) else f"an array of shape {batches.shape}"
         raise ValueError(
-            f"batches is a {type(batches).__name__}, which looks like a single batch; accepted are an iterable of "
-            "batches, and a function that returns one; pass [batch]."
+            f"batches is {given}, which looks like a single batch; accepted are an iterable of batches, and a function "
+            "that returns one; pass [batch]."
         )
     if not isinstance(batches, Iterable) and not callable(batches):
         raise ValueError(
@@ -180,8 +181,5 @@ def opened(batches):
 
 def nothing_to_measure(frozen):
     what = "every batch norm that was called is frozen" if frozen else "no batch norm was called"
-    return ValueError(
-        f"{what}, so that there is nothing to measure; accepted are models that call flax.linen.BatchNorm, "
-        "flax.nnx.BatchNorm or those of jaxbn, or subclasses with the same __call__; "
-        "check that call runs the whole model" + (", or thaw the layers." if frozen else ".")
-    )
+    remedy = "check that call runs the whole model" + (", or thaw the layers." if frozen else ".")
+    return ValueError(f"{what}, so that there is nothing to measure; {WITH_BATCH_NORM}; {remedy}")

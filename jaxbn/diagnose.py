@@ -111,7 +111,7 @@ def diagnose(
       Wu and Johnson 2021, arXiv:2105.07576, on what goes wrong; Fisher 1925, Statistical methods for research workers,
       on variance between and within groups.
     """
-    _checks.at_least("devices", devices, 1)
+    _checks.whole("devices", devices, least=1)
     records = look(split(model, variables), batches, call, mask)
     layers = [figures(path, record) for path, record in records.items()]
     return Diagnosis(layers, findings(layers, devices))

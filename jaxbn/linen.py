@@ -124,7 +124,7 @@ class BatchNorm(nn.Module):
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        _checks.result(self.dtype)
+        _checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
@@ -219,6 +219,7 @@ class Affine(nn.Module):
           ValueError: if an argument does not fit ``x``.
         """
         del use_running_average
+        _checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         features = [jnp.shape(x)[axis] for axis in _checks.feature_axes(jnp.shape(x), self.axis)]
 
         def array(name, init):

@@ -44,7 +44,7 @@ class BatchNorm(nnx.Module):
       5. ``dtype`` is that of the result alone: inputs, parameters and statistics are not rounded to it first.  Without
          it, the result has the dtype to which input and parameters promote, as in linen.
       6. The statistics keep their dtype and carry no gradient.
-      7. Refused with a message: integer inputs, masks of numbers other than integers, ``epsilon=0``, and
+      7. Refused with a message: integer inputs, masks of floats, ``epsilon=0``, and
          ``axis_index_groups`` without ``axis_name``.  Training on one value per feature warns.
       8. In evaluation too, a masked position that is not finite counts as 0.
 
@@ -112,7 +112,7 @@ class BatchNorm(nnx.Module):
         frozen: bool = False,
         accumulate: int = 1,
     ):
-        _checks.result(dtype)
+        _checks.inexact(dtype=dtype, param_dtype=param_dtype)
         features = (num_features,)
         start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(start).items():
@@ -244,6 +244,7 @@ class Affine(nnx.Module):
         use_scale: bool = True,
         fixed: bool = False,
     ):
+        _checks.inexact(dtype=dtype, param_dtype=param_dtype)
         kind = nnx.BatchStat if fixed else nnx.Param
         self.scale = kind(jnp.ones(num_features, param_dtype)) if use_scale else nnx.data(None)
         self.bias = kind(jnp.zeros(num_features, param_dtype)) if use_bias else nnx.data(None)

@@ -39,7 +39,7 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, np.ndarray]:
       ValueError: for arrays without a common first axis, or more than ``size`` examples.
       TypeError: if ``size`` is not an integer.
     """
-    size = _checks.whole("size", size)
+    size = _checks.whole("size", size, least=0)
     shapes = [np.shape(array) for array in jax.tree.leaves(batch)]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(

@@ -88,6 +88,7 @@ class AccumulatedStats(NamedTuple):
 
 _PENDING = "pending_"  # of the names of what waits, as variables of a layer
 AnyStats = BatchStats | CountedStats | AccumulatedStats
+KINDS = (BatchStats, CountedStats, AccumulatedStats)
 Stats = TypeVar("Stats", bound=AnyStats)
 
 
@@ -197,10 +198,13 @@ def init_stats(
       BatchStats, or CountedStats, of shape [C]; AccumulatedStats of them if ``accumulate`` exceeds 1.
 
     Raises:
-      ValueError: if ``accumulate`` is below 1.
-      TypeError: if ``accumulate`` is not an integer.
+      ValueError: if ``accumulate`` is below 1, ``features`` negative, or ``dtype`` that of integers.
+      TypeError: if ``accumulate`` or ``features`` are not integers.
     """
-    _checks.at_least("accumulate", _checks.whole("accumulate", accumulate), 1)
+    accumulate = _checks.whole("accumulate", accumulate, least=1)
+    for size in features if isinstance(features, Sequence) else (features,):
+        _checks.whole("features", size, least=0)
+    _checks.inexact(dtype=dtype)
     real = jnp.finfo(dtype).dtype
     mean, var = jnp.zeros(features, dtype), jnp.ones(features, real)
     stats = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
@@ -240,6 +244,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
     """
     _checks.momentum(momentum)
+    _checks.statistics(stats, KINDS)
     _checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
     if isinstance(stats, AccumulatedStats):
         return _accumulate(stats, moments, momentum=momentum, unbiased=unbiased)

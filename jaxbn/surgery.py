@@ -79,12 +79,14 @@ def replace(
         need ``steps``.
     """
     if unknown := sorted(options.keys() - {*_OPTIONS}):
+        given = ", ".join(f"{name}={options[name]!r}" for name in unknown)
         raise ValueError(
-            f"{', '.join(unknown)}: no option that can change in a trained model; accepted are {', '.join(_OPTIONS)}."
+            f"{given} cannot change in a trained model; accepted are {', '.join(_OPTIONS)}; "
+            "leave it out, or make the model anew."
         )
     _checks.momentum(options.get("momentum"))
     if steps is not None:
-        _checks.at_least("steps", steps, 0)
+        _checks.whole("steps", steps, least=0)
     before, found = look(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
     stored = _models.arrays_of(before)

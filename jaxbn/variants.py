@@ -20,7 +20,7 @@ from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, measure, widen
 from jaxbn.functional import apply_measured, result_dtype
-from jaxbn.stats import AnyStats, Moments, pool, round_mean
+from jaxbn.stats import KINDS, AnyStats, Moments, pool, round_mean
 
 
 def ghost_normalize(
@@ -78,7 +78,7 @@ def ghost_normalize(
             f"axis={axis} makes the first axis of an input of shape {x.shape} a feature axis, but ghost batch norm "
             "divides that axis into groups; move the examples to the first axis."
         )
-    _checks.at_least("group_size", _checks.whole("group_size", group_size), 1)
+    group_size = _checks.whole("group_size", group_size, least=1)
     if x.shape[0] % group_size:
         raise ValueError(
             f"group_size={group_size} does not divide the batch of {x.shape[0]}; "
@@ -166,6 +166,7 @@ def batch_renormalize(
             "stats=None, but batch renormalisation compares the batch with the running statistics; "
             "pass stats, or use it as the method of batch_norm or of a layer, which do."
         )
+    _checks.statistics(stats, KINDS)
     _checks.at_least("r_max", r_max, 1)
     _checks.at_least("d_max", d_max, 0)
     x, axes, reduced = _checks.inputs(x, axis)

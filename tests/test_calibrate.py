@@ -498,12 +498,13 @@ WRONG = {
     "an iterator": (dict(batches=iter([X])), "batches is a list_iterator, which can be read only once"),
     "a generator": (dict(batches=(x for x in [X])), "batches is a generator, which can be read only once"),
     "no batches": (dict(batches=[]), "batches is empty"),
-    "one batch": (dict(batches=X), r"batches is a ndarray, .* pass \[batch\]"),
+    "one batch": (dict(batches=X), r"batches is an array of shape .*, .* pass \[batch\]"),
     "one dict": (dict(batches={"x": X}), r"batches is a dict, .* pass \[batch\]"),
     "a number": (dict(batches=3), "batches is a int; accepted are an iterable"),
     "no statistics": (dict(variables={"params": {}}), r"the collection 'batch_stats', but \['params'\] was given"),
     "other statistics": (dict(variables={"batch_stats": {}}), "variables have no 'mean', 'var'"),
     "a function": (dict(model=LAYER.apply), "the model is a method; accepted are"),
+    "a class": (dict(model=type(LAYER)), "the model is the class .*; accepted are .*; pass the module itself, not its"),
     "no batch norm": (
         dict(model=nn.Sequential([nn.relu])),
         "no batch norm was called, so that there is nothing to measure",
@@ -520,6 +521,33 @@ WRONG = {
 def test_wrong_arguments_are_refused_with_a_reason(wrong, message):
     with pytest.raises(ValueError, match=message):
         calibrate.layer_by_layer(**{"model": LAYER, "variables": of_layer(), "batches": [X]} | wrong)
+
+
+class WithFlag(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(not train)(nn.Dense(2)(x))
+
+
+def test_a_model_that_wants_more_than_a_batch_asks_for_call():
+    variables = WithFlag().init(jax.random.key(0), X, train=False)
+    message = (
+        r"WithFlag cannot be called as model\(batch\): missing a required argument: 'train'; say with call= how it "
+        r"evaluates a batch, as in call=lambda module, batch: module\(batch, train=False\)."
+    )
+    for function, batches in ((calibrate.one_pass, [X]), (calibrate.layer_by_layer, [X]), (calibrate.measure, X)):
+        with pytest.raises(ValueError, match=message):
+            function(WithFlag(), variables, batches)
+
+
+def test_an_error_of_the_model_on_a_batch_of_several_arrays_names_call():
+    variables = WithFlag().init(jax.random.key(0), X, train=False)
+    with pytest.raises(TypeError) as error:
+        calibrate.one_pass(WithFlag(), variables, [(X, X)], call=lambda model, batch: model(batch, train=False))
+    assert (
+        "jaxbn called the model on a batch that is a tuple, not an array; if the model takes a part of it, say so with "
+        "call=, as in call=lambda module, batch: module(batch[0])."
+    ) in error.value.__notes__
 
 
 def test_the_first_layer_whose_inputs_are_not_finite_is_named():

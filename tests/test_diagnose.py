@@ -563,7 +563,7 @@ class NoNorm(nn.Module):
             STANDARD,
             normal(32, 3),
             {},
-            r"batches is a ndarray, which looks like a single batch; .*pass \[batch\]",
+            r"batches is an array of shape .*, which looks like a single batch; .*pass \[batch\]",
         ),
         (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices=0 is below 1"),
         (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', but .* was given; pass what model.init returns"),

@@ -112,6 +112,68 @@ def test_a_momentum_outside_0_and_1_is_refused(function, momentum):
         function(momentum=momentum)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("momentum", train),
+        ("epsilon", train),
+        ("momentum", evaluate),
+        ("epsilon", normalize),
+        ("r_max", renorm),
+        ("d_max", renorm),
+    ],
+)
+@pytest.mark.parametrize("value", ["0.5", [object()]], ids=["text", "object"])
+def test_an_option_that_is_no_number_is_refused(name, call, value):
+    with refused(f"{name}={value!r} is a {type(value).__name__}; a number is accepted; pass one."):
+        call(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda stats: jaxbn.batch_norm(X, stats, use_running_average=False),
+        lambda stats: jaxbn.batch_norm(X, stats, use_running_average=True),
+        lambda stats: jaxbn.update_stats(stats, jaxbn.moments(X), momentum=0.9),
+        lambda stats: jaxbn.batch_renormalize(X, stats=stats),
+    ],
+    ids=["train", "evaluate", "update_stats", "batch_renormalize"],
+)
+@pytest.mark.parametrize(
+    "stats", [{"mean": THREE, "var": THREE}, (THREE, THREE), jaxbn.moments(X)], ids=["dict", "tuple", "moments"]
+)
+def test_arrays_in_the_place_of_running_statistics_are_refused(call, stats):
+    message = (
+        f"stats is a {type(stats).__name__}; accepted are BatchStats, CountedStats, AccumulatedStats; start with "
+        "jaxbn.init_stats(features), or put arrays into jaxbn.BatchStats(mean=mean, var=var)."
+    )
+    with refused(message):
+        call(stats)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ghost", "method='ghost' is a str; accepted is a function; pass jaxbn.batch_normalize, or a variant"),
+        (jaxbn.ghost_normalize, "method=ghost_normalize cannot be called as batch_normalize is: missing a required"),
+        (jaxbn.batch_norm, "method=batch_norm cannot be called as batch_normalize is: multiple values for argument"),
+        (jaxbn.normalize, "method=normalize cannot be called as batch_normalize is: got an unexpected keyword"),
+    ],
+    ids=["text", "option_not_bound", "batch_norm", "normalize"],
+)
+def test_a_method_that_cannot_be_called_as_batch_normalize_is_refused(method, message):
+    layer = jaxbn.nnx.BatchNorm(3, method=method, rngs=nnx.Rngs(0))
+    for call in (lambda: train(method=method), lambda: evaluate(method=method), lambda: layer(X)):
+        with refused(message):
+            call()
+
+
+@pytest.mark.parametrize("features", [-1, (2, -3)])
+def test_a_negative_number_of_features_is_refused(features):
+    with refused(f"features={np.min(features)} is below 0, its smallest value; use features=0 or more."):
+        jaxbn.init_stats(features)
+
+
 def test_a_plain_average_of_statistics_without_a_count_is_refused():
     message = (
         "momentum=None averages all batches alike, which needs their number, but BatchStats has no count; "
@@ -157,6 +219,18 @@ def test_a_mask_of_weights_is_refused(function):
         MASKING[function](X, mask=np.ones((8, 1, 1), np.float32))
 
 
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("lengths", [[0, 2] * 4, [0, -1] * 4])
+@pytest.mark.parametrize("function", MASKING)
+def test_a_mask_of_integers_other_than_0_and_1_is_refused(function, lengths, array):
+    message = (
+        "mask holds integers other than 0 and 1; a mask says which positions count, and does not weigh them; "
+        "pass for example mask > 0, or for lengths, jnp.arange(size) < lengths[:, None]."
+    )
+    with refused(message):
+        MASKING[function](X, mask=array(lengths).reshape(8, 1, 1))
+
+
 COLLECTIVE = {name: f for name, f in MASKING.items() if name != "evaluate"}
 
 
@@ -169,6 +243,13 @@ def test_an_axis_name_that_is_not_bound_is_refused(function, names):
     )
     with refused(message):
         COLLECTIVE[function](X, axis_name=names)
+
+
+@pytest.mark.parametrize("function", COLLECTIVE)
+def test_an_axis_name_that_is_no_name_is_refused(function):
+    message = "axis_name=0 is no name; accepted are the name of an axis of devices and a sequence of names; name the"
+    with refused(message):
+        COLLECTIVE[function](X, axis_name=0)
 
 
 @pytest.mark.parametrize("function", COLLECTIVE)
@@ -343,6 +424,7 @@ def test_nothing_leaves_the_device_in_a_compiled_step():
     [
         ("group_size", lambda: ghost(group_size=2.0)),
         ("accumulate", lambda: jaxbn.init_stats(2, accumulate=2.0)),
+        ("features", lambda: jaxbn.init_stats(2.0)),
         ("size", lambda: jaxbn.pad_batch(X, 2.0)),
     ],
 )
@@ -351,14 +433,22 @@ def test_a_number_that_has_to_be_whole_is_refused_by_its_name(name, call):
         call()
 
 
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda dtype: jaxbn.linen.BatchNorm(dtype=dtype).init(jax.random.key(0), X, use_running_average=True),
-        lambda dtype: jaxbn.nnx.BatchNorm(3, dtype=dtype, rngs=nnx.Rngs(0)),
+        lambda **dtype: jaxbn.linen.BatchNorm(**dtype).init(jax.random.key(0), X, use_running_average=True),
+        lambda **dtype: jaxbn.nnx.BatchNorm(3, **dtype, rngs=nnx.Rngs(0)),
+        lambda **dtype: jaxbn.linen.Affine(**dtype).init(jax.random.key(0), X),
+        lambda **dtype: jaxbn.nnx.Affine(3, **dtype),
     ],
-    ids=["linen", "nnx"],
+    ids=["linen", "nnx", "linen_affine", "nnx_affine"],
 )
-def test_a_layer_whose_results_would_be_integers_is_refused(layer):
-    with pytest.raises(ValueError, match="^dtype=.*int32.*; a floating-point or complex dtype is accepted; use for ex"):
-        layer(jnp.int32)
+def test_a_layer_whose_results_or_parameters_would_be_integers_is_refused(layer, name):
+    with pytest.raises(ValueError, match=f"^{name}=.*int32.*; a floating-point or complex dtype is accepted; use for"):
+        layer(**{name: jnp.int32})
+
+
+def test_statistics_that_would_be_integers_are_refused():
+    with pytest.raises(ValueError, match="^dtype=.*int32.*; a floating-point or complex dtype is accepted; use for"):
+        jaxbn.init_stats(3, dtype=jnp.int32)
