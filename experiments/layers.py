@@ -58,7 +58,7 @@ def order_of(net: nn.Module, image_shape: tuple[int, ...]) -> Order:
     return order
 
 
-class Seen(NamedTuple):
+class Activations(NamedTuple):
     """What a pass shows of each layer.
 
     Attributes:
@@ -72,9 +72,9 @@ class Seen(NamedTuple):
     normalized: list[jax.Array | None]
 
 
-def look(
+def forward(
     net: nn.Module, variables: dict, images: jax.Array, key: jax.Array, added: Sequence[jax.Array] | None = None
-) -> tuple[jax.Array, Seen]:
+) -> tuple[jax.Array, Activations]:
     """Returns the logits of a pass, and what it shows of each layer.
 
     Args:
@@ -84,24 +84,24 @@ def look(
       key: see the module.
       added: to each layer's input; the derivative with respect to it is that with respect to the input.
     """
-    seen = Seen([], [], [])
+    found = Activations([], [], [])
 
     def listen(call, arguments, options, context):
         if context.method_name != "__call__" or not isinstance(context.module, (*LAYERS, BatchNorm)):
             return call(*arguments, **options)
         x, *rest = arguments
         if isinstance(context.module, BatchNorm):
-            seen.normalized[-1] = call(x, *rest, **options)
-            return seen.normalized[-1]
-        x = x if added is None else x + added[len(seen.inputs)]
+            found.normalized[-1] = call(x, *rest, **options)
+            return found.normalized[-1]
+        x = x if added is None else x + added[len(found.inputs)]
         y = call(x, *rest, **options)
-        for values, value in zip(seen, (x, y, None), strict=True):
+        for values, value in zip(found, (x, y, None), strict=True):
             values.append(value)
         return y
 
     with nn.intercept_methods(listen):
         logits, _ = net.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"noise": key})
-    return logits, seen
+    return logits, found
 
 
 class Sizes(NamedTuple):
@@ -128,8 +128,8 @@ def _sizes(net, variables, images, key):
         unit = jnp.where(largest > 0, largest, 1)  # the square of 1e-20 is 0 in float32
         return unit * jnp.sqrt(jnp.square(x / unit).mean())
 
-    logits, seen = look(net, variables, images, key)
-    return Sizes([size(y) for y in seen.outputs], size(logits))
+    logits, found = forward(net, variables, images, key)
+    return Sizes([size(y) for y in found.outputs], size(logits))
 
 
 class Rescaling(NamedTuple):
@@ -188,15 +188,15 @@ def _gradients(net, variables, images, key, chosen):
     """
 
     def value_of(params, added):
-        _, seen = look(net, variables | {"params": params}, images, key, added)
+        _, found = forward(net, variables | {"params": params}, images, key, added)
         values = [
             jnp.vdot(jax.random.normal(jax.random.fold_in(key, i), y.shape), y) * chosen[i]
-            for i, y in enumerate(seen.normalized)
+            for i, y in enumerate(found.normalized)
             if y is not None
         ]
-        return sum(values), seen.normalized
+        return sum(values), found.normalized
 
-    shapes = jax.eval_shape(functools.partial(look, net), variables, images, key)[1].inputs
+    shapes = jax.eval_shape(functools.partial(forward, net), variables, images, key)[1].inputs
     nothing = [jnp.zeros(x.shape) for x in shapes]
     gradients, normalized = jax.grad(value_of, argnums=(0, 1), has_aux=True)(variables["params"], nothing)
     return normalized, gradients[1], gradients[0]

@@ -25,7 +25,7 @@ from pathlib import Path
 from experiments.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-PEERS = ("dm-haiku", "equinox", "keras", "torch")  # what `bench` and `scoreboard` compare with, where installed
+PEER_PACKAGES = ("dm-haiku", "equinox", "keras", "torch")  # what `bench` and `scoreboard` compare with, where installed
 VARYING = ("date", "copy_bandwidth")  # of a header, from one run of the same measurement to the next
 ROOT = Path(__file__).parents[1]
 SOURCES = ("jaxbn/*.py", "experiments/*.py", "pyproject.toml")  # what a run depends on; * includes subfolders
@@ -191,7 +191,7 @@ def measurement_header(settings: dict) -> dict:
       settings: what the numbers depend on besides; plain values.
     """
     with_what = origin()
-    peers = {name: version for name in PEERS if (version := _version(name))}
+    peers = {name: version for name in PEER_PACKAGES if (version := _version(name))}
     return {
         "settings": settings,
         "date": datetime.date.today().isoformat(),

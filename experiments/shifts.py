@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.layers import look, order_of
+from experiments.layers import forward, order_of
 
 CONSTANT = 1e-10  # a variance below this part of the squared mean is what rounding leaves of a feature that is constant
 
@@ -35,8 +35,8 @@ def input_moments(net: nn.Module, variables: dict, images: jax.Array, key: jax.A
 
 @functools.partial(jax.jit, static_argnums=0)
 def _input_moments(net, variables, images, key):
-    _, seen = look(net, variables, images, key)
-    inputs = [x.reshape(-1, x.shape[-1]) for x in seen.inputs[1:]]
+    _, found = forward(net, variables, images, key)
+    inputs = [x.reshape(-1, x.shape[-1]) for x in found.inputs[1:]]
     return [(x.mean(0), x.var(0)) for x in inputs]
 
 
@@ -71,7 +71,7 @@ def gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array) -> t
     images, labels = batch
 
     def loss_of(params):
-        logits, _ = look(net, variables | {"params": params}, images, key)
+        logits, _ = forward(net, variables | {"params": params}, images, key)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return jax.value_and_grad(loss_of)(variables["params"])

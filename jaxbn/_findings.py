@@ -246,7 +246,7 @@ def _noise(layer):
 
 def _per_device(layers, devices):
     def share(layer):
-        return (layer.settings.group or devices) / devices if layer.settings.synchronised else 1 / devices
+        return (layer.settings.devices_in_group or devices) / devices if layer.settings.synchronised else 1 / devices
 
     large = [layer for layer in layers if not _is_few(layer)]
     if not (found := [layer for layer in large if _is_few(layer, share(layer))]):

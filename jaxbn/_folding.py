@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 
 from jaxbn import _checks, _exchange, _graph, _models
+from jaxbn._measure import in_float64
 from jaxbn._models import CONVOLUTIONS, LINEAR
 
 # A constant that went through a layer counts as a constant where it varies by no more than the rounding of a sum.
 _ROUNDING = 1e-5
 
 
-class Seen(NamedTuple):
+class LayerCall(NamedTuple):
     """A call of a batch norm or of a linear layer, as a trial run of the model saw it.
 
     Attributes:
@@ -63,14 +64,14 @@ class Pair(NamedTuple):
       before: whether the layer comes before the batch norm.
     """
 
-    norm: Seen
-    linear: Seen
+    norm: LayerCall
+    linear: LayerCall
     before: bool
 
 
-def look(model: _models.Model, sample: Any, call: Callable) -> tuple[list[Seen], _graph.Graph]:
+def trace_layers(model: _models.Model, sample: Any, call: Callable) -> tuple[list[LayerCall], _graph.Graph]:
     """Returns the calls of batch norms and linear layers in order of execution, and what flows between them."""
-    seen, modules = [], _models.modules(model)
+    calls, modules = [], _models.modules(model)
 
     def handle(one):
         mark = f"{one.path}#{one.index}"
@@ -88,11 +89,11 @@ def look(model: _models.Model, sample: Any, call: Callable) -> tuple[list[Seen],
             y, kernel = jax.lax.optimization_barrier((y, _models.kernel_of(one.layer)))
         # Of an nnx model, the module itself: the one that is called here holds tracers.
         layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else modules[one.path]
-        seen.append(Seen(one.path, one.index, layer, norm, *_models.shapes((kernel, x, y))))
+        calls.append(LayerCall(one.path, one.index, layer, norm, *_models.shapes((kernel, x, y))))
         return _graph.mark(y, f"out {mark}"), None
 
     evaluation = _models.evaluation(model, call, handle, (*_models.BATCH_NORMS, *LINEAR))
-    return seen, _graph.trace(evaluation, model.arrays, sample)
+    return calls, _graph.trace(evaluation, model.arrays, sample)
 
 
 class Finder:
@@ -100,15 +101,15 @@ class Finder:
 
     def __init__(self, model: _models.Model, sample: Any, call: Callable):
         self.arrays = _models.arrays_of(model)
-        self.seen, self._graph = look(model, sample, call)
+        self.calls, self._graph = trace_layers(model, sample, call)
         self._marked = self._graph.marked()
-        self._calls = {one.mark: one for one in self.seen}
+        self._by_mark = {one.mark: one for one in self.calls}
         self._sharing = _models.sharing(model)
 
     def norms(self) -> dict[str, _models.Norm]:
         """Returns what the batch norms have, by path, as their first calls show it."""
         norms = {}
-        for one in self.seen:
+        for one in self.calls:
             if one.norm is not None:
                 norms.setdefault(one.path, one.norm)
         return norms
@@ -116,18 +117,18 @@ class Finder:
     def pairs(self, path: str) -> list[Pair] | str:
         """Returns the layers that take in each call of a batch norm, or why there are none."""
         found = []
-        for one in (one for one in self.seen if one.path == path):
+        for one in (one for one in self.calls if one.path == path):
             if one.norm is None or one.norm.stats.mean.shape != self.arrays[path]["mean"].shape:
                 return "it runs in a loop or under vmap, with arrays for each turn"
             axis = one.options["axis"]
             if _checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
                 return f"its features are on axis {axis}, those of a linear layer on the last one"
             before = self._before(one)
-            if isinstance(before, Seen):
+            if isinstance(before, LayerCall):
                 found.append(Pair(one, before, before=True))
                 continue
             after = self._after(one)
-            if not isinstance(after, Seen):
+            if not isinstance(after, LayerCall):
                 return f"before it, {before}; after it, {after}"
             found.append(Pair(one, after, before=False))
         if len({pair.linear.path for pair in found}) < len(found):
@@ -177,12 +178,12 @@ class Finder:
 
     def _linear(self, mark, side):
         """Returns the call of a linear layer whose value an operation marks."""
-        found = self._calls.get(mark.removeprefix(side)) if mark and mark.startswith(side) else None
+        found = self._by_mark.get(mark.removeprefix(side)) if mark and mark.startswith(side) else None
         return found if found is not None and found.norm is None else None
 
     def _usable(self, linear):
         """Returns the layer if its kernel may change, or why not."""
-        calls = sum(one.path == linear.path for one in self.seen)
+        calls = sum(one.path == linear.path for one in self.calls)
         if calls > 1:
             return f"{linear.path} is shared: it is called {calls} times"
         if linear.path in self._sharing:
@@ -208,7 +209,7 @@ class Finder:
         """Returns the path of the layer that an operation gets its first input from, over others perhaps."""
         while operation is not None:
             if operation.mark and operation.mark.startswith("out "):
-                return self._calls[operation.mark.removeprefix("out ")].path
+                return self._by_mark[operation.mark.removeprefix("out ")].path
             operation = next(filter(None, map(self._graph.maker, operation.inputs)), None)
         return None
 
@@ -231,8 +232,8 @@ def fold(
         a, s = affine_of(stored[norm.path], norm.options["epsilon"])
         given = stored[linear.path]
         kernel, bias = changed.get(linear.path, (given["kernel"], given.get("bias")))
-        kernel = _wide(kernel)
-        bias = np.zeros(_out_shape(linear, kernel)) if bias is None else _wide(bias)
+        kernel = in_float64(kernel)
+        bias = np.zeros(_out_shape(linear, kernel)) if bias is None else in_float64(bias)
         result = (_into_outputs if before else _into_inputs)(linear, kernel, bias, a, s)
         if isinstance(result, str):
             return result
@@ -242,13 +243,9 @@ def fold(
 
 def affine_of(arrays: Mapping[str, Any], epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the scale a and the shift s that a batch norm is in evaluation, in float64, shape [C]."""
-    arrays = {name: _wide(value) for name, value in arrays.items()}
+    arrays = {name: in_float64(value) for name, value in arrays.items()}
     a = arrays.get("scale", 1.0) / np.sqrt(arrays["var"] + epsilon)
     return a, arrays.get("bias", 0.0) - arrays["mean"] * a
-
-
-def _wide(value):
-    return np.asarray(value, np.complex128 if jnp.iscomplexobj(value) else np.float64)
 
 
 def _into_outputs(linear, kernel, bias, a, s):

@@ -6,11 +6,13 @@ public functions have done it.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxbn._pairs import broadcast, pair_sum
 
@@ -122,6 +124,11 @@ def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def widen(x: jax.Array) -> jax.Array:
     """Returns ``x`` in at least float32; inside a reduction or a fused loop the wide copy is never in memory."""
     return x.astype(_wide(x.dtype))
+
+
+def in_float64(value: ArrayLike) -> Any:
+    """Returns ``value`` as a NumPy array of float64 or complex128."""
+    return np.asarray(value, np.complex128 if jnp.iscomplexobj(value) else np.float64)
 
 
 def is_narrow(x: jax.Array) -> bool:

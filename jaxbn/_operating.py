@@ -40,7 +40,9 @@ class Surgery(NamedTuple):
     scale: float
 
 
-def look(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Evaluate) -> tuple[Model, Found]:
+def find_batch_norms(
+    model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Evaluate
+) -> tuple[Model, Found]:
     """Returns the model in two parts, and what its batch norms have, by path, with shapes for arrays."""
     before, found = _models.split(model, variables), {}
 

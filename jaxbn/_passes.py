@@ -21,7 +21,7 @@ from jaxbn.stats import Moments, combine, moments
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Seen:
+class ToMeasure:
     """A call of a layer whose statistics are to be replaced.
 
     All but ``x`` is static: a block under nn.jit shares its trace with others of its kind, and what is known of its
@@ -117,14 +117,14 @@ def find_layers(model, batch, call):
             return evaluated(norm), None
         norm = norm._replace(x=_graph.mark(norm.x, "batch norm"))
         features = tuple(norm.x.shape[axis] for axis in _checks.feature_axes(norm.x.shape, norm.options["axis"]))
-        seen = Seen(norm.x, features, norm.stats.mean.dtype, norm.options.get("unbiased", False))
-        return evaluated(norm), seen
+        found = ToMeasure(norm.x, features, norm.stats.mean.dtype, norm.options.get("unbiased", False))
+        return evaluated(norm), found
 
     def function(arrays, batch):
         nonlocal structure
-        _, seen = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
-        structure = jax.tree.structure(seen)
-        return seen
+        _, found = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
+        structure = jax.tree.structure(found)
+        return found
 
     graph = _graph.trace(function, model.arrays, batch)
     if not graph.outputs:

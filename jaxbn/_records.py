@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxbn import _checks, _graph
 from jaxbn._groups import Groups
-from jaxbn._measure import abs2, fill, widen
+from jaxbn._measure import abs2, fill, in_float64, widen
 from jaxbn._models import BATCH_NORMS, Model, Norm, evaluated, norm_of, run
 from jaxbn._passes import as_static, in_common, nothing_to_measure, opened
 from jaxbn.stats import BatchStats
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
       counted: whether its averages know the number of batches, and so are not biased towards their start.
       unbiased: whether the running variance is multiplied by m/(m - 1).
       synchronised: whether it has an axis name.
-      group: number of devices that share their statistics, if not all or none.
+      devices_in_group: number of devices that share their statistics, if not all or none.
       renormalised: whether training keeps near the running statistics, by batch renormalisation.
       group_size: examples that ghost batch norm takes together, if it does.
       by_example: whether the rows of its inputs are those of the examples in the batch.
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
     counted: bool
     unbiased: bool
     synchronised: bool
-    group: int | None
+    devices_in_group: int | None
     renormalised: bool
     group_size: int | None
     by_example: bool
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Seen:
+class CallRecord:
     """A call of a layer in one batch of n examples.
 
     Attributes:
@@ -132,7 +132,7 @@ def usable(stats: BatchStats) -> Any:
     return (abs(mean) < np.inf) & (var < np.inf) & (var >= 0) & ~((mean == 0) & (var == 1))
 
 
-def look(model: Model, batches: Any, call, mask) -> dict[str, Record]:
+def record_layers(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     """Returns what the layers of a model see, by path in the order in which they are called first."""
     static = as_static(model.definition, call, mask)
     first, batches = opened(batches)
@@ -179,10 +179,10 @@ def _calls(model, batch, call, mask, *, train, mark=False):
             )
         if mark:
             norm = norm._replace(x=_graph.mark(norm.x, "batch norm"))
-        seen, batch_stats = _seen(norm, sizes)
-        keep = usable(norm.stats) & (not train or seen.settings.frozen)
+        record, batch_stats = _record_call(norm, sizes)
+        keep = usable(norm.stats) & (not train or record.settings.frozen)
         stats = jax.tree.map(functools.partial(jnp.where, keep), norm.stats, batch_stats)
-        return evaluated(norm._replace(stats=stats)), dataclasses.replace(seen, x=norm.x if mark else None)
+        return evaluated(norm._replace(stats=stats)), dataclasses.replace(record, x=norm.x if mark else None)
 
     return run(model, batch, call, handle, BATCH_NORMS)[1]
 
@@ -202,8 +202,8 @@ def _order(model, batch, call, mask):
     return sorted(paths, key=lambda path: places[path])
 
 
-def _seen(norm: Norm, sizes):
-    """Returns the call of a layer, and the moments of the batch."""
+def _record_call(norm: Norm, sizes):
+    """Returns the record of a call, and the moments of the batch."""
     x, axes, reduced = _checks.inputs(norm.x, norm.options["axis"])
     mask = _checks.mask(norm.mask, x)
     # A layer may see several rows of each example; where it sees something else, all is taken for one example.
@@ -224,8 +224,8 @@ def _seen(norm: Norm, sizes):
     centred = wide - jnp.expand_dims(mean, reduced)
     sums, squares = by_example(centred), by_example(abs2(centred))
     settings = _settings(norm, by_example=0 in reduced and rows in sizes)
-    seen = Seen(None, mean, counts, sums, squares, norm.stats, norm.scale, settings)
-    return seen, BatchStats(mean, squares.sum(0) / count)
+    call = CallRecord(None, mean, counts, sums, squares, norm.stats, norm.scale, settings)
+    return call, BatchStats(mean, squares.sum(0) / count)
 
 
 def _settings(norm, by_example):
@@ -241,7 +241,7 @@ def _settings(norm, by_example):
         counted=momentum is None or options.get("debias", False),
         unbiased=options.get("unbiased", False),
         synchronised=options.get("axis_name") is not None,
-        group=None if groups is None else min(map(len, groups)),
+        devices_in_group=None if groups is None else min(map(len, groups)),
         renormalised=function is batch_renormalize,
         group_size=getattr(method, "keywords", {}).get("group_size") if function is ghost_normalize else None,
         by_example=by_example,
@@ -282,15 +282,11 @@ def _as_one_example(call):
 
 def _on_host(sums: Sums) -> Sums:
     """Returns the sums in float64, zero where the batch is not finite."""
-    values, means, squares, skipped = jax.tree.map(lambda value: np.where(sums.skipped, 0, _wide(value)), sums)
+    values, means, squares, skipped = jax.tree.map(lambda value: np.where(sums.skipped, 0, in_float64(value)), sums)
     return Sums(values, means, squares, np.asarray(sums.skipped, int))
 
 
-def _record(seen, evaluation, training, batches):
-    mean, var = map(_wide, seen.stats)
-    scale = np.ones_like(var) if seen.scale is None else _wide(seen.scale)
-    return Record(seen.settings, BatchStats(mean, var), scale, evaluation, training, batches)
-
-
-def _wide(value) -> Any:
-    return np.asarray(value, np.complex128 if np.iscomplexobj(value) else np.float64)
+def _record(first, evaluation, training, batches):
+    running = BatchStats(*map(in_float64, first.stats))
+    scale = np.ones(running.var.shape) if first.scale is None else in_float64(first.scale)
+    return Record(first.settings, running, scale, evaluation, training, batches)

@@ -17,7 +17,7 @@ from jaxbn import _checks
 from jaxbn._figures import Layer, figures
 from jaxbn._findings import Finding, findings, listed
 from jaxbn._models import call_model, split
-from jaxbn._records import look
+from jaxbn._records import record_layers
 
 __all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
 
@@ -112,7 +112,7 @@ def diagnose(
       on variance between and within groups.
     """
     _checks.whole("devices", devices, least=1)
-    records = look(split(model, variables), batches, call, mask)
+    records = record_layers(split(model, variables), batches, call, mask)
     layers = [figures(path, record) for path, record in records.items()]
     return Diagnosis(layers, findings(layers, devices))
 

@@ -184,8 +184,6 @@ class Affine(nn.Module):
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
       fixed: keep scale and bias in ``batch_stats``, out of the optimizer's sight, instead of ``params``.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
     """
 
     axis: int | Sequence[int] = -1
@@ -194,8 +192,6 @@ class Affine(nn.Module):
     use_bias: bool = True
     use_scale: bool = True
     fixed: bool = False
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
 
     @nn.compact
     def __call__(
@@ -227,7 +223,7 @@ class Affine(nn.Module):
                 return self.param(name, init, features, self.param_dtype)
             return self.variable("batch_stats", name, lambda: init(None, features, self.param_dtype)).value
 
-        scale = array("scale", self.scale_init) if self.use_scale else None
-        bias = array("bias", self.bias_init) if self.use_bias else None
+        scale = array("scale", initializers.ones) if self.use_scale else None
+        bias = array("bias", initializers.zeros) if self.use_bias else None
         y = affine(x, scale, bias, axis=self.axis, mask=mask)
         return y if self.dtype is None else y.astype(self.dtype)

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxbn import _checks, _folding, _models
 from jaxbn._exchange import NewLayer, make_affine, make_batch_norm, make_group_norm, make_with
 from jaxbn._models import call_model
-from jaxbn._operating import Layers, Surgery, is_below, look, must_be_operable, operate, select
+from jaxbn._operating import Layers, Surgery, find_batch_norms, is_below, must_be_operable, operate, select
 from jaxbn.functional import result_dtype
 from jaxbn.stats import init_stats, to_variables
 
@@ -87,7 +87,7 @@ def replace(
     _checks.momentum(options.get("momentum"))
     if steps is not None:
         _checks.whole("steps", steps, least=0)
-    before, found = look(model, variables, sample, call)
+    before, found = find_batch_norms(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
     stored = _models.arrays_of(before)
     new = {
@@ -210,7 +210,7 @@ def to_affine(
     Raises:
       ValueError: for a layer that the model does not have.
     """
-    before, found = look(model, variables, sample, call)
+    before, found = find_batch_norms(model, variables, sample, call)
     stored, new = _models.arrays_of(before), {}
     for path, norm in select(found, layers).items():
         arrays = zip(("scale", "bias"), _folding.affine_of(stored[path], norm.options["epsilon"]), strict=True)
@@ -258,7 +258,7 @@ def replace_by_group_norm(
     References:
       Wu and He 2018, arXiv:1803.08494.
     """
-    before, found = look(model, variables, sample, call)
+    before, found = find_batch_norms(model, variables, sample, call)
     new = {}
     for path, norm in select(found, layers).items():
         if norm.options["axis"] not in (-1, len(norm.x.shape) - 1):

@@ -59,21 +59,21 @@ def test_layers_in_nested_modules_are_found_in_the_order_of_their_calls():
 
 
 def test_pass_shows_what_enters_and_leaves_a_layer(variables, images):
-    logits, seen = layers.look(Small(), variables, images, KEY)
+    logits, found = layers.forward(Small(), variables, images, KEY)
     first = images.reshape(8, 4) @ variables["params"]["Dense_0"]["kernel"]
     normalized = (first - first.mean(0)) / first.std(0)
-    np.testing.assert_allclose(seen.inputs[0], images.reshape(8, 4))
-    np.testing.assert_allclose(seen.outputs[0], first, rtol=1e-5)
-    np.testing.assert_allclose(seen.normalized[0], normalized, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(seen.inputs[1], seen.normalized[0])
-    np.testing.assert_array_equal(seen.outputs[1], logits)
-    assert seen.normalized[1] is None
+    np.testing.assert_allclose(found.inputs[0], images.reshape(8, 4))
+    np.testing.assert_allclose(found.outputs[0], first, rtol=1e-5)
+    np.testing.assert_allclose(found.normalized[0], normalized, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.inputs[1], found.normalized[0])
+    np.testing.assert_array_equal(found.outputs[1], logits)
+    assert found.normalized[1] is None
 
 
 def test_what_is_added_to_an_input_enters_the_layer(variables, images):
     added = [jnp.zeros((8, 4)), jnp.ones((8, 3))]
-    logits, _ = layers.look(Small(), variables, images, KEY, added)
-    without, _ = layers.look(Small(), variables, images, KEY)
+    logits, _ = layers.forward(Small(), variables, images, KEY, added)
+    without, _ = layers.forward(Small(), variables, images, KEY)
     kernel = variables["params"]["Dense_1"]["kernel"]
     np.testing.assert_allclose(logits - without, jnp.broadcast_to(kernel.sum(0), (8, 2)), rtol=1e-4, atol=1e-5)
 

@@ -243,7 +243,7 @@ def test_summary_has_a_row_for_each_installed_peer_with_the_laws_that_it_breaks(
 
 
 def test_versions_of_all_peers_are_recorded():
-    assert set(LIBRARIES.values()) <= set(results.PEERS)
+    assert set(LIBRARIES.values()) <= set(results.PEER_PACKAGES)
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
