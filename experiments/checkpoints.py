@@ -75,6 +75,11 @@ class Checkpoints:
         self._manager.save(step, args=arguments)
 
 
+def _holds_checkpoints(folder: Path) -> bool:
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return any((step / "state").is_dir() and (step / "progress").is_dir() for step in steps)
+
+
 def load(folder: Path) -> tuple[Config, dict]:
     """Returns the run whose checkpoints are in `folder`, and the newest `params` and `batch_stats` of its net.
 
@@ -84,11 +89,13 @@ def load(folder: Path) -> tuple[Config, dict]:
       ValueError: the folder holds no checkpoint of a run.
     """
     handlers = {"progress": ocp.JsonCheckpointHandler(), "state": ocp.StandardCheckpointHandler()}
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not any((step / "state").is_dir() and (step / "progress").is_dir() for step in steps):
+    if not _holds_checkpoints(folder):
+        places = (folder.parent, folder / "result.checkpoint", folder.with_suffix(".checkpoint"))
+        near = next((place for place in places if _holds_checkpoints(place)), None)
         raise ValueError(
             f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint` names in the end, or "
-            "that of a run that was interrupted, *.unfinished; train with that option, or name such a folder."
+            "that of a run that was interrupted, *.unfinished; "
+            + (f"there is one in {near}." if near else "train with that option, or name such a folder.")
         )
     with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
         step = manager.latest_step()

@@ -119,6 +119,13 @@ def test_folder_without_a_checkpoint_is_refused_with_how_to_get_one(monkeypatch,
         )
 
 
+def test_what_lies_beside_a_checkpoint_is_refused_with_where_it_is(checkpoint):
+    step = next(path for path in checkpoint.iterdir() if path.name.isdigit())
+    for beside in (step, checkpoint.with_suffix(".jsonl")):
+        with pytest.raises(ValueError, match=f"{beside} holds no checkpoint; .*; there is one in {checkpoint}.$"):
+            checkpoints.load(beside)
+
+
 def test_net_without_batch_norm_is_refused(tmp_path, tiny):
     save(tmp_path, tiny.replace(norm="none"))
     with pytest.raises(ValueError, match="was trained with norm='none'; accepted are nets with norm='batch'"):
