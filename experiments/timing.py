@@ -66,7 +66,7 @@ def time_calls(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return in_rounds({name: sampler(call, wait=jax.block_until_ready) for name, call in calls.items()}, rounds)
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Returns the median and the quartiles."""
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "lower": float(lower), "upper": float(upper)}
@@ -74,7 +74,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Returns the median, and the quartiles, of the ratios within the rounds."""
-    return spread(np.asarray(ours) / np.asarray(theirs))
+    return quartiles(np.asarray(ours) / np.asarray(theirs))
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

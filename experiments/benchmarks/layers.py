@@ -109,13 +109,13 @@ def summarize(row: dict, seconds: dict[str, list[float]]) -> list[dict]:
         {
             **row,
             "arm": COPY,
-            "seconds": timing.spread(seconds[COPY]),
-            "bandwidth": limit.bandwidth(timing.spread(seconds[COPY])["median"], shape, dtype),
+            "seconds": timing.quartiles(seconds[COPY]),
+            "bandwidth": limit.bandwidth(timing.quartiles(seconds[COPY])["median"], shape, dtype),
         }
     ]
     for name, values in seconds.items():
         if name != COPY:
             fraction = timing.ratio([moved * each for each in seconds[COPY]], values)
             ratio = timing.ratio(seconds[OURS], values)
-            records.append({**row, "arm": name, "seconds": timing.spread(values), "ratio": ratio, "limit": fraction})
+            records.append({**row, "arm": name, "seconds": timing.quartiles(values), "ratio": ratio, "limit": fraction})
     return records

@@ -43,4 +43,4 @@ def bandwidth(seconds: float, shape: tuple[int, ...], dtype: str) -> float:
 def memory_bandwidth(shape: tuple[int, ...] = LARGE, *, rounds: int = 15) -> float:
     """Returns the bytes per second that a copy reads and writes, the median of so many; beyond what caches hold."""
     seconds = timing.time_calls({"copy": copy(shape, "float32")}, rounds)["copy"]
-    return bandwidth(timing.spread(seconds)["median"], shape, "float32")
+    return bandwidth(timing.quartiles(seconds)["median"], shape, "float32")

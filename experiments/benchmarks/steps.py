@@ -231,8 +231,8 @@ def summarize(records: list[dict]) -> list[dict]:
             "added": timing.estimate(lambda ratio: ratio - 1, ratios(arm, NONE, "seconds")),
             "share": timing.estimate(share, ratios(arm, NONE, "seconds"), in_flax),
             "temporaries": of_arm[0]["temporaries"] / by_arm[NONE][0]["temporaries"],
-            "trace": timing.spread(ratios(arm, FLAX, "trace_seconds")),
-            "compile": timing.spread(ratios(arm, FLAX, "compile_seconds")),
+            "trace": timing.quartiles(ratios(arm, FLAX, "trace_seconds")),
+            "compile": timing.quartiles(ratios(arm, FLAX, "compile_seconds")),
         }
         for arm, of_arm in by_arm.items()
     ]
