@@ -18,8 +18,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import _models
-from jaxbn._models import Model
+from jaxbn._calls import Level, exchanging, under_way
+from jaxbn._models import BATCH_NORMS, LINEAR, Model, is_one_of, modules_in
+from jaxbn._norms import settings_of
 
 
 class NewLayer(NamedTuple):
@@ -46,7 +47,7 @@ def exchange(model: Model, layers: Mapping[str, NewLayer]) -> Model:
         after = before | {path: _after(before.get(path), layer.make) for path, layer in layers.items()}
         return Model(Edited(Original(definition), tuple(after.items())), _with_arrays(model, layers))
     edited = nnx.merge(*model)  # its variables are the model's own: replaced in it, never written to
-    for path, old in _models.modules_in(edited):
+    for path, old in modules_in(edited):
         if path in layers:
             new = layers[path].make(old)
             for name, value in _variables(old, new, layers[path]).items():
@@ -121,26 +122,26 @@ class Edited(flax.linen.Module):
     @contextlib.contextmanager
     def _exchanging(self, above):
         """Exchanges the layers of what is called meanwhile; ``above`` is the path of the model in that."""
-        level = _models.Level({"/".join((*above, path)).strip("/"): make for path, make in self.edits}, [])
-        number = len(_models.under_way.levels)
+        level = Level({"/".join((*above, path)).strip("/"): make for path, make in self.edits}, [])
+        number = len(under_way.levels)
 
         def intercept(proceed, args, kwargs, context):
-            old, kinds = context.module, (*_models.BATCH_NORMS, *_models.LINEAR)
-            if context.method_name != "__call__" or not _models.is_one_of(old, kinds):
+            old, kinds = context.module, (*BATCH_NORMS, *LINEAR)
+            if context.method_name != "__call__" or not is_one_of(old, kinds):
                 return proceed(*args, **kwargs)
             path = "/".join(old.path)
-            if _models.exchanging(old, path)[-1:] != [number]:
+            if exchanging(old, path)[-1:] != [number]:
                 return proceed(*args, **kwargs)
             new = level.edits[path](old, parent=old.scope)
             level.put_in.append(new)
             return new(*args, **kwargs)
 
-        _models.under_way.levels.append(level)
+        under_way.levels.append(level)
         try:
             with flax.linen.intercept_methods(intercept):
                 yield
         finally:
-            _models.under_way.levels.pop()
+            under_way.levels.pop()
 
 
 def _after(first, second):
@@ -173,7 +174,7 @@ def _with_arrays(model, layers):
 
 def make_batch_norm(options: dict[str, Any], old: Any, **place: Any) -> Any:
     """Returns our batch norm with the settings of an old one, but for these options."""
-    settings = _models.settings(old) | options
+    settings = settings_of(old) | options
     return jaxbn.linen.BatchNorm(**settings, **place) if place else jaxbn.nnx.BatchNorm(**settings, rngs=nnx.Rngs(0))
 
 

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbn import _checks, _exchange, _graph, _models
+from jaxbn import _checks, _exchange, _graph
+from jaxbn._calls import evaluation
 from jaxbn._measure import in_float64
-from jaxbn._models import CONVOLUTIONS, LINEAR
+from jaxbn._models import BATCH_NORMS, CONVOLUTIONS, LINEAR, Model, arrays_of, modules, shapes, sharing
+from jaxbn._norms import Norm, evaluated, kernel_of, norm_of
 
 # A constant that went through a layer counts as a constant where it varies by no more than the rounding of a sum.
 _ROUNDING = 1e-5
@@ -39,7 +41,7 @@ class LayerCall(NamedTuple):
     path: str
     index: int
     layer: Any
-    norm: _models.Norm | None
+    norm: Norm | None
     kernel: jax.ShapeDtypeStruct | None
     x: jax.ShapeDtypeStruct
     y: jax.ShapeDtypeStruct
@@ -69,44 +71,44 @@ class Pair(NamedTuple):
     before: bool
 
 
-def trace_layers(model: _models.Model, sample: Any, call: Callable) -> tuple[list[LayerCall], _graph.Graph]:
+def trace_layers(model: Model, sample: Any, call: Callable) -> tuple[list[LayerCall], _graph.Graph]:
     """Returns the calls of batch norms and linear layers in order of execution, and what flows between them."""
-    calls, modules = [], _models.modules(model)
+    calls, layers = [], modules(model)
 
     def handle(one):
         mark = f"{one.path}#{one.index}"
         norm = kernel = None
-        if isinstance(one.layer, _models.BATCH_NORMS):
-            norm = _models.norm_of(one)
+        if isinstance(one.layer, BATCH_NORMS):
+            norm = norm_of(one)
             x = jnp.asarray(norm.x)
-            y = _models.evaluated(norm._replace(x=_graph.mark(x, f"in {mark}")))
+            y = evaluated(norm._replace(x=_graph.mark(x, f"in {mark}")))
             norm = norm.without_arrays()
         else:
             x = jnp.asarray(one.args[0] if one.args else one.kwargs["inputs"])
             marked = _graph.mark(x, f"in {mark}")
             y = one.proceed(marked, *one.args[1:], **{n: v for n, v in one.kwargs.items() if n != "inputs"})
             # Passes beside the output through one operation, which shows where the kernel comes from.
-            y, kernel = jax.lax.optimization_barrier((y, _models.kernel_of(one.layer)))
+            y, kernel = jax.lax.optimization_barrier((y, kernel_of(one.layer)))
         # Of an nnx model, the module itself: the one that is called here holds tracers.
-        layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else modules[one.path]
-        calls.append(LayerCall(one.path, one.index, layer, norm, *_models.shapes((kernel, x, y))))
+        layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else layers[one.path]
+        calls.append(LayerCall(one.path, one.index, layer, norm, *shapes((kernel, x, y))))
         return _graph.mark(y, f"out {mark}"), None
 
-    evaluation = _models.evaluation(model, call, handle, (*_models.BATCH_NORMS, *LINEAR))
-    return calls, _graph.trace(evaluation, model.arrays, sample)
+    evaluate = evaluation(model, call, handle, (*BATCH_NORMS, *LINEAR))
+    return calls, _graph.trace(evaluate, model.arrays, sample)
 
 
 class Finder:
     """Finds out which layer can take a batch norm in."""
 
-    def __init__(self, model: _models.Model, sample: Any, call: Callable):
-        self.arrays = _models.arrays_of(model)
+    def __init__(self, model: Model, sample: Any, call: Callable):
+        self.arrays = arrays_of(model)
         self.calls, self._graph = trace_layers(model, sample, call)
         self._marked = self._graph.marked()
         self._by_mark = {one.mark: one for one in self.calls}
-        self._sharing = _models.sharing(model)
+        self._sharing = sharing(model)
 
-    def norms(self) -> dict[str, _models.Norm]:
+    def norms(self) -> dict[str, Norm]:
         """Returns what the batch norms have, by path, as their first calls show it."""
         norms = {}
         for one in self.calls:

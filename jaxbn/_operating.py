@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn import _models
+from jaxbn._calls import evaluation
 from jaxbn._exchange import NewLayer, exchange
-from jaxbn._models import Model, Norm
+from jaxbn._models import BATCH_NORMS, Model, join, split
+from jaxbn._norms import WITH_BATCH_NORM, Norm, evaluated, norm_of
 
 # A program that runs once: optimizing it takes longer than running it as it is.
 _ONCE = {"xla_backend_optimization_level": 0}
@@ -44,14 +45,14 @@ def find_batch_norms(
     model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Evaluate
 ) -> tuple[Model, Found]:
     """Returns the model in two parts, and what its batch norms have, by path, with shapes for arrays."""
-    before, found = _models.split(model, variables), {}
+    before, found = split(model, variables), {}
 
     def handle(one):
-        norm = _models.norm_of(one)
+        norm = norm_of(one)
         found.setdefault(one.path, norm.without_arrays())
-        return _models.evaluated(norm), None
+        return evaluated(norm), None
 
-    jax.eval_shape(_models.evaluation(before, call, handle, _models.BATCH_NORMS), before.arrays, sample)
+    jax.eval_shape(evaluation(before, call, handle, BATCH_NORMS), before.arrays, sample)
     must_be_operable(before, found, sample, call)
     return before, found
 
@@ -60,7 +61,7 @@ def must_be_operable(model: Model, found: Found, sample: Any, call: Evaluate) ->
     """Refuses a model without batch norms, and linen blocks that nn.jit compiles once, and would not compile anew."""
     if not found:
         raise ValueError(
-            f"no batch norm was called, so that there is nothing to change; {_models.WITH_BATCH_NORM}; check that call "
+            f"no batch norm was called, so that there is nothing to change; {WITH_BATCH_NORM}; check that call "
             "runs the whole model on the sample."
         )
     if not isinstance(model.definition, flax.linen.Module):
@@ -118,17 +119,17 @@ def operate(
     old_outputs, new_outputs = (_outputs(model, sample, call) for model in (before, after))
     difference = max((abs(a - b).max() for a, b in zip(old_outputs, new_outputs, strict=True)), default=0.0)
     scale = max((abs(a).max() for a in old_outputs), default=0.0)
-    return Surgery(*_models.join(after), tuple(changed), kept, float(difference), float(scale))
+    return Surgery(*join(after), tuple(changed), kept, float(difference), float(scale))
 
 
 def _outputs(model, sample, call):
     """Returns the arrays of numbers that the model gives in evaluation."""
 
     def handle(one):
-        norm = _models.norm_of(one)  # the layer itself where it evaluates, since it may round as ours does not
-        return one.proceed(*one.args, **one.kwargs) if norm.use_running_average else _models.evaluated(norm), None
+        norm = norm_of(one)  # the layer itself where it evaluates, since it may round as ours does not
+        return one.proceed(*one.args, **one.kwargs) if norm.use_running_average else evaluated(norm), None
 
-    compiled = jax.jit(_models.evaluation(model, call, handle, _models.BATCH_NORMS), compiler_options=_ONCE)
+    compiled = jax.jit(evaluation(model, call, handle, BATCH_NORMS), compiler_options=_ONCE)
     leaves = jax.tree.leaves(compiled(model.arrays, sample))
     return [np.asarray(leaf, np.complex128) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _checks, _graph
-from jaxbn._models import BATCH_NORMS, WITH_BATCH_NORM, Model, evaluated, evaluating, norm_of, run
+from jaxbn._calls import evaluating, run
+from jaxbn._models import BATCH_NORMS, Model
+from jaxbn._norms import WITH_BATCH_NORM, evaluated, norm_of
 from jaxbn.functional import batch_normalize
 from jaxbn.stats import Moments, combine, moments
 

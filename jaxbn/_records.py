@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _checks, _graph
+from jaxbn._calls import run
 from jaxbn._groups import Groups
 from jaxbn._measure import abs2, fill, in_float64, widen
-from jaxbn._models import BATCH_NORMS, Model, Norm, evaluated, norm_of, run
+from jaxbn._models import BATCH_NORMS, Model
+from jaxbn._norms import Norm, evaluated, norm_of
 from jaxbn._passes import as_static, in_common, nothing_to_measure, opened
 from jaxbn.stats import BatchStats
 from jaxbn.variants import batch_renormalize, ghost_normalize

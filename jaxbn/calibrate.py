@@ -22,8 +22,9 @@ from flax import nnx
 from flax.core import unfreeze
 from jax.typing import ArrayLike
 
+from jaxbn._calls import call_model
 from jaxbn._checks import AxisNames
-from jaxbn._models import call_model, join, split, with_stats
+from jaxbn._models import join, split, with_stats
 from jaxbn._passes import find_layers, measure_all, measure_calls, nothing_to_measure, opened
 from jaxbn.stats import BatchStats, Moments, combine, init_stats
 

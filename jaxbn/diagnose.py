@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from jax.typing import ArrayLike
 
 from jaxbn import _checks
+from jaxbn._calls import call_model
 from jaxbn._figures import Layer, figures
 from jaxbn._findings import Finding, findings, listed
-from jaxbn._models import call_model, split
+from jaxbn._models import split
 from jaxbn._records import record_layers
 
 __all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]

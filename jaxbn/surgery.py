@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn import _checks, _folding, _models
+from jaxbn import _checks, _folding
+from jaxbn._calls import call_model
 from jaxbn._exchange import NewLayer, make_affine, make_batch_norm, make_group_norm, make_with
-from jaxbn._models import call_model
+from jaxbn._models import arrays_of, split
 from jaxbn._operating import Layers, Surgery, find_batch_norms, is_below, must_be_operable, operate, select
 from jaxbn.functional import result_dtype
 from jaxbn.stats import init_stats, to_variables
@@ -89,7 +90,7 @@ def replace(
         _checks.whole("steps", steps, least=0)
     before, found = find_batch_norms(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
-    stored = _models.arrays_of(before)
+    stored = arrays_of(before)
     new = {
         path: NewLayer(make, batch_stats=_statistics(stored[path], path, norm, options, steps))
         for path, norm in select(found, layers).items()
@@ -211,7 +212,7 @@ def to_affine(
       ValueError: for a layer that the model does not have.
     """
     before, found = find_batch_norms(model, variables, sample, call)
-    stored, new = _models.arrays_of(before), {}
+    stored, new = arrays_of(before), {}
     for path, norm in select(found, layers).items():
         arrays = zip(("scale", "bias"), _folding.affine_of(stored[path], norm.options["epsilon"]), strict=True)
         dtype = jnp.promote_types(norm.options["param_dtype"], norm.stats.mean.dtype)
@@ -310,7 +311,7 @@ def fold(
     Raises:
       ValueError: if a layer that was asked for, or every layer, cannot be folded; the message says why.
     """
-    before = _models.split(model, variables)
+    before = split(model, variables)
     finder = _folding.Finder(before, sample, call)
     norms = finder.norms()
     must_be_operable(before, norms, sample, call)
