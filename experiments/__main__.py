@@ -184,11 +184,12 @@ def scoreboard_command(
 
 
 @app.command(name="calibration")
-def calibration_command(*, data_dir: DataDir = None) -> None:
+def calibration_command(*, data_dir: DataDir = None, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Show how many images bring back the statistics of a trained net: offline, in under two minutes on two cores."""
     from experiments import calibration
 
-    calibration.run(data_dir=data_dir)
+    calibration.run(data_dir=data_dir, out=out)
+    _show(["calibration"], out)
 
 
 @app.command(name="bench")
@@ -236,17 +237,23 @@ def throughput_command(*, batch_size: int = 100, rounds: int = 25, out: Measurem
 
 
 @app.command(name="folding")
-def folding_command(*, batch_size: int = 50, inception_width: float = 0.25, rounds: int = 15) -> None:
+def folding_command(
+    *, batch_size: int = 50, inception_width: float = 0.25, rounds: int = 15, out: MeasurementsDir = MEASUREMENTS
+) -> None:
     """Fold the batch norms of ResNet-20 and the Inception net: change of the outputs, and time of an evaluation.
+
+    The weights are random; `run folding` is the study of trained nets.
 
     Args:
         batch_size: Images per evaluation.
         inception_width: Multiplies the channels of the Inception net; at 1, the command takes sixteen times as long.
         rounds: Timings of each net.
+        out: Where the file goes.
     """
     from experiments import folding
 
-    folding.run(batch_size=batch_size, inception_width=inception_width, rounds=rounds)
+    folding.run(batch_size=batch_size, inception_width=inception_width, rounds=rounds, out=out)
+    _show(["folding"], out)
 
 
 @app.command(name="plot")
@@ -290,7 +297,7 @@ def table_command(
 
 
 def _show(names: list[str], folder: Path) -> None:
-    """Prints what has been measured, as the README shows it."""
+    """Prints what has been measured, as README.md or a guide shows it."""
     from rich.console import Console
     from rich.markdown import Markdown
 

@@ -4,6 +4,8 @@ A trained net is tested with the running averages of its training, with wrecked 
 images drawn at random from those that it was trained on.  Nothing is downloaded.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from experiments import demo, evaluation, models, train
+from experiments import demo, evaluation, models, results, train
+from experiments.config import Config
 from experiments.data import Dataset
 from experiments.display import Display
-from experiments.measures import Spread, spread
 from jaxbn import calibrate
 
+NAME = "calibration"
+TRAINED, WRECKED = "running averages of the training", "wrecked"
+ADDED_TO_MEANS, TIMES_VARIANCES = 3, 10  # by wrecking
 IMAGES = (10, 30, 100, 300, 1000, 3000)
 DRAWS = 5
 RATE = 0.1
@@ -31,54 +35,74 @@ METHODS = {  # name: function, images in a batch
 }
 
 
-def run(*, data_dir: Path | None) -> None:
-    """Trains the net, calibrates it on more and more images, and prints the table."""
+def run(*, data_dir: Path | None, out: Path) -> None:
+    """Trains the net, calibrates it on more and more images, and writes the file.
+
+    Args:
+      data_dir: where CIFAR-10 is.
+      out: folder of the file.
+    """
     began = time.perf_counter()
     console = Console(width=120)
     dataset, why = demo.choose_data(data_dir)
     config = demo.CONFIGS[dataset.name].replace(norm="batch", learning_rate=RATE)
     console.print(f"Data: {dataset.source}. {why}", soft_wrap=True, highlight=False, markup=False)
+    settings = {
+        "config": dataclasses.asdict(config),
+        "data": dataset.provenance,
+        "train_images": len(dataset.train_images),
+        "test_images": len(dataset.test_images),
+        "draws": DRAWS,
+        "added_to_means": ADDED_TO_MEANS,
+        "times_variances": TIMES_VARIANCES,
+    }
+    pieces = {config.net: functools.partial(measure, config, dataset, console)}
+    results.measure(out / f"{NAME}.jsonl", results.measurement_header(settings), pieces)
+    console.print(f"Time in all: {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+def measure(config: Config, dataset: Dataset, console: Console) -> list[dict]:
+    """Trains the net, and returns a record for each kind of statistics: the test accuracies with them, in %.
+
+    Args:
+      config: the run.
+      dataset: its images.
+      console: shows how far the training is.
+    """
     with Display(1, console) as display:
         variables = train.fit(config, dataset, on_progress=display.run("7-layer net")).variables
     net = models.build(config, len(dataset.class_names))
     wrecked = variables | {"batch_stats": wreck(variables["batch_stats"])}
-    measured = {n: measure(net, wrecked, dataset, n) for n in IMAGES if n <= len(dataset.train_images)}
-    console.print(table(measured))
-    for name, state in (("running averages of the training", variables), ("wrecked", wrecked)):
-        console.print(f"Test accuracy, {name}: {accuracy(net, state, dataset):.1f} %", highlight=False)
-    console.print(f"Time in all: {time.perf_counter() - began:.0f} s", highlight=False)
+    uncalibrated = [
+        {"statistics": name, "accuracies": [accuracy(net, state, dataset)]}
+        for name, state in ((TRAINED, variables), (WRECKED, wrecked))
+    ]
+    calibrated = [
+        {"statistics": name, "images": n, "accuracies": accuracies(net, wrecked, dataset, n, *method)}
+        for n in IMAGES
+        if n <= len(dataset.train_images)
+        for name, method in METHODS.items()
+    ]
+    return uncalibrated + calibrated
 
 
 def wreck(batch_stats: Any) -> Any:
-    """Returns running statistics that are far off: all means 3 too large, and all variances 10 times."""
-    changes = {"mean": lambda mean: mean + 3, "var": lambda var: 10 * var}
+    """Returns running statistics that are far off: all means too large, and all variances too."""
+    changes = {"mean": lambda mean: mean + ADDED_TO_MEANS, "var": lambda var: TIMES_VARIANCES * var}
     return jax.tree_util.tree_map_with_path(lambda path, value: changes[path[-1].key](value), batch_stats)
 
 
-def measure(net: Any, variables: dict, dataset: Dataset, n: int) -> dict[str, Spread]:
-    """Returns the test accuracy, in %, after each method on n images, with its spread over the draws."""
+def accuracies(net: Any, variables: dict, dataset: Dataset, n: int, function: Callable, batch_size: int) -> list[float]:
+    """Returns the test accuracies, in %, after a calibration on n images, one for each draw."""
 
-    def calibrated(function: Callable, batch_size: int, draw: int) -> dict:
+    def calibrated(draw):
         # RandomState, because NumPy promises never to change its stream.
         images = dataset.train_images[np.random.RandomState(draw).permutation(len(dataset.train_images))[:n]]
         return function(net, variables, evaluation.split(images, batch_size), call=evaluation.call)
 
-    return {
-        name: spread(accuracy(net, calibrated(*method, draw), dataset) for draw in range(DRAWS))
-        for name, method in METHODS.items()
-    }
+    return [accuracy(net, calibrated(draw), dataset) for draw in range(DRAWS)]
 
 
 def accuracy(net: Any, variables: dict, dataset: Dataset) -> float:
     """Returns the accuracy on the test set, in %."""
     return 100 * evaluation.score(evaluation.predict(net, variables, dataset.test_images), dataset.test_labels).accuracy
-
-
-def table(measured: dict[int, dict[str, Spread]]) -> Table:
-    """Returns the accuracies by number of images and method."""
-    printed = Table(title=f"Test accuracy after calibration, in %: mean ± std over {DRAWS} draws of the images")
-    for name in ("images", *METHODS):
-        printed.add_column(name, justify="right")
-    for n, found in measured.items():
-        printed.add_row(f"{n:,}", *(one.text() for one in found.values()))
-    return printed

@@ -1,5 +1,8 @@
 """Batch norms folded into the convolutions before them: what it changes in the outputs, and in the time of inference.
 
+The command of this name measures it on nets with random weights, linen and nnx; the study of this name, in
+`studies/folding.py`, folds trained nets with the functions below, and asks for their accuracy too.
+
 Convention: images are noise, uniform in [0, 1]; parameters are random, scale and bias around 1 and 0, and statistics
 are those of a training-mode pass over the images. A net before and after is timed in one run, in shuffled order, each
 once just before it is timed; the numbers to quote are ratios, since the machine's speed cancels in them.
@@ -9,22 +12,23 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
-from experiments import models, models_nnx, timing
+from experiments import models, models_nnx, results, timing
 from experiments.evaluation import evaluate
 from jaxbn import calibrate, surgery
 
+NAME = "folding"
 Api = Literal["linen", "nnx"]
 CLASSES = 10
+IMAGE_SIZE = 32
 NETS = {
     "ResNet-20": (models.ResNet20, models_nnx.ResNet20),
     "Inception": (models.Inception, models_nnx.Inception),
@@ -108,48 +112,25 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     return Folded(pair.norms, pair.folded, changed, *seconds(pair, images, rounds))
 
 
-def run(*, batch_size: int, inception_width: float, rounds: int) -> None:
-    """Measures every net on both APIs, and prints the table.
+def run(*, batch_size: int, inception_width: float, rounds: int, out: Path) -> None:
+    """Measures every net on both APIs, and writes the file.
 
     Args:
       batch_size: images per evaluation.
       inception_width: width of the Inception net; ResNet-20 has width 1.
       rounds: timings of each net.
+      out: folder of the file.
     """
-    images = jax.random.uniform(jax.random.key(0), (batch_size, 32, 32, 3))
     widths = {"ResNet-20": 1.0, "Inception": inception_width}
-    Console(width=120).print(table(widths, images, rounds))
+    images = jax.random.uniform(jax.random.key(0), (batch_size, IMAGE_SIZE, IMAGE_SIZE, 3))
 
+    def records(net, api):
+        found = measure(net, api, width=widths[net], images=images, rounds=rounds)
+        return [{"net": net, "api": api, "width": widths[net], **found._asdict()}]
 
-def table(widths: dict[str, float], images: jax.Array, rounds: int) -> Table:
-    """Returns the table of these nets.
-
-    Args:
-      widths: width of each net.
-      images: shape [n, height, width, channels].
-      rounds: timings of each net.
-    """
-    n, height, width, _ = images.shape
-    made = Table(
-        "net",
-        title=f"Evaluation of {n} images, {height} x {width}, float32, {jax.devices()[0].device_kind}, "
-        f"jax {jax.__version__}",
-    )
-    for column in ("batch norms", "folded", "difference / scale", "ms before", "ms after", "after / before"):
-        made.add_column(column, justify="right")
-    for net, net_width in widths.items():
-        for api in ("linen", "nnx"):
-            found = measure(net, api, width=net_width, images=images, rounds=rounds)
-            made.add_row(
-                f"{net}, width {net_width:g}, {api}",
-                f"{found.norms}",
-                f"{found.folded}",
-                f"{found.difference:.1e}",
-                f"{found.before * 1e3:.1f}",
-                f"{found.after * 1e3:.1f}",
-                f"{found.after / found.before:.2f}",
-            )
-    return made
+    settings = {"batch_size": batch_size, "image_size": IMAGE_SIZE, "widths": widths, "rounds": rounds}
+    pieces = {f"{net}, {api}": functools.partial(records, net, api) for net in widths for api in get_args(Api)}
+    results.measure(out / f"{NAME}.jsonl", results.measurement_header(settings), pieces)
 
 
 def _net(net, api, width, images):

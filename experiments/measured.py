@@ -1,7 +1,7 @@
-"""What is measured, where the README shows it: blocks between `<!-- measured: NAME -->` and `<!-- end -->`.
+"""What is measured, where README.md and the guides show it: between `<!-- measured: NAME -->` and `<!-- end -->`.
 
-Conventions: a block is made from one file of measurements alone, and ends with the command that measures it anew. What
-stands outside of the blocks is left as it is.
+Conventions: such a block is made from one file of measurements alone, and ends with the command that measures it anew.
+What stands outside of the blocks is left as it is.
 """
 
 import re
@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import collectives, numerics, plots, report, results, scoreboard, tables, throughput
+from experiments import (
+    calibration,
+    collectives,
+    folding,
+    numerics,
+    plots,
+    report,
+    results,
+    scoreboard,
+    tables,
+    throughput,
+)
 from experiments.benchmarks import layers, steps
 
 PYTHON = ".venv/bin/python -m experiments"
@@ -54,29 +65,40 @@ BLOCKS = {
     "collectives": Shown(collectives.NAME, "collectives", tables.collectives_table),
     "scoreboard": Shown(scoreboard.FOLDER / scoreboard.NAME, "scoreboard", scoreboard.summary),  # beside its page
     "throughput": Shown(throughput.NAME, "throughput", tables.throughput_sentence),
+    "folding": Shown(folding.NAME, "folding", tables.folding_table),
+    "calibration": Shown(calibration.NAME, "calibration", tables.calibration_table),
 }
 
 
 def write(folder: Path, project: Path) -> list[Path]:
-    """Writes what was measured into README.md and docs/bench; returns the files written.
+    """Writes what was measured into README.md, the guides and docs/bench; returns the files written.
 
     Args:
       folder: of the measurements.
-      project: that holds README.md, and gets docs/bench.
+      project: that holds README.md and docs, and gets docs/bench.
 
     Raises:
       ValueError: see `rewrite`.
     """
-    readme, written = project / "README.md", []
-    if readme.is_file():
-        readme.write_text(rewrite(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
-        written.append(readme)
+    written = pages(project)
+    for page in written:
+        page.write_text(rewrite(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
     if (path := folder / f"{layers.NAME}.jsonl").is_file():
         run, page, figure = results.read_records(path), project / PAGE, project / FIGURE
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(layers_page(run), encoding="utf-8")
         written += [page, layers_figure(run, figure)]
     return written
+
+
+def pages(project: Path) -> list[Path]:
+    """Returns the pages that have blocks: README.md, and guides in docs.
+
+    Args:
+      project: that holds README.md and docs.
+    """
+    candidates = [*project.glob("README.md"), *sorted((project / "docs").glob("*.md"))]
+    return [page for page in candidates if _MARKER in page.read_text(encoding="utf-8")]
 
 
 def rewrite(text: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Measurements as tables in Markdown, for the README and docs/bench.
+"""Measurements as tables in Markdown, for the README, the guides and docs/bench.
 
 Convention: a function takes what `results.read_records` returns, and gives the text of a block. The shapes of README
 tables stay small: geometric means, with the worst row in brackets; every row is in docs/bench.
@@ -7,8 +7,9 @@ tables stay small: geometric means, with the worst row in brackets; every row is
 import math
 from collections.abc import Sequence
 
-from experiments import collectives, throughput, timing
+from experiments import calibration, collectives, throughput, timing
 from experiments.benchmarks import layers, limit, steps
+from experiments.measures import spread
 from experiments.report import markdown
 
 STABLE = "Flax, stable: `use_fast_variance=False`."
@@ -123,6 +124,48 @@ def throughput_sentence(run: dict) -> str:
         f"The training loop trains {faster:.2f} times as many images per second as a plain loop in Flax and Optax over "
         "the same net, and gathering and augmenting the images adds "
         f"{throughput.augmentation(run['records']):.1f} % to a step."
+    )
+
+
+def folding_table(run: dict) -> str:
+    """Returns what folding changes in each net."""
+    lines, settings = [], run["header"]["settings"]
+    for record in run["records"]:
+        lines.append(
+            {
+                "net": f"{record['net']} at width {record['width']:g}, {record['api']}",
+                "batch norms": f"{record['norms']}",
+                "folded": f"{record['folded']}",
+                "difference": _short(f"{record['difference']:.0e}"),
+                "time of an evaluation, after / before": f"{record['after'] / record['before']:.2f}",
+            }
+        )
+    size = settings["image_size"]
+    return (
+        f"{markdown(lines)}\n\nRandom weights, and batches of {settings['batch_size']} images of {size} x {size}, "
+        "float32. Difference: the largest of a logit, over the largest logit in magnitude."
+    )
+
+
+def calibration_table(run: dict) -> str:
+    """Returns the test accuracies by number of images and method, and those without calibration."""
+    lines, uncalibrated, settings = {}, {}, run["header"]["settings"]
+    for record in run["records"]:
+        found = spread(record["accuracies"])
+        if "images" in record:
+            line = lines.setdefault(record["images"], {"images": f"{record['images']:,}"})
+            line[record["statistics"]] = found.text()
+        else:
+            uncalibrated[record["statistics"]] = f"{found.mean:.1f} %"
+    config = settings["config"]
+    return (
+        f"{markdown(list(lines.values()))}\n\nTest accuracy in %, mean ± std over {settings['draws']} draws of the "
+        f"images. The net, `{config['net']}`, was trained for {config['epochs']} epochs on "
+        f"{settings['train_images']:,} images at {config['image_size']} x {config['image_size']} pixels "
+        f"({settings['data']}). Of {settings['test_images']:,} test images it classifies "
+        f"{uncalibrated[calibration.TRAINED]} correctly with the running averages of its training, and "
+        f"{uncalibrated[calibration.WRECKED]} with wrecked ones (means too large by {settings['added_to_means']}, "
+        f"variances {settings['times_variances']} times)."
     )
 
 

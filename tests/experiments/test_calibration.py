@@ -1,14 +1,14 @@
 """The command on calibration: what it wrecks is far off, what it shows is measured, and the nets have their levels."""
 
 import functools
-import re
+import sys
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
-from experiments import calibration, evaluation, models
+from experiments import __main__ as cli
+from experiments import calibration, evaluation, models, results
 from experiments.config import Config
 from jaxbn import _models, _passes, calibrate
 
@@ -18,30 +18,43 @@ IMAGES = np.zeros((2, 16, 16, 3), np.uint8)
 
 
 @pytest.fixture
-def shown(monkeypatch, blobs, tiny):
-    """What a small run prints."""
+def written(monkeypatch, tmp_path, blobs, tiny):
+    """What the command writes of a small run."""
     methods = {"one pass": (calibrate.one_pass, 16), "layer by layer": (calibrate.layer_by_layer, 16)}
     for name, value in {"IMAGES": (32, 64, 1000), "DRAWS": 2, "METHODS": methods}.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration.demo, "choose_data", lambda _: (blobs, "Made up."))
     monkeypatch.setitem(calibration.demo.CONFIGS, "blobs", tiny)
-    console = Console(width=120, record=True)
-    monkeypatch.setattr(calibration, "Console", lambda **_: console)
-    calibration.run(data_dir=None)
-    return console.export_text()
+    monkeypatch.setattr(sys, "argv", f"experiments calibration --out {tmp_path}".split())
+    assert cli.main() == 0
+    return results.read_records(tmp_path / "calibration.jsonl")
 
 
-def test_calibrated_nets_do_what_the_trained_one_did(shown):
-    (trained,), (wrecked,) = (
-        [float(number) for number in re.findall(rf"Test accuracy, {which}: (.*) %", shown)]
-        for which in ("running averages of the training", "wrecked")
-    )
-    rows = [re.findall(r"[\d.,]+", line) for line in shown.splitlines() if "±" in line and "│" in line]
-    assert [row[0] for row in rows] == ["32", "64"]  # there are no 1,000 images
-    assert trained > wrecked + 10
-    means = [float(mean) for mean in rows[-1][1::2]]
-    assert len(means) == len(calibration.METHODS) and min(means) > wrecked + 10
-    assert "made up for tests. Made up." in shown and "over 2 draws" in shown
+def test_calibrated_nets_do_what_the_trained_one_did(written):
+    trained, wrecked, *calibrated = written["records"]
+    assert (trained["statistics"], wrecked["statistics"]) == (calibration.TRAINED, calibration.WRECKED)
+    (level,), (low,) = trained["accuracies"], wrecked["accuracies"]
+    assert level > low + 10
+    labels = [(each["images"], each["statistics"]) for each in calibrated]
+    assert labels == [(n, name) for n in (32, 64) for name in calibration.METHODS]  # there are no 1,000 images
+    assert all(len(each["accuracies"]) == 2 and np.mean(each["accuracies"]) > low + 10 for each in calibrated[-2:])
+
+
+def test_command_says_what_it_learns_and_prints_what_it_has_written(monkeypatch, capsys, tmp_path, blobs):
+    found = [
+        {"statistics": calibration.TRAINED, "accuracies": [50.0]},
+        {"statistics": calibration.WRECKED, "accuracies": [10.0]},
+        {"statistics": "one pass", "images": 30, "accuracies": [48.0, 50.0]},
+    ]
+    monkeypatch.setattr(calibration.demo, "choose_data", lambda _: (blobs, "Made up."))
+    monkeypatch.setitem(calibration.demo.CONFIGS, "blobs", Config())
+    monkeypatch.setattr(calibration, "measure", lambda *_: found)
+    monkeypatch.setattr(sys, "argv", f"experiments calibration --out {tmp_path}".split())
+    assert cli.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "made up for tests. Made up." in printed and "49.0 ± 1.4" in printed
+    settings = results.read_records(tmp_path / "calibration.jsonl")["header"]["settings"]
+    assert (settings["data"], settings["train_images"]) == ("blobs", len(blobs.train_images))
 
 
 def test_wrecked_statistics_are_far_off():

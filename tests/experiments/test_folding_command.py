@@ -1,4 +1,4 @@
-"""The command that folds whole nets: every batch norm goes, the logits stay, and the table says so."""
+"""The command that folds whole nets: every batch norm goes, the logits stay, and the file says so."""
 
 import sys
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as cli
-from experiments import folding
+from experiments import folding, results
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_parameters_of_the_nets_are_not_those_of_a_new_net():
     assert np.std(found["scale"]) > 0.1 and np.std(found["bias"]) > 0.1
 
 
-def test_command_prints_a_line_for_each_net_and_api(monkeypatch, capsys):
+def test_command_writes_a_record_for_each_net_and_api_and_prints_them(monkeypatch, capsys, tmp_path):
     asked = []
 
     def measure(net, api, *, width, images, rounds):
@@ -63,13 +63,16 @@ def test_command_prints_a_line_for_each_net_and_api(monkeypatch, capsys):
         return folding.Folded(norms=19, folded=18, difference=1.23e-7, before=0.5, after=0.4)
 
     monkeypatch.setattr(folding, "measure", measure)
-    monkeypatch.setattr(sys, "argv", "experiments folding --batch-size 2 --inception-width 0.125 --rounds 3".split())
+    command = f"experiments folding --batch-size 2 --inception-width 0.125 --rounds 3 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", command.split())
     assert cli.main() == 0
     widths = {"ResNet-20": 1.0, "Inception": 0.125}
     assert asked == [(net, api, widths[net], (2, 32, 32, 3), 3) for net in BATCH_NORMS for api in APIS]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "width" in line]
-    assert [line.split("│")[1].strip() for line in lines] == [
-        f"{net}, width {widths[net]:g}, {api}" for net in BATCH_NORMS for api in APIS
+    found = results.read_records(tmp_path / "folding.jsonl")
+    assert found["header"]["settings"] == {"batch_size": 2, "image_size": 32, "widths": widths, "rounds": 3}
+    same = {"norms": 19, "folded": 18, "difference": 1.23e-7, "before": 0.5, "after": 0.4}
+    assert found["records"] == [
+        {"net": net, "api": api, "width": widths[net], **same} for net in BATCH_NORMS for api in APIS
     ]
-    for line in lines:
-        assert [cell.strip() for cell in line.split("│")[2:-1]] == ["19", "18", "1.2e-07", "500.0", "400.0", "0.80"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " at width " in line]
+    assert [line[-4:] for line in lines] == 4 * [["19", "18", "1e-7", "0.80"]]

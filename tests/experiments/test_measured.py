@@ -1,4 +1,4 @@
-"""Blocks of the README: made from the files of measurements alone, and the committed ones are what the files give."""
+"""Blocks of pages: made from the files of measurements alone, and the committed ones are what the files give."""
 
 import re
 
@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from experiments import __main__ as cli
-from experiments import collectives, measured, results, tables, throughput
+from experiments import calibration, collectives, measured, results, tables, throughput
 from experiments.__main__ import MEASUREMENTS, PROJECT
 
-README = PROJECT / "README.md"
+PAGES = measured.pages(PROJECT)
 HEADER = {
     "settings": {
         "rounds": 7,
@@ -98,17 +98,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_committed_readme_shows_what_was_measured():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_committed_page_shows_what_was_measured(page):
+    text = page.read_text(encoding="utf-8")
     assert measured.rewrite(text, MEASUREMENTS) == text, "run `python -m experiments table` and commit the file"
 
 
 @pytest.mark.parametrize("name", measured.BLOCKS)
-def test_committed_readme_has_every_block(name):
-    assert README.read_text(encoding="utf-8").count(f"<!-- measured: {name} -->") == 1
+def test_every_block_is_on_one_page(name):
+    assert sum(page.read_text(encoding="utf-8").count(f"<!-- measured: {name} -->") for page in PAGES) == 1
 
 
-def test_committed_page_and_figure_show_what_was_measured():
+def test_committed_rows_and_figure_show_what_was_measured():
     run = results.read_records(MEASUREMENTS / "bench-layers.jsonl")
     hint = "run `python -m experiments table` and commit the files"
     assert (PROJECT / measured.PAGE).read_text(encoding="utf-8") == measured.layers_page(run), hint
@@ -154,7 +155,7 @@ def test_block_that_cannot_be_made_is_an_error_that_says_what_to_do(folder, text
         measured.rewrite(text, folder)
 
 
-def test_what_was_measured_is_printed_as_the_readme_shows_it(folder, capsys):
+def test_what_was_measured_is_printed_as_a_page_shows_it(folder, capsys):
     cli._show(["steps"], folder)
     printed = capsys.readouterr().out
     assert "ResNet-20, float32" in printed and "experiments bench --only steps" in " ".join(printed.split())
@@ -166,6 +167,16 @@ def test_page_and_figure_are_written_beside_the_readme(folder):
     assert written == [folder / "README.md", folder / measured.PAGE, folder / measured.FIGURE]
     assert all(path.is_file() for path in written)
     assert "copies large arrays at 5.0 GB/s" in " ".join((folder / measured.PAGE).read_text().split())
+
+
+def test_guide_with_a_block_is_written_and_one_without_is_not(folder):
+    guides = folder / "docs"
+    guides.mkdir()
+    for name, text in (("with.md", "<!-- measured: steps -->\n<!-- end -->\n"), ("without.md", "text\n")):
+        (guides / name).write_text(text)
+    written = measured.write(folder, folder)
+    assert guides / "with.md" in written and guides / "without.md" not in written
+    assert "experiments bench --only steps" in " ".join((guides / "with.md").read_text().split())
 
 
 def test_layers_are_geometric_means_with_the_worst_row():
@@ -238,6 +249,51 @@ def test_throughput_is_a_sentence():
     records = [record("step", throughput.FIT, 1.03, 1.2), record("run", throughput.FIT, 9.0, 1.1)]
     text = tables.throughput_sentence(run_of(records))
     assert "trains 1.10 times as many images" in text and "adds 3.0 % to a step" in text
+
+
+def test_folding_is_told_by_net_and_api():
+    found = {"norms": 54, "folded": 53, "difference": 3.2e-6, "before": 0.5, "after": 0.4}
+    record = {"net": "Inception", "api": "nnx", "width": 0.25, **found}
+    text = tables.folding_table(run_of([record], settings={"batch_size": 50, "image_size": 32}))
+    assert "| Inception at width 0.25, nnx | 54 | 53 | 3e-6 | 0.80 |" in text
+    assert "batches of 50 images of 32 x 32" in text
+
+
+@pytest.fixture
+def calibrated():
+    """Statistics with two accuracies at each number of images, of which the net without calibration has one."""
+    settings = {
+        "config": {"net": "cnn7", "epochs": 4, "image_size": 16},
+        "data": "Images, made up",
+        "train_images": 10_000,
+        "test_images": 2_000,
+        "draws": 2,
+        "added_to_means": 3,
+        "times_variances": 10,
+    }
+    alone = [
+        {"statistics": name, "accuracies": [value]}
+        for name, value in ((calibration.TRAINED, 51.14), (calibration.WRECKED, 10.0))
+    ]
+    records = [
+        {"statistics": name, "images": n, "accuracies": [50.0, value]}
+        for n in (10, 1_000)
+        for name, value in (("one pass", 52.0), ("layer by layer", 50.0))
+    ]
+    return run_of([*alone, *records], settings=settings)
+
+
+def test_accuracies_after_calibration_are_told_by_images_with_their_spread(calibrated):
+    text = tables.calibration_table(calibrated)
+    assert "| images | one pass | layer by layer |" in text and "over 2 draws" in text
+    assert "| 10 | 51.0 ± 1.4 | 50.0 ± 0.0 |" in text and "| 1,000 | 51.0 ± 1.4 | 50.0 ± 0.0 |" in text
+
+
+def test_accuracies_without_calibration_are_told_in_words(calibrated):
+    text = tables.calibration_table(calibrated)
+    assert "for 4 epochs on 10,000 images at 16 x 16 pixels (Images, made up)" in text
+    assert "51.1 % correctly with the running averages" in text and "10.0 % with wrecked ones" in text
+    assert "means too large by 3, variances 10 times" in text
 
 
 def test_errors_are_told_by_mean():

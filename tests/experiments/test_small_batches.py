@@ -1,7 +1,10 @@
-"""The conclusions of the study small_batches, on made-up runs."""
+"""The conclusions of the study small_batches, on made-up runs; and what the guide says of the committed ones."""
 
 import pytest
 
+from experiments import results as files
+from experiments.__main__ import PROJECT, RESULTS
+from experiments.measures import gains
 from experiments.studies import small_batches
 from experiments.studies.small_batches import ARMS, SIZES, plot, runs, summary, table
 
@@ -90,3 +93,21 @@ def test_batch_renorm_has_the_published_momentum(preset):
 
 def test_every_arm_has_every_size():
     assert len(runs("small")) == len(ARMS) * len(SIZES) == 30
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return files.read_study(RESULTS, "small_batches", "small")
+
+
+@pytest.mark.parametrize("field", ["sync", "renorm", "batch_change"])
+def test_guide_quotes_the_committed_results(committed, field):
+    guide = " ".join((PROJECT / "docs" / "small_batches.md").read_text(encoding="utf-8").split())
+    assert guide.count(summary(committed)[field]) == 1
+
+
+def test_sizes_at_which_the_guide_says_who_is_behind_are_those_of_the_committed_results(committed):
+    for arm in ("renorm", "group"):
+        behind = [size for size in SIZES if gains(committed, f"{arm}-{size}", f"batch-{size}").mean() < 0]
+        assert behind == [size for size in SIZES if size >= 4], arm
+    assert gains(committed, "group-2", "group-32").mean() > 0
