@@ -51,6 +51,10 @@ def python_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def text_blocks(page):
+    return re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def parameters(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
@@ -121,11 +125,20 @@ def test_the_nnx_layer_documents_its_arguments_in_their_order():
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=page.name, marks=() if page == README else pytest.mark.slow) for page in PAGES]
 )
-def test_examples_of_a_page_run(page):
+def test_examples_of_a_page_run_and_print_what_it_shows(page, capsys):
     assert python_blocks(page)
     scope = {"__name__": page.stem}
     for block in python_blocks(page):  # in one scope: a later block may use what an earlier one made
         exec(compile(block, page.name, "exec"), scope)
+    printed = capsys.readouterr().out
+    assert all(shown in printed for shown in text_blocks(page)), printed
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
+def test_the_error_that_the_readme_shows_is_the_one_that_is_raised():
+    (shown,) = re.findall(r"\*\*It says what is wrong\*\*: `(.*?)`", README.read_text(), re.DOTALL)
+    with pytest.raises(ValueError, match=re.escape(" ".join(shown.split())) + "$"):
+        jaxbn.moments(jnp.ones((8, 4, 4, 3)), mask=jnp.ones(8, bool))
 
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
