@@ -120,6 +120,7 @@ def test_training_uses_the_method(front_end, method):
     np.testing.assert_allclose(y, expected, rtol=0, atol=16 * np.finfo(np.float32).eps * abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_vmap_over_models_gives_each_model_alone(front_end, method):

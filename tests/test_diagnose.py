@@ -435,6 +435,7 @@ def test_a_layer_whose_scales_are_all_zero_is_not_called_dead():
     assert names(diagnose(nn.BatchNorm(True), state, [normal(64, 3, seed=k) for k in range(9)])) == []
 
 
+@pytest.mark.slow
 def test_dead_features_do_not_hide_a_shift_behind_them():
     net = nn.Sequential(
         [nn.BatchNorm(True), nn.Dense(3, kernel_init=nn.initializers.constant(0.5)), nn.BatchNorm(True)]

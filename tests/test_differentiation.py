@@ -132,6 +132,7 @@ def test_forward_modes_give_the_directional_derivative(mode, mask, mean):
     np.testing.assert_allclose(differentiate(mode, primals, V, mask), sum(t.sum() for t in terms), atol=error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_forward_over_forward_is_the_hessian_between_two_directions(mean):
     np.testing.assert_allclose(computed, sum(t.sum() for t in terms), atol=error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
 @pytest.mark.parametrize("mode", [grad, grad_of_remat, forward_over_reverse, reverse_over_reverse])
 def test_half_precision_is_differentiated_as_the_same_numbers_in_float32(mode, mask):

@@ -383,6 +383,7 @@ def test_layers_with_one_kernel_between_them_are_refused():
         surgery.fold(Net(), None, inputs("dense"))
 
 
+@pytest.mark.slow
 def test_a_batch_norm_in_a_loop_is_refused():
     class Block(nn.Module):
         @nn.compact
@@ -402,6 +403,7 @@ def test_a_batch_norm_in_a_loop_is_refused():
         surgery.fold(Net(), Net().init(jax.random.key(0), x), x)
 
 
+@pytest.mark.slow
 def test_a_batch_norm_under_vmap_is_refused():
     class Net(nn.Module):
         @nn.compact

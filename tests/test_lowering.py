@@ -123,6 +123,7 @@ def program(net, step):
     return flat, leaves, jax.export.export(flat, platforms=PLATFORMS)(*leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["train", "eval"])
 @pytest.mark.parametrize("net", NETS)
 def test_a_step_lowers_for_cpu_gpu_and_tpu(net, step):
@@ -130,6 +131,7 @@ def test_a_step_lowers_for_cpu_gpu_and_tpu(net, step):
     assert exported.platforms == PLATFORMS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["train", "eval"])
 @pytest.mark.parametrize("net", NETS)
 def test_a_lowered_step_calls_no_code_of_one_platform(net, step):
@@ -159,6 +161,7 @@ def test_a_lowered_step_gives_what_the_jitted_step_gives(net, step):
     chex.assert_trees_all_close(exported.call(*leaves), flat(*leaves), rtol=0, atol=16 * 10 * np.finfo(np.float32).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_can_be_exported_for_batches_of_any_size(dtype):
     def loss(scale, x):

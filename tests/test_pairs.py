@@ -80,6 +80,7 @@ def test_sums_are_those_of_numpy(shape, reduced):
         chex.assert_trees_all_equal(add(a, b, reduced), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "reduced"), LAYOUTS)
 @pytest.mark.parametrize("function", [pair_broadcast, broadcast_each])
 def test_broadcasts_are_those_of_numpy(function, shape, reduced):
@@ -170,6 +171,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives_are_those_of_plain_sums_and_broadcasts(name):
     differentiate = DERIVATIVES[name]
@@ -178,6 +180,7 @@ def test_derivatives_are_those_of_plain_sums_and_broadcasts(name):
     chex.assert_trees_all_equal(jax.jit(lambda: differentiate(energy))(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0), (1, 1), (1, 0), (1, None), (None, 0)])
 def test_vmap_equals_one_after_the_other(axes):
     def results(a, b, add=pair_sum, loss=energy):
@@ -213,6 +216,7 @@ def share(a, b, c, add=pair_sum, broadcast=pair_broadcast):
     return (p * a + 2 * q * a * a).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_over_devices_are_those_on_one(check_vma):
     a, b, c = numbers(EXAMPLES, (2, *EXAMPLES[1:]), EXAMPLES[-1:])

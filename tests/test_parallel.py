@@ -133,8 +133,8 @@ WITH_DEVICES = {
     "vmap": parallel.under_vmap,
 }
 MATRIX = [(api, case) for case in CASES for api in WITHOUT_DEVICES if CASES[case][0].under_jit is not None]
-# These two take the ways through the library that other rows take, too.
-SLOW = {api: [pytest.mark.slow] for api in ("shard_map, Explicit", "pmap")}
+# These take the ways through the library that other rows take, too.
+SLOW = {api: [pytest.mark.slow] for api in ("shard_map, unchecked", "shard_map, Explicit", "pmap")}
 MATRIX += [pytest.param(api, case, marks=SLOW.get(api, [])) for case in CASES for api in WITH_DEVICES]
 
 

@@ -170,6 +170,7 @@ def test_moments_of_no_values_are_an_identity_whatever_mean_they_name():
     chex.assert_trees_all_equal(combine(some, nothing), some)
 
 
+@pytest.mark.slow
 @laws
 @given(sizes, seeds, means)
 def test_pool_equals_folding_combine(sizes, seed, mean):

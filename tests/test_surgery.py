@@ -348,6 +348,7 @@ def test_fixed_affine_layers_have_no_parameters(framework):
         assert set(done.variables["batch_stats"]["first"]) == {"scale", "bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_and_bias", [True, False])
 def test_masked_leaves_are_neither_updated_nor_decayed(scale_and_bias):
     net, variables = linen_net()
@@ -365,6 +366,7 @@ def test_masked_leaves_are_neither_updated_nor_decayed(scale_and_bias):
     assert all(jax.tree.leaves(moved["params"]["conv"])) and all(jax.tree.leaves(moved["params"]["second"]))
 
 
+@pytest.mark.slow
 def test_the_mask_fits_an_nnx_optimizer():
     net, _ = nnx_net()
     done = surgery.freeze(net, None, X, layers="again/first")
@@ -544,6 +546,7 @@ class Layers(nn.Module):
         return loop(name="blocks")(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["freeze", "replace", "to_affine"])
 def test_layers_in_a_loop_are_exchanged_as_any_other(operation):
     done = OPERATIONS[operation](Layers(), Layers().init(jax.random.key(0), X), X)

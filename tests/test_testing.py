@@ -144,6 +144,7 @@ def test_our_batch_norm_keeps_the_law(name, law):
     check_batch_norm(OURS[name], [law])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ABOUT_STATISTICS)
 @pytest.mark.parametrize("options", [{"debias": True}, {"unbiased": True}, {"momentum": None, "debias": True}], ids=str)
 def test_the_options_of_our_running_statistics_keep_the_law(options, law):
@@ -173,6 +174,7 @@ def test_every_law_has_a_mutant_that_breaks_it():
     assert list(mutants.BROKEN_BY) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "mutant"), [(law, mutant) for law, found in mutants.BROKEN_BY.items() for mutant in found]
 )
@@ -207,6 +209,7 @@ def numpy_adapter():
     return in_numpy(FUNCTION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", laws_for(in_numpy(FUNCTION)), ids=lambda law: law.name)
 def test_an_implementation_that_is_not_made_of_jax_can_be_judged(numpy_adapter, law):
     check_batch_norm(numpy_adapter, [law])
@@ -387,6 +390,7 @@ def test_training_that_changes_the_state_it_was_given_is_said(numpy_adapter):
     assert finding.detail == "train changed the running statistics of the state it was given; return a new state"
 
 
+@pytest.mark.slow
 def test_laws_leave_no_trace_in_the_configuration():
     check_batch_norm(FUNCTION, ["dtypes_are_stable"])
     assert not jax.config.jax_enable_x64

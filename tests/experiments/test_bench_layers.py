@@ -33,6 +33,7 @@ def arm_called(name):
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("activation", arms.ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{len(shape)}-D")

@@ -23,6 +23,7 @@ def lowered(request):
     return step.lower().as_text(), {"float32": "f32", "bfloat16": "bf16"}[request.param]
 
 
+@pytest.mark.slow
 def test_convolutions_work_in_the_dtype_of_the_images(lowered):
     text, dtype = lowered
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
@@ -87,6 +88,7 @@ def test_pieces_are_both_nets_in_every_dtype_as_often_as_there_are_processes():
     ]
 
 
+@pytest.mark.slow
 def test_pieces_are_measured_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(steps, "measure", process_of)
     settings = Settings(step_processes=2)

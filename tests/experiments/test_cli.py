@@ -48,6 +48,7 @@ def test_every_command_has_help(monkeypatch, capsys, command):
     assert exit.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_reader_that_has_seen_enough_is_no_error():
     listed = start("list")
     listed.stdout.close()

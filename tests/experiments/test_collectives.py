@@ -57,6 +57,7 @@ def test_a_branch_is_not_counted_among_what_every_step_executes():
     assert executed_bytes(hlo.collectives(PROGRAM)) == 28 + 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "masked"), [("jit", False), *((api, True) for api in RECIPES if api != "vmap")])
 def test_a_forward_pass_executes_one_collective_and_the_backward_pass_one_more(api, masked):
     assert executed_and_rare(api, masked=masked) == [1, 1]

@@ -134,6 +134,7 @@ def still(n):
     return dict(mirrored=jnp.zeros(n, bool), shear=jnp.zeros(n), zoom=jnp.ones((n, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [8, 5])
 @pytest.mark.parametrize("largest_shear", [0.2, 20.0])
 def test_resampling_equals_the_reference_pixel_by_pixel(largest_shear, height):
@@ -227,6 +228,7 @@ def test_augmentation_depends_on_the_key_alone():
     assert (first != other).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_augmentation_keeps_shape_and_dtype(dtype):
     images = random_images(height=8, width=12).astype(dtype)

@@ -149,6 +149,7 @@ def test_the_norms_of_inception_have_no_scale(norm):
     assert not any(path[-1].key == "scale" for path, _ in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("width", [0.01, 0.3, 2.0])
 def test_every_width_builds_with_every_norm(width, norm):

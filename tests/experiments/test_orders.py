@@ -22,6 +22,7 @@ def compiled(name, batch_size):
     return jax.jit(functools.partial(orders.ORDERS[name], num_classes=6, batch_size=batch_size))
 
 
+@pytest.mark.slow
 @every_order
 def test_an_epoch_holds_every_image_once(name):
     made = order(name, labels=LABELS[:113])
@@ -29,6 +30,7 @@ def test_an_epoch_holds_every_image_once(name):
     assert sorted(made.tolist()) == list(range(113))
 
 
+@pytest.mark.slow
 @every_order
 def test_the_order_depends_on_the_key_and_the_epoch_alone(name):
     assert order(name).tolist() == order(name).tolist()
@@ -51,6 +53,7 @@ def test_every_batch_has_as_many_images_of_each_class_in_a_half_of_them(batch_si
     assert len({tuple(np.unique(batch)) for batch in batches}) > 3
 
 
+@pytest.mark.slow
 def test_classes_of_other_sizes_keep_the_batches_pure_until_the_smallest_ends():
     labels = jnp.asarray(
         np.random.RandomState(1).permutation(np.repeat(np.arange(6), [20, 31, 40, 26, 22, 23])), jnp.int32

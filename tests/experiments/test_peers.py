@@ -12,13 +12,15 @@ from experiments.peers import LIBRARIES, OURS, PEERS
 from jaxbn.testing import LAWS, check_batch_norm, judge
 
 # What any batch norm keeps; an adapter that transposes, masks or converts wrongly breaks one of them.
-FAST = (
+KEPT = (
     "output_equals_oracle",
+    "evaluation_equals_oracle",
     "gradients_equal_oracle",
     "running_statistics_equal_oracle",
+    "low_precision",
     "statistics_of_masked_data",
+    "split_over_devices",
 )
-SLOW = "evaluation_equals_oracle", "low_precision", "split_over_devices"
 NOT_KEPT = {("equinox", "running_statistics_equal_oracle"), ("equinox", "low_precision")}
 
 
@@ -35,7 +37,8 @@ def forgotten(monkeypatch, peer):
     del sys.modules[f"{peers.__name__}.{peer}"]
 
 
-@pytest.mark.parametrize("law", [*FAST, *(pytest.param(law, marks=pytest.mark.slow) for law in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("law", KEPT)
 @pytest.mark.parametrize("peer", PEERS)
 def test_adapter_shows_what_any_batch_norm_keeps(peer, law):
     adapter = adapter_of(peer)

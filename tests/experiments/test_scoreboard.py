@@ -83,6 +83,7 @@ def test_known_fault_is_in_the_committed_file(committed, peer, law):
     assert outcomes[peer, law] == "broken"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_fault_shows_without_this_library_as_the_readme_says(committed, path):
     if path not in scoreboard.fault_scripts():
@@ -98,6 +99,7 @@ def test_every_failure_has_the_line_that_repeats_it(committed):
         assert (command in text) == (line["outcome"] == "broken")
 
 
+@pytest.mark.slow
 def test_peer_is_judged_in_a_process_of_its_own():
     asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
     found = scoreboard.judge("flax-linen", asked)
@@ -139,6 +141,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
     assert {line["detail"] for line in found} == {ending}
 
 
+@pytest.mark.slow
 def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
     (found,) = scoreboard.judge("nobody", [LAW])  # nobody is no peer
     assert found["outcome"] == "could not be made" and found["detail"].endswith("KeyError: 'nobody'")

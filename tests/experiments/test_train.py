@@ -127,6 +127,7 @@ def test_images_are_mirrored_in_training_where_that_keeps_their_class(tiny, monk
     assert flips == [flip]
 
 
+@pytest.mark.slow
 def test_there_is_a_row_at_every_evaluation(tiny, blobs):
     rows = fit(tiny.replace(evaluations=2), blobs).rows
     assert [(row["step"], row["epoch"]) for row in rows] == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0)]
@@ -137,6 +138,7 @@ def test_training_learns(tiny, blobs):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
 
 
+@pytest.mark.slow
 def test_every_test_image_counts_once(tiny, blobs):
     trained = fit(tiny, blobs)
     logits = models.build(tiny, 4).apply(trained.variables, blobs.test_images / np.float32(255), train=False)
@@ -220,6 +222,7 @@ def test_run_continues_on_another_number_of_devices(tmp_path, tiny, blobs, small
     assert_same_curve(resumed.rows, straight.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops", "checkpoint_steps"),
     [pytest.param((4,), 500, id="at a row"), pytest.param((2, 6), 1, id="twice"), pytest.param((7,), 3, id="later")],
@@ -263,6 +266,7 @@ def test_continued_run_reports_the_rows_it_already_has(tmp_path, tiny, blobs):
     assert [(progress.step, progress.row) for progress in again] == [(8, rows[-1])]
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint_is_passed_over(tmp_path, tiny, blobs):
     straight = fit(tiny, blobs)
     with pytest.raises(Stop):

@@ -55,6 +55,7 @@ def moved(request):
     return Moved(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_last_layer_is_new(moved, tuning):
     jax.tree.map(
@@ -97,6 +98,7 @@ def test_other_batch_norms_do_the_same_in_training_and_in_evaluation(moved, tuni
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.slow
 def test_affine_maps_learn_and_frozen_batch_norms_do_not(moved):
     def names(tree):
         return {path[-1].key for path, _ in jax.tree.leaves_with_path(tree)}
