@@ -10,7 +10,10 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("The experiments need more than the library: run make demo, which sets up .venv, or pip install '.[dev]'.")
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.config import Config

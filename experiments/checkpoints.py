@@ -90,7 +90,8 @@ def load(folder: Path) -> tuple[Config, dict]:
     """
     handlers = {"progress": ocp.JsonCheckpointHandler(), "state": ocp.StandardCheckpointHandler()}
     if not _holds_checkpoints(folder):
-        places = (folder.parent, folder / "result.checkpoint", folder.with_suffix(".checkpoint"))
+        here = folder.absolute()
+        places = (here.parent, here / "result.checkpoint", here.parent / f"{here.stem}.checkpoint")
         near = next((place for place in places if _holds_checkpoints(place)), None)
         raise ValueError(
             f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint` names in the end, or "

@@ -44,6 +44,7 @@ class Folded(NamedTuple):
       difference: largest difference of a logit, over the largest logit in magnitude.
       before: median seconds of an evaluation before.
       after: median seconds of an evaluation after.
+      ratio: of the seconds after and before, within the rounds, as `timing.quartiles` returns it.
     """
 
     norms: int
@@ -51,6 +52,7 @@ class Folded(NamedTuple):
     difference: float
     before: float
     after: float
+    ratio: dict[str, float]
 
 
 class Pair(NamedTuple):
@@ -88,10 +90,10 @@ def difference(before: jax.Array, after: jax.Array) -> float:
     return float(abs(after - before).max() / abs(before).max())
 
 
-def seconds(pair: Pair, images: jax.Array, rounds: int) -> tuple[float, float]:
-    """Returns the median seconds of an evaluation of the images before and after, `rounds` of each in turns."""
+def timings(pair: Pair, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
+    """Returns the seconds of evaluations of the images before and after, `rounds` of each in turns."""
     calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
-    return tuple(statistics.median(values) for values in timing.time_calls(calls, rounds).values())
+    return tuple(timing.time_calls(calls, rounds).values())
 
 
 def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int) -> Folded:
@@ -109,7 +111,9 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     """
     pair = fold(*_net(net, api, width, images), images)
     changed = difference(pair.before(images), pair.after(images))
-    return Folded(pair.norms, pair.folded, changed, *seconds(pair, images, rounds))
+    before, after = timings(pair, images, rounds)
+    medians = statistics.median(before), statistics.median(after)
+    return Folded(pair.norms, pair.folded, changed, *medians, timing.ratio(after, before))
 
 
 def run(*, batch_size: int, inception_width: float, rounds: int, out: Path) -> None:

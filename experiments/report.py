@@ -23,7 +23,7 @@ came out, a bound was missed, or the seeds differ too much to tell.
 
 `python -m experiments list` names the studies, `run` trains what has no result yet (it continues after an
 interruption), `plot` draws the figures, `train` trains a single net of your choice, and `demo` shows batch norm at work
-within two minutes.
+within two minutes. `make demo` sets up the Python for it, `.venv/bin/python`.
 """
 
 

@@ -1,4 +1,12 @@
-"""Batch normalisation for JAX and Flax: pure functions over explicit statistics, and two thin layers."""
+"""Batch normalisation for JAX and Flax: pure functions over explicit statistics, and two thin layers.
+
+The layers and the tools are modules: jaxbn.linen, jaxbn.nnx, jaxbn.calibrate, jaxbn.surgery, jaxbn.diagnose,
+jaxbn.interop and jaxbn.testing.  Each is imported where it is used first.
+"""
+
+import importlib
+import importlib.metadata
+from typing import Any
 
 from jaxbn.functional import affine, batch_norm, batch_normalize, normalize
 from jaxbn.padding import pad_batch
@@ -22,3 +30,14 @@ __all__ = [
     "pad_batch",
     "update_stats",
 ]
+_MODULES = ("calibrate", "diagnose", "interop", "linen", "nnx", "surgery", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a module of the library when it is named first: ``import jaxbn`` alone does not load Flax."""
+    if name in _MODULES:
+        return importlib.import_module(f"jaxbn.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("jaxbn")
+    hint = "; the layers are jaxbn.linen.BatchNorm and jaxbn.nnx.BatchNorm" if name == "BatchNorm" else ""
+    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}{hint}")

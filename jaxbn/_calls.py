@@ -1,6 +1,7 @@
 """Any linen or nnx model, run with the calls of its layers intercepted.
 
-``call(module, batch)`` says how the model is called, as in :mod:`jaxbn.calibrate`.
+``call(module, batch)`` says how the model is called, as in :mod:`jaxbn.calibrate`.  Edited linen models
+(:mod:`jaxbn._exchange`) intercept calls too, and what is under way here keeps the two apart.
 """
 
 import functools
@@ -85,6 +86,11 @@ def exchanging(layer: Any, path: str) -> list[int]:
 
 def call_model(model: Any, batch: Any) -> Any:
     """Returns ``model(batch)``: how a model is called if nothing else is said."""
+    if not callable(model):
+        raise ValueError(
+            f"{type(model).__name__} has no __call__; say with call= which method evaluates a batch, as in "
+            "call=lambda module, batch: module.forward(batch)."
+        )
     try:
         inspect.signature(model).bind(batch)
     except TypeError as error:
@@ -135,9 +141,10 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
         return run_either(model, batch, call, handled, kinds)
     except (TypeError, LookupError, AttributeError) as error:
         if not isinstance(batch, jax.Array | np.ndarray):
+            part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
             error.add_note(
-                f"jaxbn called the model on a batch that is a {type(batch).__name__}, not an array; if the model takes "
-                "a part of it, say so with call=, as in call=lambda module, batch: module(batch[0])."
+                f"A batch is a {type(batch).__name__} here, and not an array. Where the model takes a part of it, "
+                f"call= says which, as in call=lambda module, batch: module({part})."
             )
         raise
 
@@ -157,9 +164,17 @@ def _run_linen(model, batch, call, handled, kinds):
     collection = f"intercepted_{next(_RUN)}"
     # Whatever else a model writes in evaluation it may; some tell from batch_stats whether to train.
     mutable = DenyList(("batch_stats", f"not_{collection}"))
+    given, was_called = None, False
+
+    def call_given(module, batch):
+        nonlocal given
+        given = module
+        return call(module, batch)
 
     def intercept(proceed, args, kwargs, context):
+        nonlocal was_called
         layer = context.module
+        was_called = was_called or _is_in(layer, given)
         if context.method_name != "__call__" or not is_one_of(layer, kinds):
             return proceed(*args, **kwargs)
         path = "/".join(layer.path)
@@ -167,11 +182,13 @@ def _run_linen(model, batch, call, handled, kinds):
             return proceed(*args, **kwargs)
         y, record = handled(path, layer.get_variable(collection, "calls", ()), layer, args, kwargs, proceed)
         if record is not None and not layer.sow(collection, "calls", record):
-            raise _in_a_loop(path)
+            raise _in_a_loop(path) if was_called else _called_another(given)
         return y
 
     with flax.linen.intercept_methods(intercept):
-        y, recorded = model.definition.apply(model.arrays, batch, method=call, mutable=mutable)
+        y, recorded = model.definition.apply(model.arrays, batch, method=call_given, mutable=mutable)
+    if not was_called:
+        raise _called_another(given)
     calls = flatten_dict(recorded.get(collection, {}))
     return y, {"/".join(path): records for (*path, _), records in calls.items()}
 
@@ -199,6 +216,22 @@ def _intercepted_class(cls, path, handled):
         return y
 
     return type(cls.__name__, (cls,), {"__call__": __call__})
+
+
+def _is_in(layer, model):
+    """Says whether a bound linen module is another one, or a part of it."""
+    while isinstance(layer, flax.linen.Module):
+        if layer is model:
+            return True
+        layer = layer.parent
+    return False
+
+
+def _called_another(model):
+    return ValueError(
+        f"call did not call the {type(model).__name__} that it was given; accepted is a function of that module and a "
+        "batch, as in call=lambda module, batch: module(batch, train=False), not one that calls model.apply itself."
+    )
 
 
 def _in_a_loop(path):

@@ -1,6 +1,7 @@
 """What the public functions accept, and what they say when given something else.
 
-Every check reads static facts (shapes, dtypes, Python numbers), so it costs nothing in a compiled step.
+Every check reads static facts (shapes, dtypes), and values where they are known before the program runs, so it costs
+nothing in a compiled step.
 Each message says what was given, what is accepted, and what to do.
 """
 
@@ -103,7 +104,11 @@ def momentum(value: ArrayLike | None) -> None:
 def at_least(name: str, value: ArrayLike, least: float) -> None:
     """Refuses a value below ``least``; values known only at run time pass."""
     if _known(name, value, lambda value: not (value >= least).all()):
-        raise ValueError(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more.")
+        raise _too_small(name, value, least)
+
+
+def _too_small(name, value, least):
+    return ValueError(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more.")
 
 
 def whole(name: str, value: Any, *, least: int) -> int:
@@ -111,9 +116,29 @@ def whole(name: str, value: Any, *, least: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; an integer is accepted; pass one.") from None
-    at_least(name, number, least)
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; an integer is accepted; pass one.") from None
+    if number < least:
+        raise _too_small(name, number, least)
     return number
+
+
+def boolean(name: str, value: Any) -> None:
+    """Refuses a number in the place of a flag."""
+    if not isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
+        raise ValueError(
+            f"{name}={value!r} is a {type(value).__name__}; accepted are True and False; the number of features is "
+            "taken from the input, and is no argument of the linen layer."
+        )
+
+
+def has_steps(present: bool, path: str) -> None:
+    """Refuses running statistics that do not say how many batches are behind them, to a layer that counts."""
+    if not present:
+        raise ValueError(
+            f"the statistics of {path or 'the layer'} have no 'steps', the number of batches behind them, which "
+            "debias=True and momentum=None count on from; add it beside 'mean', int32 and of the same shape, or let "
+            "jaxbn.surgery.replace(..., steps=...) do that."
+        )
 
 
 def statistics(stats: Any, accepted: tuple[type, ...]) -> None:
@@ -133,12 +158,19 @@ def method(value: Any) -> None:
     )
     if not callable(value):
         raise ValueError(f"method={value!r} is a {type(value).__name__}; accepted is a function; {remedy}")
+    function = getattr(value, "func", value)  # of functools.partial
     names = ("axis", "epsilon", "axis_name", "axis_index_groups", "mask", "stats")
     try:
+        inspect.signature(function)
+    except ValueError:  # a compiled function may not say what it takes
+        return
+    try:
         inspect.signature(value).bind("x", "scale", "bias", **dict.fromkeys(names))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # the latter where a partial binds an option that the function lacks
+        bound = sorted(getattr(value, "keywords", {}))
+        why = error if isinstance(error, TypeError) else f"{bound} are not all options of it"
         raise ValueError(
-            f"method={getattr(value, '__name__', value)} cannot be called as batch_normalize is: {error}; {remedy}"
+            f"method={getattr(function, '__name__', value)} cannot be called as batch_normalize is: {why}; {remedy}"
         ) from None
 
 
@@ -153,7 +185,10 @@ def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: 
 
 
 def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """Returns the mask as booleans with as many axes as ``x``; refuses weights and shapes that do not broadcast."""
+    """Returns the mask as booleans with as many axes as ``x``; refuses weights, and shapes that do not broadcast.
+
+    Integers other than 0 and 1 are refused where they are known before the program runs.
+    """
     if value is None:
         return None
     value = value if isinstance(value, jax.Array) else np.asarray(value)
@@ -188,7 +223,7 @@ def _mask_hint(mask_shape, shape):
 
 
 def inexact(**dtypes: Any) -> None:
-    """Refuses dtypes that cannot hold results, parameters or statistics; None is what inputs and parameters give."""
+    """Refuses dtypes that cannot hold results, parameters or statistics; None is a default."""
     for name, dtype in dtypes.items():
         if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
@@ -236,6 +271,8 @@ def _known(name: str, value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> 
     """Returns whether ``value`` is known before the program runs, and wrong; refuses what is no number at all."""
     try:
         known = np.asarray(value)
+    except ValueError:  # a ragged list
+        known = np.asarray(None)
     except (jax.errors.TracerArrayConversionError, RuntimeError):  # the latter of an array on several machines
         return False
     if not jnp.issubdtype(known.dtype, jnp.number):

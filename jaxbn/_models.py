@@ -53,7 +53,8 @@ def split(model: Any, variables: Mapping | None) -> Model:
         given = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
             f"variables of a linen model with batch norm have the collection 'batch_stats', but {given} was given; "
-            "pass what model.init returns, or {'params': params, 'batch_stats': batch_stats}."
+            "pass what model.init returns, or {'params': params, 'batch_stats': batch_stats}; "
+            "for a model without batch norm there is nothing to do."
         )
     return Model(model, unfreeze({**variables}))
 

@@ -40,6 +40,12 @@ class Surgery(NamedTuple):
     difference: float
     scale: float
 
+    def __repr__(self) -> str:
+        """Returns it without the model and the variables, which are long."""
+        return (
+            f"Surgery(layers={self.layers}, kept={self.kept}, difference={self.difference:.1e}, scale={self.scale:.1e})"
+        )
+
 
 def find_batch_norms(
     model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Evaluate

@@ -165,7 +165,7 @@ def opened(batches):
         given = "a dict" if isinstance(batches, Mapping) else f"an array of shape {batches.shape}"
         raise ValueError(
             f"batches is {given}, which looks like a single batch; accepted are an iterable of batches, and a function "
-            "that returns one; pass [batch]."
+            "that returns one; pass [batch], or list(batches) where its first axis is that of the batches."
         )
     if not isinstance(batches, Iterable) and not callable(batches):
         raise ValueError(

@@ -18,7 +18,7 @@ from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, Measured, fill, is_narrow, measure, widen
 from jaxbn._pairs import broadcast, pair_broadcast
-from jaxbn.stats import KINDS, AnyStats, Moments, Stats, round_mean, update_stats
+from jaxbn.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean, update_stats
 
 
 class Method(Protocol):
@@ -190,7 +190,7 @@ def batch_norm(
       Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
     x, axes, _ = _checks.inputs(x, axis)
-    _checks.statistics(stats, KINDS)
+    _checks.statistics(stats, STATS_TYPES)
     _checks.method(method)
     _checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     _checks.momentum(momentum)

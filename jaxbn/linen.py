@@ -124,6 +124,7 @@ class BatchNorm(nn.Module):
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        _checks.boolean("use_running_average", use_running_average)
         _checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
@@ -137,6 +138,8 @@ class BatchNorm(nn.Module):
         def start(name):
             return to_variables(init_stats(features, **options, dtype=stats_dtype))[name]
 
+        if options["counted"] and self.has_variable("batch_stats", "mean"):
+            _checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
         variables = {name: self.variable("batch_stats", name, start, name) for name in variable_names(**options)}
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None

@@ -113,7 +113,7 @@ class BatchNorm(nnx.Module):
         accumulate: int = 1,
     ):
         _checks.inexact(dtype=dtype, param_dtype=param_dtype)
-        features = (num_features,)
+        features = (_checks.whole("num_features", num_features, least=0),)
         start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(start).items():
             setattr(self, name, nnx.BatchStat(value))
@@ -245,6 +245,7 @@ class Affine(nnx.Module):
         fixed: bool = False,
     ):
         _checks.inexact(dtype=dtype, param_dtype=param_dtype)
+        num_features = _checks.whole("num_features", num_features, least=0)
         kind = nnx.BatchStat if fixed else nnx.Param
         self.scale = kind(jnp.ones(num_features, param_dtype)) if use_scale else nnx.data(None)
         self.bias = kind(jnp.zeros(num_features, param_dtype)) if use_bias else nnx.data(None)

@@ -36,8 +36,7 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, np.ndarray]:
       [size].
 
     Raises:
-      ValueError: for arrays without a common first axis, or more than ``size`` examples.
-      TypeError: if ``size`` is not an integer.
+      ValueError: for arrays without a common first axis, more than ``size`` examples, or a ``size`` that is no integer.
     """
     size = _checks.whole("size", size, least=0)
     shapes = [np.shape(array) for array in jax.tree.leaves(batch)]

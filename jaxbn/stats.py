@@ -5,8 +5,8 @@ feature axes, [C] for inputs [..., C].  Variances are biased: divided by the cou
 float32, or float64 where ``x`` is; of a complex ``x`` the mean is complex and the variance real.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class AccumulatedStats(NamedTuple):
 
 _PENDING = "pending_"  # of the names of what waits, as variables of a layer
 AnyStats = BatchStats | CountedStats | AccumulatedStats
-KINDS = (BatchStats, CountedStats, AccumulatedStats)
+STATS_TYPES = get_args(AnyStats)
 Stats = TypeVar("Stats", bound=AnyStats)
 
 
@@ -198,11 +198,11 @@ def init_stats(
       BatchStats, or CountedStats, of shape [C]; AccumulatedStats of them if ``accumulate`` exceeds 1.
 
     Raises:
-      ValueError: if ``accumulate`` is below 1, ``features`` negative, or ``dtype`` that of integers.
-      TypeError: if ``accumulate`` or ``features`` are not integers.
+      ValueError: if ``accumulate`` is no integer or below 1, ``features`` are no integers or negative, or ``dtype`` is
+        that of integers.
     """
     accumulate = _checks.whole("accumulate", accumulate, least=1)
-    for size in features if isinstance(features, Sequence) else (features,):
+    for size in features if isinstance(features, Iterable) else (features,):
         _checks.whole("features", size, least=0)
     _checks.inexact(dtype=dtype)
     real = jnp.finfo(dtype).dtype
@@ -244,7 +244,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
     """
     _checks.momentum(momentum)
-    _checks.statistics(stats, KINDS)
+    _checks.statistics(stats, STATS_TYPES)
     _checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
     if isinstance(stats, AccumulatedStats):
         return _accumulate(stats, moments, momentum=momentum, unbiased=unbiased)

@@ -327,7 +327,9 @@ def fold(
         new[path] = NewLayer(functools.partial(make_affine, options), {}, {})
     if kept and (layers is not None or not new):
         raise ValueError(
-            "cannot fold " + "; ".join(f"{path}: {reason}" for path, reason in kept.items()) + ". Nothing was changed; "
+            "cannot fold "
+            + "; ".join(f"{path or 'the model'}: {reason}" for path, reason in kept.items())
+            + ". Nothing was changed; "
             "name layers that can be folded with layers=, or make these affine with to_affine."
         )
     changed = [*new]

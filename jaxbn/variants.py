@@ -20,7 +20,7 @@ from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
 from jaxbn._measure import Devices, measure, widen
 from jaxbn.functional import apply_measured, result_dtype
-from jaxbn.stats import KINDS, AnyStats, Moments, pool, round_mean
+from jaxbn.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
 
 
 def ghost_normalize(
@@ -62,8 +62,7 @@ def ghost_normalize(
       y, shape [N, ..., C], and the moments of the whole batch.
 
     Raises:
-      ValueError: if ``group_size`` does not divide N, or an argument does not fit ``x``.
-      TypeError: if ``group_size`` is not an integer.
+      ValueError: if ``group_size`` is no integer that divides N, or an argument does not fit ``x``.
 
     References:
       Hoffer, Hubara and Soudry 2017, arXiv:1705.08741.
@@ -166,7 +165,7 @@ def batch_renormalize(
             "stats=None, but batch renormalisation compares the batch with the running statistics; "
             "pass stats, or use it as the method of batch_norm or of a layer, which do."
         )
-    _checks.statistics(stats, KINDS)
+    _checks.statistics(stats, STATS_TYPES)
     _checks.at_least("r_max", r_max, 1)
     _checks.at_least("d_max", d_max, 0)
     x, axes, reduced = _checks.inputs(x, axis)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import _passes, calibrate
+from jaxbn import _passes, calibrate, surgery
 from tests import reference
 
 FEATURES = 4
@@ -540,13 +540,44 @@ def test_a_model_that_wants_more_than_a_batch_asks_for_call():
             function(WithFlag(), variables, batches)
 
 
+def test_a_call_that_does_not_call_the_model_it_is_given_is_refused():
+    net = WithFlag()
+    variables = net.init(jax.random.key(0), X, train=False)
+
+    def call(module, batch):
+        return net.apply(variables, batch, train=False)
+
+    message = "call did not call the WithFlag that it was given; accepted is a function of that module and a batch"
+    for function in (calibrate.measure, surgery.fold):
+        with pytest.raises(ValueError, match=message):
+            function(net, variables, X, call=call)
+
+
+class Encoder(nn.Module):
+    def setup(self):
+        self.dense, self.norm = nn.Dense(2), nn.BatchNorm(True)
+
+    def encode(self, x):
+        return self.norm(self.dense(x))
+
+
+def test_a_call_of_a_part_or_of_another_method_is_one_of_the_model():
+    net = Encoder()
+    variables = net.init(jax.random.key(0), X, method="encode")
+    for call in (lambda module, batch: module.encode(batch), lambda module, batch: module.norm(module.dense(batch))):
+        assert list(calibrate.measure(net, variables, X, call=call)) == ["norm"]
+    message = r"Encoder has no __call__; say with call= which method evaluates a batch, as in call=lambda module, batch"
+    with pytest.raises(ValueError, match=message):
+        calibrate.measure(net, variables, X)
+
+
 def test_an_error_of_the_model_on_a_batch_of_several_arrays_names_call():
     variables = WithFlag().init(jax.random.key(0), X, train=False)
     with pytest.raises(TypeError) as error:
         calibrate.one_pass(WithFlag(), variables, [(X, X)], call=lambda model, batch: model(batch, train=False))
     assert (
-        "jaxbn called the model on a batch that is a tuple, not an array; if the model takes a part of it, say so with "
-        "call=, as in call=lambda module, batch: module(batch[0])."
+        "A batch is a tuple here, and not an array. Where the model takes a part of it, call= says which, as in "
+        "call=lambda module, batch: module(batch[0])."
     ) in error.value.__notes__
 
 

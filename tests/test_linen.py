@@ -128,6 +128,19 @@ def test_init_needs_no_axis_name():
 
 
 @pytest.mark.parametrize("option", [{"momentum": None}, {"debias": True}])
+@pytest.mark.parametrize("average", [True, False], ids=["eval", "train"])
+def test_statistics_without_their_number_of_batches_are_refused_by_a_layer_that_counts(option, average):
+    trained = BatchNorm(use_running_average=False).init(KEY, X)
+    with pytest.raises(ValueError, match="the statistics of the layer have no 'steps', the number of batches behind"):
+        BatchNorm(use_running_average=average, **option).apply(trained, X, mutable=["batch_stats"])
+
+
+def test_a_number_of_features_is_refused():
+    with pytest.raises(ValueError, match="use_running_average=8 is a int; accepted are True and False; the number of"):
+        BatchNorm(8).init(KEY, X)
+
+
+@pytest.mark.parametrize("option", [{"momentum": None}, {"debias": True}])
 def test_averages_that_count_batches_add_steps(option):
     stats = BatchNorm(use_running_average=False, **option).init(KEY, X)["batch_stats"]
     assert set(stats) == {"mean", "var", "steps"}

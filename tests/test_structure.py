@@ -165,10 +165,28 @@ def test_modules_import(name):
     importlib.import_module(f"jaxbn.{name}")
 
 
+@pytest.mark.parametrize("name", jaxbn._MODULES)
+def test_a_public_module_is_there_without_an_import_of_its_own(name):
+    program = f"import jaxbn; print(jaxbn.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"jaxbn.{name}"]
+
+
+def test_what_the_package_lacks_is_an_attribute_error_that_names_the_layers():
+    with pytest.raises(AttributeError, match="no attribute 'BatchNorm'; the layers are jaxbn.linen.BatchNorm and"):
+        jaxbn.BatchNorm  # noqa: B018
+    with pytest.raises(AttributeError, match="^module 'jaxbn' has no attribute 'nothing'$"):
+        jaxbn.nothing  # noqa: B018
+
+
+def test_the_version_is_that_of_the_project():
+    assert jaxbn.__version__ == PYPROJECT["project"]["version"]
+
+
 def test_importing_the_library_imports_no_experiment_and_nothing_it_needs():
     program = "import sys, jaxbn; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"experiments", "optax", "orbax", "matplotlib"} & set(done.stdout.split())
+    assert not {"experiments", "flax", "optax", "orbax", "matplotlib"} & set(done.stdout.split())
 
 
 def test_types_are_announced():

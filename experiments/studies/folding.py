@@ -22,6 +22,7 @@ points; (3) one of the nets is not faster afterwards, with a batch of 1 or with 
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Iterable
 
 import flax.linen as nn
@@ -97,7 +98,8 @@ def measure(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
     }
     times = []
     for batch in BATCHES:
-        seconds = folding.seconds(pair, jnp.asarray(np.resize(images, (batch, *images.shape[1:]))), ROUNDS)
+        timings = folding.timings(pair, jnp.asarray(np.resize(images, (batch, *images.shape[1:]))), ROUNDS)
+        seconds = [statistics.median(each) for each in timings]
         times.append({"what": "time", "batch": batch, "seconds_before": seconds[0], "seconds_after": seconds[1]})
     return [outputs, *times]
 

@@ -160,3 +160,10 @@ def test_killed_run_continues_to_the_same_bits(tmp_path):
     assert start(*TRAIN, "--out", killed).wait(timeout=300) == 0
     assert rows_without_seconds(killed / "result.jsonl") == rows_without_seconds(straight / "result.jsonl")
     assert not folder.exists()
+
+
+def test_without_what_the_experiments_need_it_is_said_what_brings_it():
+    program = "import sys, runpy; sys.modules['tyro'] = None; runpy.run_module('experiments', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("The experiments need more than the library: run make demo, which sets up .venv, or")

@@ -112,7 +112,8 @@ def test_checkpoint_of_a_run_that_was_killed_before_it_was_put_away_is_kept(chec
 
 
 def test_folder_without_a_checkpoint_is_refused_with_how_to_get_one(monkeypatch, capsys, tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere", ".", "/"):
         assert call(monkeypatch, "diagnose", folder) == 2
         assert f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint`" in (
             capsys.readouterr().err

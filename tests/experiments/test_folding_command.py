@@ -37,6 +37,7 @@ def test_folding_changes_logits_by_rounding_alone(narrow):
 
 def test_times_before_and_after_are_measured(narrow):
     assert min(narrow.before, narrow.after) > 0
+    assert narrow.ratio["median"] == narrow.after / narrow.before  # of a single round
 
 
 @pytest.mark.slow
@@ -57,10 +58,12 @@ def test_parameters_of_the_nets_are_not_those_of_a_new_net():
 
 def test_command_writes_a_record_for_each_net_and_api_and_prints_them(monkeypatch, capsys, tmp_path):
     asked = []
+    same = {"norms": 19, "folded": 18, "difference": 1.23e-7, "before": 0.5, "after": 0.4}
+    same |= {"ratio": {"median": 0.8, "lower": 0.7, "upper": 0.9}}
 
     def measure(net, api, *, width, images, rounds):
         asked.append((net, api, width, images.shape, rounds))
-        return folding.Folded(norms=19, folded=18, difference=1.23e-7, before=0.5, after=0.4)
+        return folding.Folded(**same)
 
     monkeypatch.setattr(folding, "measure", measure)
     command = f"experiments folding --batch-size 2 --inception-width 0.125 --rounds 3 --out {tmp_path}"
@@ -70,7 +73,6 @@ def test_command_writes_a_record_for_each_net_and_api_and_prints_them(monkeypatc
     assert asked == [(net, api, widths[net], (2, 32, 32, 3), 3) for net in BATCH_NORMS for api in APIS]
     found = results.read_records(tmp_path / "folding.jsonl")
     assert found["header"]["settings"] == {"batch_size": 2, "image_size": 32, "widths": widths, "rounds": 3}
-    same = {"norms": 19, "folded": 18, "difference": 1.23e-7, "before": 0.5, "after": 0.4}
     assert found["records"] == [
         {"net": net, "api": api, "width": widths[net], **same} for net in BATCH_NORMS for api in APIS
     ]

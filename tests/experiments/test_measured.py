@@ -252,10 +252,10 @@ def test_throughput_is_a_sentence():
 
 
 def test_folding_is_told_by_net_and_api():
-    found = {"norms": 54, "folded": 53, "difference": 3.2e-6, "before": 0.5, "after": 0.4}
+    found = {"norms": 54, "folded": 53, "difference": 3.2e-6, "ratio": {"median": 0.8, "lower": 0.72, "upper": 0.91}}
     record = {"net": "Inception", "api": "nnx", "width": 0.25, **found}
-    text = tables.folding_table(run_of([record], settings={"batch_size": 50, "image_size": 32}))
-    assert "| Inception at width 0.25, nnx | 54 | 53 | 3e-6 | 0.80 |" in text
+    text = tables.folding_table(run_of([record], settings={"batch_size": 50, "image_size": 32, "rounds": 9}))
+    assert "| Inception at width 0.25, nnx | 54 | 53 | 3e-6 | 0.80 (0.72 to 0.91) |" in text
     assert "batches of 50 images of 32 x 32" in text
 
 
@@ -293,7 +293,7 @@ def test_accuracies_without_calibration_are_told_in_words(calibrated):
     text = tables.calibration_table(calibrated)
     assert "for 4 epochs on 10,000 images at 16 x 16 pixels (Images, made up)" in text
     assert "51.1 % correctly with the running averages" in text and "10.0 % with wrecked ones" in text
-    assert "means too large by 3, variances 10 times" in text
+    assert "means 3 too large, variances 10 times too large" in text
 
 
 def test_errors_are_told_by_mean():

@@ -79,7 +79,7 @@ def test_drift_of_the_machine_cancels_in_the_ratio():
     assert found == {"median": 0.5, "lower": 0.5, "upper": 0.5}
 
 
-def test_spread_is_the_median_and_the_quartiles():
+def test_quartiles_come_with_the_median():
     assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "lower": 2.0, "upper": 4.0}
 
 
