@@ -146,7 +146,7 @@ def folding_table(run: dict) -> str:
     return (
         f"{markdown(lines)}\n\nRandom weights, and batches of {settings['batch_size']} images of {size} x {size}, "
         "float32. Difference: the largest of a logit, over the largest logit in magnitude. Times: median and quartiles "
-        f"of {settings['rounds']} rounds; in linen and nnx the net is the same, and what their times differ by is noise."
+        f"of {settings['rounds']} rounds; in linen and nnx the net is the same: what their times differ by is noise."
     )
 
 
