@@ -77,4 +77,4 @@ def test_command_writes_a_record_for_each_net_and_api_and_prints_them(monkeypatc
         {"net": net, "api": api, "width": widths[net], **same} for net in BATCH_NORMS for api in APIS
     ]
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " at width " in line]
-    assert [line[-4:] for line in lines] == 4 * [["19", "18", "1e-7", "0.80"]]
+    assert [line[-7:] for line in lines] == 4 * ["19 18 1e-7 0.80 (0.70 to 0.90)".split()]
