@@ -309,6 +309,66 @@ def test_averages_that_hold_their_start_are_found_and_its_weight_is_fitted(healt
     assert abs(finding.figures["steps"] - steps) <= 1
 
 
+class Far(nn.Module):
+    """Batch norms behind one another, each behind a dense layer or a convolution."""
+
+    layers: int = 2
+    conv: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(self.layers):
+            x = nn.Conv(8, (3, 3), use_bias=False)(x) if self.conv else nn.Dense(16)(x)
+            x = nn.relu(nn.BatchNorm(not train)(x))
+        return x
+
+
+def far(inputs):
+    """Returns batches of inputs far from 0, and a net that is healthy on them."""
+    if images := inputs == "0..255":
+        smooth = jax.image.resize(normal(9, 64, 3, 3, 3), (9, 64, 8, 8, 3), "cubic")
+        batches = list(np.asarray(255 * jnp.clip(0.45 + 0.1 * smooth, 0, 1)))
+    else:
+        batches = [5 + normal(64, 10, seed=k) for k in range(9)]
+    net = Far(conv=images)
+    variables = net.init(jax.random.key(0), batches[0], train=False)
+    return net, jaxbn.calibrate.layer_by_layer(net, variables, batches, call=evaluate), batches
+
+
+@pytest.mark.parametrize(
+    ("inputs", "change"),
+    [
+        ("mean 5", lambda x: 2 * x + 1),
+        ("mean 5", lambda x: x + 1),
+        ("0..255", lambda x: x + 20),
+    ],
+)
+def test_inputs_far_from_zero_that_shift_are_not_taken_for_averages_that_hold_their_start(inputs, change):
+    net, variables, batches = far(inputs)
+    assert names(diagnose(net, variables, batches, call=evaluate)) == []
+    assert names(diagnose(net, variables, [change(x) for x in batches], call=evaluate)) == ["shifted inputs"]
+
+
+@pytest.mark.parametrize("steps", [30, 100, 300])
+@pytest.mark.parametrize("inputs", ["mean 5", "0..255"])
+def test_averages_that_hold_their_start_are_found_for_inputs_far_from_zero(inputs, steps):
+    """As the averages would be with momentum 0.99, on layers that see in training what healthy ones see."""
+    net, variables, batches = far(inputs)
+    start = 0.99**steps
+    held = changed(
+        variables["batch_stats"], lambda path, value: (1 - start) * value + (start if path[-1] == "var" else 0)
+    )
+    (finding,) = diagnose(net, variables | {"batch_stats": held}, batches, call=evaluate).findings
+    assert finding.name == "averages not converged" and "single layer" not in finding.evidence
+    assert 0.9 < finding.figures["start"] / start < 1.1
+
+
+def test_what_a_single_layer_cannot_tell_is_said():
+    shifted = diagnose(LAYER, state_of([5, 5, 5], [1, 1, 1]), [6 + normal(64, 3, seed=k) for k in range(9)])
+    assert names(shifted) == ["averages not converged"]
+    assert "if training batches do not have this finding, it is a shift" in shifted.findings[0].evidence
+
+
 @pytest.mark.parametrize("options", [{"debias": True}, {"momentum": None}], ids=str)
 def test_averages_without_bias_are_never_said_to_hold_their_start(options):
     start = state_of([0.5 * 3] * 3, [0.5 + 0.5 * 4] * 3)
