@@ -67,7 +67,8 @@ def download_cifar10(urls: tuple[str, ...] = URLS) -> Path:
     raise ConnectionError(
         "CIFAR-10 could not be downloaded; tried were\n  "
         + "\n  ".join(failures)
-        + f"\nGet {ARCHIVE} in another way, unpack it, and name its folder with --data-dir or CIFAR10_DIR."
+        + f"\nGet {ARCHIVE} in another way, unpack it, and name its folder with --data-dir or CIFAR10_DIR; "
+        "or learn the handwritten digits, which need no download: train --data digits."
     )
 
 
