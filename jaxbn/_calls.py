@@ -128,7 +128,7 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
       The output, and the records of each layer's calls, a tuple by path.
 
     Raises:
-      ValueError: for a layer inside of a loop.
+      ValueError: for a layer inside of a loop, or a linen model that ``call`` does not call.
     """
     numbers = {}
 
