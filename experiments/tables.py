@@ -129,19 +129,17 @@ def throughput_sentence(run: dict) -> str:
 
 def folding_table(run: dict) -> str:
     """Returns what folding changes in each net."""
-    lines, settings = [], run["header"]["settings"]
-    for record in run["records"]:
-        lines.append(
-            {
-                "net": f"{record['net']} at width {record['width']:g}, {record['api']}",
-                "batch norms": f"{record['norms']}",
-                "folded": f"{record['folded']}",
-                "difference": _short(f"{record['difference']:.0e}"),
-                "time of an evaluation, after / before": "{median:.2f} ({lower:.2f} to {upper:.2f})".format(
-                    **record["ratio"]
-                ),
-            }
-        )
+    settings = run["header"]["settings"]
+    lines = [
+        {
+            "net": f"{record['net']} at width {record['width']:g}, {record['api']}",
+            "batch norms": f"{record['norms']}",
+            "folded": f"{record['folded']}",
+            "difference": _short(f"{record['difference']:.0e}"),
+            "time of an evaluation, after / before": _with_quartiles(record["ratio"]),
+        }
+        for record in run["records"]
+    ]
     size = settings["image_size"]
     return (
         f"{markdown(lines)}\n\nRandom weights, and batches of {settings['batch_size']} images of {size} x {size}, "
