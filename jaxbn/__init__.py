@@ -6,6 +6,7 @@ jaxbn.interop and jaxbn.testing.  Each is imported where it is used first.
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 from jaxbn.functional import affine, batch_norm, batch_normalize, normalize
@@ -30,12 +31,11 @@ __all__ = [
     "pad_batch",
     "update_stats",
 ]
-_MODULES = ("calibrate", "diagnose", "interop", "linen", "nnx", "surgery", "testing")
 
 
 def __getattr__(name: str) -> Any:
     """Returns a module of the library when it is named first: ``import jaxbn`` alone does not load Flax."""
-    if name in _MODULES:
+    if not name.startswith("_") and importlib.util.find_spec(f"jaxbn.{name}"):
         return importlib.import_module(f"jaxbn.{name}")
     if name == "__version__":
         return importlib.metadata.version("jaxbn")
