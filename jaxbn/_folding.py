@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxbn import _checks, _exchange, _graph
 from jaxbn._calls import evaluation
-from jaxbn._measure import in_float64
+from jaxbn._dtypes import in_float64
 from jaxbn._models import BATCH_NORMS, CONVOLUTIONS, LINEAR, Model, arrays_of, modules, shapes, sharing
 from jaxbn._norms import Norm, evaluated, kernel_of, norm_of
 

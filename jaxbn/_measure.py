@@ -1,4 +1,4 @@
-"""The sums behind the moments of a batch, their derivative, and their addition over devices.
+"""The moments of a batch on all devices, and their derivative.
 
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.  Nothing is checked here: the
 public functions have done it.
@@ -6,21 +6,16 @@ public functions have done it.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
-from jaxbn._pairs import broadcast, pair_sum
-
-# A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance, and an output
-# x a - mean a half as many.  Above this ratio the sums are taken again, centred on the mean, which costs a second
-# reading of x.  Just under 4 the loss is about five roundings.  Activations of real nets pass 4 now and then and 16
-# hardly ever, but just under 16 the error would be four times as large; 2 they pass half of the time.
-CANCELLATION = 4.0
+from jaxbn import _platforms
+from jaxbn._dtypes import is_narrow, wide_dtype, widen
+from jaxbn._local import combine, measure_locally
+from jaxbn._pairs import broadcast, sum_both
 
 
 class Devices(NamedTuple):
@@ -121,64 +116,20 @@ def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """Returns ``x`` in at least float32; inside a reduction or a fused loop the wide copy is never in memory."""
-    return x.astype(_wide(x.dtype))
-
-
-def in_float64(value: ArrayLike) -> Any:
-    """Returns ``value`` as a NumPy array of float64 or complex128."""
-    return np.asarray(value, np.complex128 if jnp.iscomplexobj(value) else np.float64)
-
-
-def is_narrow(x: jax.Array) -> bool:
-    """Returns whether the arithmetic on ``x`` is in a wider dtype than its own."""
-    return x.dtype != _wide(x.dtype)
-
-
-def abs2(x: jax.Array) -> jax.Array:
-    """Returns |x|^2, real also where x is complex."""
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))  # called eagerly, the branches would be compiled at every call
 def _measure(x, mask, count, negligible, reduced, devices, size):
-    """Returns pivot, offset, variance and count: raw sums in one reading of x, centred sums only where those cancel.
+    """Returns pivot, offset, variance and count: those of each device, combined.
 
     ``size`` is the number of values behind each feature on all devices; where that is 0.0, ``count`` is the number on
     this device.
     """
-    add = functools.partial(_sum_both, narrow=is_narrow(x), reduced=reduced, mask=mask)
-    counts = () if size else (count,)
-    wide = widen(x)
-    total, squares, *counts = devices.totals(*add(wide, abs2(wide)), *counts)
-    m = size or jnp.maximum(counts[0], 1)
-    mean2 = abs2(total / m)
-    # Decided before each device turns to its own group: all that add together must take the same branch.  A sum, since
-    # it is cheaper to compile than `any`.
-    cancels = (mean2 > CANCELLATION * (squares / m - mean2 + negligible)).astype(jnp.float32).sum() > 0
-    total, squares, *counts = devices.own(total, squares, *counts)
-    m = size or jnp.maximum(counts[0], 1)
-
-    def again(x, total, squares):
-        del squares
-        pivot, wide = total / m, widen(x)  # widened in here: outside, the wide copy of x would be written to memory
-        centred = wide - broadcast(pivot, wide, reduced)
-        # Not the same difference to the compiler, which would write it to memory for the two sums.
-        negative = broadcast(lax.optimization_barrier(pivot), wide, reduced) - wide
-        return pivot, *devices.total(*add(centred, abs2(negative)))
-
-    def once(x, total, squares):
-        del x
-        return jnp.zeros_like(total), total, squares
-
-    # Either branch returns a pivot, and the sum and the sum of squares of x less that.  Coming out of a branch, the
-    # pivot is one number wherever it is used: computed in place, it would be contracted to a fused multiply-add there.
-    pivot, total, squares = lax.cond(cancels, again, once, x, total, squares)
-    offset = total / m
-    var = jnp.maximum(squares / m - abs2(offset), 0)
-    return pivot, offset, var, jnp.full_like(var, size) if size else counts[0]
+    local = measure_locally(x, mask, count, negligible, reduced)
+    if not devices.names:
+        return *local, jnp.full_like(local.var, size) if size else count
+    here = count if count is not None else size / devices.size()
+    whole, count = combine(local, here, size, negligible, devices.totals, devices.own)
+    return *whole, count
 
 
 @_measure.defjvp
@@ -191,30 +142,17 @@ def _measure_jvp(reduced, devices, size, primals, tangents):
     x, mask, *_ = primals
     pivot, offset, var, count = _measure(*primals, reduced, devices, size)
     share = 1 / size if size else 1 / jnp.maximum(count, 1)
-    sum_dot, squares_dot = _sums_dot(x, mask, pivot, offset, tangents[0], reduced, devices)
+    sum_dot, squares_dot = devices.total(*_sums_dot(x, mask, pivot, offset, tangents[0], reduced))
     tangents = jnp.zeros_like(pivot), sum_dot * share, squares_dot * (2 * share), jnp.zeros_like(count)
     return (pivot, offset, var, count), tangents
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
-def _sums_dot(x, mask, pivot, offset, x_dot, reduced, devices):
+@_platforms.rematerialized(static_argnums=(5,))  # keeps x alone for the backward pass, not x - pivot as well
+def _sums_dot(x, mask, pivot, offset, x_dot, reduced):
     wide, wide_dot = widen(fill(x, mask)), widen(x_dot)
     centred = (wide - broadcast(pivot, wide, reduced)) - broadcast(offset, wide, reduced)
     products = (jnp.conj(centred) * wide_dot).real
-    return devices.total(*_sum_both(wide_dot, products, narrow=is_narrow(x), reduced=reduced, mask=mask))
-
-
-def _sum_both(a, b, *, narrow, reduced, mask):
-    """Returns the sums of a and of b, both made of one array, which is narrower than they are or not."""
-    if not narrow:
-        return _sum(a, reduced, mask), _sum(b, reduced, mask)
-    if mask is not None:
-        a, b = (jnp.where(mask, values, 0) for values in (a, b))
-    return pair_sum(a, b, reduced)
-
-
-def _sum(values, reduced, mask):
-    return jnp.sum(values, reduced, where=mask)
+    return sum_both(wide_dot, products, mask, reduced, narrow=is_narrow(x))
 
 
 def _known_size(x, mask, reduced, devices):
@@ -227,7 +165,7 @@ def _known_size(x, mask, reduced, devices):
 
 def _count(x, mask, reduced):
     """Returns the number of values behind each feature on this device."""
-    dtype = jnp.finfo(_wide(x.dtype)).dtype
+    dtype = jnp.finfo(wide_dtype(x.dtype)).dtype
     features = tuple(x.shape[i] for i in range(x.ndim) if i not in reduced)
     if mask is None:
         return jnp.full(features, math.prod(x.shape[i] for i in reduced), dtype)
@@ -238,7 +176,3 @@ def _count(x, mask, reduced):
     admitted = jnp.sum(mask, tuple(i for i in reduced if i not in last), dtype=jnp.int32, keepdims=True)
     admitted = jnp.sum(admitted.astype(dtype), last, keepdims=True).squeeze(reduced)
     return jnp.broadcast_to(admitted * repeats, features)
-
-
-def _wide(dtype):
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

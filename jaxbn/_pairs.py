@@ -19,62 +19,100 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxbn import _platforms
+
 # Positions that are added first, in one loop that XLA writes out, with the features side by side.  Loops of more than
 # 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
 LONGEST_RUN = 16
 SHORTEST_RUN = 4
+# On a GPU, positions from which on XLA adds in two steps.
+SMALLEST_IN_PARTS = 4096
 
 
-def pair_sum(a: jax.Array, b: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of a and of b, arrays of one shape, over the axes ``reduced``."""
-    if _is_sharded_explicitly(a):
+def sum_both(
+    a: jax.Array, b: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], *, narrow: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of a and of b where a mask admits them; see :func:`pair_sum`."""
+    if mask is not None:
+        a, b = (jnp.where(mask, values, 0) for values in (a, b))
+    return pair_sum(a, b, reduced, narrow=narrow)
+
+
+def pair_sum(
+    a: jax.Array, b: jax.Array, reduced: tuple[int, ...], *, narrow: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of a and of b, arrays of one shape, over the axes ``reduced``.
+
+    ``narrow`` says that both are made of an array of a narrower dtype, which is what lies in memory.
+    """
+    if is_sharded_explicitly(a):
         total_a, total_b = _sum_each(a, b, reduced=reduced)
     else:
-        total_a, total_b = sum_p.bind(*_varying_alike(a, b), reduced=reduced)
+        total_a, total_b = sum_p.bind(*varying_alike(a, b), reduced=reduced, narrow=narrow)
     return total_a, total_b
 
 
-def pair_broadcast(a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def pair_broadcast(
+    a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int, ...], *, narrow: bool = True
+) -> tuple[jax.Array, jax.Array]:
     """Returns what :func:`broadcast` does of a and of b; of their cotangents, the sums are a pair."""
-    if _is_sharded_explicitly(x):
+    if is_sharded_explicitly(x):
         return broadcast(a, x, reduced), broadcast(b, x, reduced)
     # Made to vary over devices before they are broadcast: afterwards, whole batches would be added over the devices.
-    a, b, _ = _varying_alike(a, b, x)
-    wide_a, wide_b = broadcast_p.bind(a, b, shape=x.shape, reduced=reduced)
+    a, b, _ = varying_alike(a, b, x)
+    wide_a, wide_b = broadcast_p.bind(a, b, shape=x.shape, reduced=reduced, narrow=narrow)
     return wide_a, wide_b
 
 
 def broadcast(values: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     """Returns values, of which there is one per feature, in the shape of x or in one that broadcasts to it."""
-    if _is_sharded_explicitly(x) or jax.typeof(x).manual_axis_type.varying:
+    if is_sharded_explicitly(x) or jax.typeof(x).manual_axis_type.varying:
         return jnp.expand_dims(values, reduced)  # JAX minds the devices when it broadcasts, and when it transposes that
     # In one operation, and in one when transposed: left to JAX there are four, and all of them have to be compiled.
     return lax.broadcast_in_dim(values, x.shape, [axis for axis in range(x.ndim) if axis not in reduced])
 
 
-def _is_sharded_explicitly(x):
+def is_sharded_explicitly(x):
     """Returns whether the type of x says how it lies on devices; JAX's own sums and broadcasts then keep to it."""
     return any(jax.typeof(x).sharding.spec)
 
 
-def _varying_alike(*values):
+def varying_alike(*values):
     """Returns the values as varying over all those device axes of shard_map over which one of them varies."""
     axes = [jax.typeof(value).manual_axis_type.varying for value in values]
     missing = [tuple(frozenset().union(*axes) - own) for own in axes]
     return [lax.pcast(v, names, to="varying") if names else v for v, names in zip(values, missing, strict=True)]
 
 
-def _sum_each(a, b, *, reduced):
+def _sum_each(a, b, *, reduced, narrow=False):
+    del narrow
     return [jnp.sum(a, reduced), jnp.sum(b, reduced)]
+
+
+def _sum_in_parts(a, b, *, reduced, narrow=False):
+    """Adds in two steps, as XLA does on a GPU, but what is left of both arrays in one kernel."""
+    del narrow
+    positions, features = _positions_and_features(a, reduced)
+    total = math.prod(positions)
+    if features is None or a.dtype != b.dtype or total < SMALLEST_IN_PARTS:
+        return _sum_each(a, b, reduced=reduced)
+    parts = max(part for part in range(1, math.isqrt(total) + 1) if total % part == 0)
+    both = jnp.stack([jnp.sum(each.reshape(parts, total // parts, *features), 1) for each in (a, b)])
+    return list(jnp.sum(both, 1))
+
+
+def _positions_and_features(a, reduced):
+    """Returns the sizes of the axes that are summed over, and of the others; None where these do not come last."""
+    features_last = reduced == tuple(range(len(reduced))) and len(reduced) < a.ndim
+    known = all(isinstance(size, int) for size in a.shape)  # not so in a program exported for any size of batch
+    return a.shape[: len(reduced)], a.shape[len(reduced) :] if features_last and known else None
 
 
 def _sum_together(a, b, *, reduced):
     """Adds runs of up to `LONGEST_RUN` positions of both arrays in one loop, and what comes out as usual."""
-    positions, features = a.shape[: len(reduced)], a.shape[len(reduced) :]
-    features_last = reduced == tuple(range(len(reduced))) and len(features) > 0
-    known = all(isinstance(size, int) for size in a.shape)  # not so in a program exported for any size of batch
-    length = _run_length(positions) if known else 1
-    if a.dtype != b.dtype or not features_last or length < SHORTEST_RUN:
+    positions, features = _positions_and_features(a, reduced)
+    length = 1 if features is None else _run_length(positions)
+    if features is None or a.dtype != b.dtype or length < SHORTEST_RUN:
         return _sum_each(a, b, reduced=reduced)
     runs = (math.prod(positions) // length, length, *features)
     zero = jnp.zeros((), a.dtype)
@@ -97,15 +135,25 @@ def _add_both(a, b):
     return a[0] + b[0], a[1] + b[1]
 
 
-def _broadcast_each(a, b, *, shape, reduced):
-    return [jnp.broadcast_to(jnp.expand_dims(value, reduced), shape) for value in (a, b)]
+def _broadcast_each(a, b, *, shape, reduced, narrow=False):
+    del narrow
+    kept = [axis for axis in range(len(shape)) if axis not in reduced]
+    return [lax.broadcast_in_dim(value, shape, kept) for value in (a, b)]
 
 
-def _lower_sum_for_cpu(context, a, b, *, reduced):
-    # In a program for several devices, runs could reach from one to the next, and the batch would be gathered.
-    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    lower = mlir.lower_fun(_sum_together if alone else _sum_each, multiple_results=True)
-    return lower(context, a, b, reduced=reduced)
+def _lower_sum_for(platform):
+    def lower(context, a, b, *, reduced, narrow):
+        # In a program for several devices, runs could reach from one to the next, and the batch would be gathered.
+        alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+        chosen = _platforms.lowered_for(platform)
+        sums = _sum_each
+        if alone and chosen == "cpu" and narrow:
+            sums = _sum_together
+        elif alone and chosen in ("cuda", "rocm"):
+            sums = _sum_in_parts
+        return mlir.lower_fun(sums, multiple_results=True)(context, a, b, reduced=reduced)
+
+    return lower
 
 
 def _linear_primitive(name, each):
@@ -135,27 +183,29 @@ def _bound(function, **options):
 
 sum_p = _linear_primitive("pair_sum", _sum_each)
 broadcast_p = _linear_primitive("pair_broadcast", _broadcast_each)
-mlir.register_lowering(sum_p, _lower_sum_for_cpu, platform="cpu")
+for _platform in ("cpu", "cuda", "rocm"):
+    mlir.register_lowering(sum_p, _lower_sum_for(_platform), platform=_platform)
 
 
-def _transpose_sum(cotangents, a, b, *, reduced):
+def _transpose_sum(cotangents, a, b, **options):
     shape = next(v.aval.shape for v in (a, b) if ad.is_undefined_primal(v))
-    return broadcast_p.bind(*map(ad.instantiate_zeros, cotangents), shape=shape, reduced=reduced)
+    return broadcast_p.bind(*map(ad.instantiate_zeros, cotangents), shape=shape, **options)
 
 
-def _transpose_broadcast(cotangents, a, b, *, shape, reduced):
+def _transpose_broadcast(cotangents, a, b, *, shape, **options):
     del a, b, shape
-    return sum_p.bind(*map(ad.instantiate_zeros, cotangents), reduced=reduced)
+    return sum_p.bind(*map(ad.instantiate_zeros, cotangents), **options)
 
 
-def _batch_sum(values, axes, *, reduced):
+def _batch_sum(values, axes, *, reduced, narrow):
     _, values = _to_front(values, axes)
-    return sum_p.bind(*values, reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
+    return sum_p.bind(*values, reduced=tuple(axis + 1 for axis in reduced), narrow=narrow), (0, 0)
 
 
-def _batch_broadcast(values, axes, *, shape, reduced):
+def _batch_broadcast(values, axes, *, shape, reduced, narrow):
     size, values = _to_front(values, axes)
-    return broadcast_p.bind(*values, shape=(size, *shape), reduced=tuple(axis + 1 for axis in reduced)), (0, 0)
+    reduced = tuple(axis + 1 for axis in reduced)
+    return broadcast_p.bind(*values, shape=(size, *shape), reduced=reduced, narrow=narrow), (0, 0)
 
 
 def _to_front(values, axes):

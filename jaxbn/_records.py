@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxbn import _checks, _graph
 from jaxbn._calls import run
+from jaxbn._dtypes import abs2, in_float64, widen
 from jaxbn._groups import Groups
-from jaxbn._measure import abs2, fill, in_float64, widen
+from jaxbn._measure import fill
 from jaxbn._models import BATCH_NORMS, Model
 from jaxbn._norms import Norm, evaluated, norm_of
 from jaxbn._passes import as_static, in_common, nothing_to_measure, opened

@@ -5,7 +5,6 @@ bias have their shape, [C] for inputs [..., C].  All arithmetic is in at least f
 scale and bias promote, as in Flax.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxbn import _checks
+from jaxbn import _checks, _platforms
 from jaxbn._checks import Axes, AxisNames
-from jaxbn._measure import Devices, Measured, fill, is_narrow, measure, widen
+from jaxbn._dtypes import is_narrow, widen
+from jaxbn._measure import Devices, Measured, fill, measure
 from jaxbn._pairs import broadcast, pair_broadcast
 from jaxbn.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean, update_stats
 
@@ -275,17 +275,15 @@ def _normalize_about(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Arr
     return _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
+@_platforms.rematerialized(static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
 def _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype):
     wide = widen(fill(x, mask))
     centred = wide - broadcast(pivot, wide, reduced)
     if shift is None:
         y = centred * broadcast(a, wide, reduced)
-    elif is_narrow(x):
-        a, shift = pair_broadcast(a, shift, wide, reduced)
-        y = centred * a + shift
     else:
-        y = centred * broadcast(a, wide, reduced) + broadcast(shift, wide, reduced)
+        a, shift = pair_broadcast(a, shift, wide, reduced, narrow=is_narrow(x))
+        y = centred * a + shift
     return y.astype(dtype)
 
 

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn._measure import Devices, Measured, abs2, measure
+from jaxbn._dtypes import abs2
+from jaxbn._measure import Devices, Measured, measure
 
 
 class Moments(NamedTuple):

@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn._measure import Devices, measure, widen
+from jaxbn._dtypes import widen
+from jaxbn._measure import Devices, measure
 from jaxbn.functional import apply_measured, result_dtype
 from jaxbn.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
 

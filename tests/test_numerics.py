@@ -13,7 +13,7 @@ import pytest
 import jaxbn
 from experiments.numerics import SHAPES, errors, ours, sample
 from experiments.numerics import measure as measure_errors
-from jaxbn._measure import CANCELLATION
+from jaxbn._local import CANCELLATION
 from tests import reference
 
 OUTPUT_ERROR = 5e-6  # largest, absolute
