@@ -187,7 +187,7 @@ def make_affine(options: dict[str, Any], old: Any, **place: Any) -> Any:
 def make_group_norm(num_groups: int, old: Any, **place: Any) -> Any:
     """Returns a group norm with the settings of a batch norm."""
     names = ("epsilon", "dtype", "param_dtype", "use_bias", "use_scale")
-    settings = {name: getattr(old, name) for name in names} | {"num_groups": num_groups}
+    settings: dict[str, Any] = {name: getattr(old, name) for name in names} | {"num_groups": num_groups}
     if place:
         return _LinenGroupNorm(**settings, **place)
     return _NnxGroupNorm(old.num_features, **settings, rngs=nnx.Rngs(0))

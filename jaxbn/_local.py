@@ -39,9 +39,9 @@ from jaxbn._pairs import broadcast, is_sharded_explicitly, sum_both, varying_ali
 # hardly ever, but just under 16 the error would be four times as large; 2 they pass half of the time.
 CANCELLATION = 4.0
 
-# Values of each feature that the pivot is a median of, and how many times as many there must be.  See `_sampled`.
-SAMPLES = (81, 27)
-POSITIONS_PER_SAMPLE = 128
+# Values of each feature that a pivot is a median of, a power of three, and the smallest batch to take them from.
+SAMPLES = 27
+SMALLEST_SAMPLED = 128 * SAMPLES
 
 
 class Local(NamedTuple):
@@ -126,31 +126,31 @@ def _two_pass(x, mask, m, negligible, reduced) -> Local:
 def _sampled(x, mask, m, negligible, reduced) -> Local:
     """Sums about a median of some values: one reading of x, and what is lost is bounded unless the sample is unlucky.
 
-    The pivot is wrong by more than t standard deviations only if the median of the sample lies among values that far
-    from the mean.  By Chebyshev these are less than 1 in t^2 of the batch, whatever it holds.  For t^2 = 8, about six
-    roundings, a tree of medians of three over 81 values falls among them with a probability below 3e-8, for t^2 = 16
-    below 1e-12; one over 27, below 9e-5 and 5e-7.  The positions are fixed and irregular: one in each of as many equal
-    parts of the batch.  Examples, borders, channels of padding or every so-manieth position that are constant or far
-    off do not move the median, unless they are half of the batch, and then they lie near its mean.
-    A masked batch, whose sample might hold nothing valid, and a small one are read twice instead.
+    The pivot is more than t standard deviations from the mean only if the median of the sample is.  By Chebyshev fewer
+    than 1 in t^2 of the values lie that far off, whatever the batch holds, and a tree of medians of three passes them
+    on only if they are many in the sample: a level makes 3 p^2 - 2 p^3 of a probability p.  With 27 values, t^2 > 8
+    (six roundings) is less likely than 1e-4, t^2 > 64 (where outputs leave 5e-6) less than 1e-11.
+    The positions are irregular, one in each of 27 equal parts of the batch, and fixed, so that a program gives the same
+    bits every time.  An example, a border, or every n-th position that is constant or far off does not move the median,
+    unless it is half of the batch, and then it lies near the mean.
+    A masked batch, whose sample may hold nothing valid, is read twice, and so is a small one, where it costs nothing.
     """
     sizes = [x.shape[i] for i in reduced]
     known = all(isinstance(size, int) for size in sizes)  # not so in a program exported for any size of batch
-    samples = next((s for s in SAMPLES if known and math.prod(sizes) >= POSITIONS_PER_SAMPLE * s), 0)
-    if mask is not None or jnp.iscomplexobj(x) or not samples:
+    if mask is not None or jnp.iscomplexobj(x) or not known or math.prod(sizes) < SMALLEST_SAMPLED:
         return _two_pass(x, mask, m, negligible, reduced)
-    positions = np.unravel_index(sample_positions(math.prod(sizes), samples), sizes)
+    positions = np.unravel_index(sample_positions(math.prod(sizes)), sizes)
     values = widen(jnp.moveaxis(x, reduced, range(len(reduced)))[tuple(jnp.asarray(p) for p in positions)])
     while len(values) > 1:
         values = _median_of_three(*values.reshape(3, -1, *values.shape[1:]))
     return sums_about(values[0], x, mask, m, reduced)
 
 
-def sample_positions(total: int, samples: int) -> np.ndarray:
+def sample_positions(total: int) -> np.ndarray:
     """Returns the positions, out of ``total``, that a pivot is a median of, in the order in which they are compared."""
     rng = np.random.default_rng(0)
-    starts = np.linspace(0, total, samples, endpoint=False)
-    return rng.permutation((starts + rng.uniform(0, total / samples, samples)).astype(np.int64))
+    parts = np.linspace(0, total, SAMPLES, endpoint=False)
+    return rng.permutation((parts + rng.uniform(0, total / SAMPLES, SAMPLES)).astype(np.int64))
 
 
 def _median_of_three(a, b, c):
@@ -221,15 +221,20 @@ def combine(
     total, squares, *counts = own(total, squares, *counts)
     m = size or jnp.maximum(counts[0], 1)
 
-    def again(mean, square):
-        del square
+    def again(mean):
         total, squares = own(*add(*sums(mean if axis is None else jnp.expand_dims(mean, axis))))
         return mean, total / m, squares / m
 
-    def once(mean, square):
-        return jnp.zeros_like(mean), mean, square
-
-    pivot, offset, square = lax.cond(cancels, again, once, total / m, squares / m)
+    mean, square = total / m, squares / m
+    once = jnp.zeros_like(mean), mean, square
+    if axis is None:
+        pivot, offset, square = lax.cond(cancels, lambda once: again(once[1]), lambda once: once, once)
+    else:
+        # A loop of no turn or one.  Of a conditional whose branches look cheap, as long as no addition over devices
+        # stands in them, XLA executes both on a GPU and selects; then it partitions the program, and adds twice.
+        _, (pivot, offset, square) = lax.while_loop(
+            lambda state: state[0], lambda state: (jnp.zeros_like(cancels), again(state[1][1])), (cancels, once)
+        )
     var = jnp.maximum(square - abs2(offset), 0)
     return Local(pivot, offset, var), jnp.full_like(var, size) if size else counts[0]
 

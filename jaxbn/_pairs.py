@@ -25,7 +25,7 @@ from jaxbn import _platforms
 # 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
 LONGEST_RUN = 16
 SHORTEST_RUN = 4
-# On a GPU, positions from which on XLA adds in two steps.
+# On a GPU, positions from which on sums are added in two steps.
 SMALLEST_IN_PARTS = 4096
 
 
