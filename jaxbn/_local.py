@@ -291,14 +291,18 @@ def _compiled(**options):
     return jax.jit(functools.partial(local_p.bind, **options))
 
 
+@functools.cache
+def _types(*operands, **options):
+    """Returns the types of the results; every algorithm has the same, and the same again for every layer of a kind."""
+    return jax.make_jaxpr(functools.partial(_bound(_two_pass), **options))(*operands).out_avals
+
+
 ALGORITHMS = {"cpu": _raw_or_centred, "tpu": _two_pass, "cuda": _sampled, "rocm": _sampled}
 
 local_p = Primitive("local_moments")
 local_p.multiple_results = True
 local_p.def_impl(lambda *operands, **options: _compiled(**options)(*operands))
-local_p.def_abstract_eval(
-    lambda *operands, **options: jax.make_jaxpr(functools.partial(_bound(_two_pass), **options))(*operands).out_avals
-)
+local_p.def_abstract_eval(lambda *operands, **options: _types(*operands, **options))
 batching.primitive_batchers[local_p] = _batch
 for _platform in ALGORITHMS:
     mlir.register_lowering(local_p, _lower_for(_platform), platform=_platform)

@@ -161,7 +161,7 @@ def _linear_primitive(name, each):
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(lambda a, b, **options: _compiled(each, **options)(a, b))
-    primitive.def_abstract_eval(lambda a, b, **options: jax.make_jaxpr(_bound(each, **options))(a, b).out_avals)
+    primitive.def_abstract_eval(lambda a, b, **options: _types(each, a, b, **options))
     mlir.register_lowering(primitive, mlir.lower_fun(each, multiple_results=True))
 
     def jvp(primals, tangents, **options):
@@ -170,6 +170,11 @@ def _linear_primitive(name, each):
 
     ad.primitive_jvps[primitive] = jvp
     return primitive
+
+
+@functools.cache
+def _types(function, a, b, **options):
+    return jax.make_jaxpr(_bound(function, **options))(a, b).out_avals
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], C
 
     def decorate(function: Callable) -> Callable:
         # Called eagerly, the choice would be traced and compiled at every call.
-        @functools.partial(jax.jit, static_argnums=static_argnums, inline=True)
+        @functools.partial(jax.jit, static_argnums=static_argnums)
         @functools.wraps(function)
         def run(*arguments: Any) -> Any:
             static = {i: arguments[i] for i in static_argnums}

@@ -267,12 +267,18 @@ def result_dtype(x, scale, bias):
 
 def _normalize_about(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
     """Returns y = (x - pivot) a + (bias - offset a), with a = scale / sqrt(v): exact where x and its mean are large."""
-    dtype = result_dtype(x, scale, bias)
+    a, shift = _coefficients(offset, v, scale, bias)
+    return _scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))
+
+
+@jax.jit  # a net has many layers of the same kind, for which this need not be traced again
+def _coefficients(offset, v, scale, bias):
+    """Returns a = scale / sqrt(v) and bias - offset a, or None for the latter where both are None."""
     a = _slope(jnp.ones_like(v) if scale is None else widen(jnp.asarray(scale)), v)
     shift = None if bias is None else widen(jnp.asarray(bias))
     if offset is not None:
         shift = -offset * a if shift is None else shift - offset * a
-    return _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype)
+    return a, shift
 
 
 @_platforms.rematerialized(static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
