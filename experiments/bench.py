@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": str(THREADS),
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # compilations are timed
 }
-PARTS = ("layers", "steps", "collectives")
+PARTS = ("layers", "steps", "collectives", "accelerators")
 
 
 def run(*, only: Sequence[str], out: Path, settings: Settings) -> int:
