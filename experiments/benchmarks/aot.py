@@ -102,11 +102,11 @@ def _compile(program, target, chips, folder):
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    on_tpu = targets.TARGETS[target].platform == "tpu"
-    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text" if on_tpu else ""
-    os.environ.update(ENVIRONMENT, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip())
-    jax.config.update("jax_platforms", "cpu")
     try:
+        on_tpu = targets.TARGETS[target].platform == "tpu"
+        dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text" if on_tpu else ""
+        os.environ.update(ENVIRONMENT, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip())
+        jax.config.update("jax_platforms", "cpu")
         lowered = program(targets.devices(target, chips))
         if on_tpu:
             threading.Thread(target=_end_when_dumped, args=(folder,), daemon=True).start()
@@ -115,7 +115,6 @@ def _compile(program, target, chips, folder):
             _keep(lowered.compile(), folder)
     except BaseException as error:
         (folder / ERROR).write_text("".join(traceback.format_exception_only(error)), encoding="utf-8")
-        traceback.print_exc()
     os._exit(0)
 
 
@@ -176,7 +175,7 @@ def death(status: int | None, log: str) -> str:
     if status is not None and status < 0:
         with contextlib.suppress(ValueError):
             ended = signal.Signals(-status).name
-    checks = [line for line in log.splitlines() if "Check failed" in line or "Fatal" in line or "*** SIG" in line]
+    checks = [line for line in log.splitlines() if "Check failed" in line]
     return f"the compiler died ({ended}){f': {checks[0]}' if checks else ''}"
 
 
