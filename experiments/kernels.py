@@ -29,7 +29,7 @@ FREE = {
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
 SLICES = {"dynamic-slice", "gather", "slice"}
 SAME_ELEMENTS = {"bitcast", "convert", "copy", "reshape"}
-ALLOCATION = 'custom_call_target="AllocateBuffer"'  # reserves memory, and runs nothing
+NOTHING = re.compile('custom_call_target="(AllocateBuffer|ConcatBitcast)"')  # reserves memory, or names it
 _HEADER = re.compile(r"(?P<entry>ENTRY\s+)?%?(?P<name>[\w.-]+)\s.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?P<root>ROOT\s+)?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
 _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+?(\d+)\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -90,7 +90,7 @@ class Count:
 
     kernels: int = 0
     bytes: int = 0
-    prefetched: int = 0
+    copied: int = 0
     """Bytes in device memory of asynchronous copies from and to the chip."""
     conditionals: int = 0
     whiles: int = 0
@@ -150,7 +150,7 @@ class Program:
         """
         for instruction in self.computations[name].values():
             opcode = instruction.opcode
-            if opcode in FREE or opcode.endswith(("-done", "-update")) or ALLOCATION in instruction.attributes:
+            if opcode in FREE or opcode.endswith(("-done", "-update")) or NOTHING.search(instruction.attributes):
                 continue
             if opcode == "conditional":
                 usual.conditionals += times
@@ -178,7 +178,7 @@ class Program:
             result, source = instruction.arrays(), operands[0].arrays()[0]
             # A copy's result is (target, source, context); of other starts it is ((operands), target, context).
             target = result[0 if instruction.opcode == "copy-start" else len(operands)]
-            usual.prefetched += times * (target.moved + (0 if source.on_chip else target.size))
+            usual.copied += times * (target.moved + (0 if source.on_chip else target.size))
         else:
             usual.kernels += times
             read = sum(self._read(instruction, operand) for operand in operands)

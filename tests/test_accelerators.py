@@ -39,7 +39,7 @@ BOUNDS = {
 @pytest.fixture(params=TARGETS)
 def target(request):
     if reason := targets.missing(request.param):
-        pytest.skip(f"{request.param}: {reason}")
+        pytest.skip(f"{request.param}: {reason}; {targets.HINT}")
     return request.param
 
 
@@ -120,6 +120,15 @@ def lower(front_end, name, dtype, devices):
 def test_convolution_norm_and_relu_compile(target, front_end, name, dtype):
     compiled = aot.compile_apart(functools.partial(lower, front_end, name, dtype), target)
     assert kernels.count(compiled.hlo).kernels > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_code_is_generated_for_a_tpu(dtype):
+    if reason := targets.missing("v6e"):
+        pytest.skip(f"v6e: {reason}; {targets.HINT}")
+    row = {"kind": "block", "what": programs.BLOCK, "shape": (16, 8, 8, 128), "dtype": dtype, "arm": "jaxbn"}
+    program = functools.partial(programs.lower, row | {"pass": "forward+backward"})
+    assert aot.compile_apart(program, "v6e", generate_code=True).peak > 0
 
 
 def layer(arm, dtype, target):

@@ -42,10 +42,11 @@ def available(names: tuple[str, ...]) -> list[str]:
     reasons = {name: targets.missing(name) for name in names}
     found = [name for name in names if not reasons[name]]
     if not found:
-        raise ModuleNotFoundError(f"nothing to compile for: {'; '.join(sorted(set(reasons.values())))}.")
+        absent = "; ".join(sorted(set(reasons.values())))
+        raise ModuleNotFoundError(f"there is no target to compile for: {absent}; {targets.HINT}.")
     for name in names:
         if reasons[name]:
-            _say(f"{name} is left out: {reasons[name]}.")
+            _say(f"{name} is left out: {reasons[name]}; {targets.HINT}.")
     return found
 
 
@@ -102,7 +103,8 @@ def _layers(kind):
     """The programs of a kind whose inputs have a shape: what, pass, and arms."""
     training = [name for name in arms.PASSES if name != "eval"]
     if kind == "layer":
-        return [(what, name, NORMS) for name in training for what in (programs.NORM, programs.NORM_RELU)]
+        alone = {programs.NORM: NORMS, programs.NORM_RELU: (*NORMS, steps.NONE)}
+        return [(what, name, chosen) for name in training for what, chosen in alone.items()]
     if kind == "block":
         return [(programs.BLOCK, name, NORMS) for name in training]
     if kind == "inference":
@@ -160,7 +162,7 @@ def measure_row(row: dict) -> dict:
         "kernels": found.kernels,
         "temporaries": compiled.temporaries,
         "peak": compiled.peak,
-        "prefetched": found.prefetched,
+        "copied": found.copied,
         "conditionals": found.conditionals,
         "whiles": found.whiles,
         "rare_bytes": found.rare.bytes,

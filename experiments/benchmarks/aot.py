@@ -3,7 +3,7 @@
 Conventions: a program is a function that gets the target's devices and returns it lowered; it can be pickled, since it
 is called in that process. The compiler may die, which ends that process alone. For a TPU, code generation takes most of
 the time and changes none of what is counted, so the process ends as soon as the optimised program and its buffers are
-written.
+written; whether code can be generated shows only with `generate_code`.
 """
 
 import contextlib
@@ -61,7 +61,12 @@ class CompilationError(Exception):
 
 
 def compile_apart(
-    program: Callable[[list[Any]], jax.stages.Lowered], target: str, *, chips: int = 1, timeout: float = TIMEOUT
+    program: Callable[[list[Any]], jax.stages.Lowered],
+    target: str,
+    *,
+    chips: int = 1,
+    timeout: float = TIMEOUT,
+    generate_code: bool = False,
 ) -> Compiled:
     """Compiles a program in a process of its own.
 
@@ -70,15 +75,18 @@ def compile_apart(
       target: one of `targets.TARGETS`.
       chips: number of devices.
       timeout: seconds after which the process is ended.
+      generate_code: for a TPU too, which takes several times as long.
 
     Raises:
       CompilationError: the compiler refused the program, died, or took too long.
       ModuleNotFoundError: the target's compiler is not installed.
     """
     if reason := targets.missing(target):
-        raise ModuleNotFoundError(f"cannot compile for {target}: {reason}.")
+        raise ModuleNotFoundError(f"cannot compile for {target}: {reason}; {targets.HINT}.")
     with tempfile.TemporaryDirectory(prefix="jaxbn-aot-") as folder:
-        process = _processes().Process(target=_compile, args=(program, target, chips, folder), daemon=True)
+        process = _processes().Process(
+            target=_compile, args=(program, target, chips, folder, generate_code), daemon=True
+        )
         process.start()
         process.join(timeout)
         late = process.is_alive()
@@ -96,19 +104,19 @@ def _processes():
     return context
 
 
-def _compile(program, target, chips, folder):
+def _compile(program, target, chips, folder, generate_code):
     """Compiles in this process, and leaves what comes of it in a folder."""
     folder = Path(folder)
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        on_tpu = targets.TARGETS[target].platform == "tpu"
-        dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text" if on_tpu else ""
+        only_dump = targets.TARGETS[target].platform == "tpu" and not generate_code
+        dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text" if only_dump else ""
         os.environ.update(ENVIRONMENT, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip())
         jax.config.update("jax_platforms", "cpu")
         lowered = program(targets.devices(target, chips))
-        if on_tpu:
+        if only_dump:
             threading.Thread(target=_end_when_dumped, args=(folder,), daemon=True).start()
             lowered.compile()
         else:

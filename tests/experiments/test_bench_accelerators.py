@@ -39,9 +39,9 @@ def test_target_without_its_compiler_is_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(targets, "_version", lambda package: None if package == "libtpu" else "1.0")
     accelerators._say.cache_clear()
     assert accelerators.available(("v6e", "h100")) == ["h100"]
-    said = "v6e is left out: libtpu not installed; pip install 'jaxbn[aot]' brings what is needed.\n"
+    said = "v6e is left out: libtpu not installed; pip install 'jaxbn[aot]' brings the compilers.\n"
     assert capsys.readouterr().err == said
-    with pytest.raises(ModuleNotFoundError, match="nothing to compile for: libtpu not installed; pip install 'jaxbn"):
+    with pytest.raises(ModuleNotFoundError, match="no target to compile for: libtpu not installed; pip install 'jaxbn"):
         accelerators.available(("v6e", "v5e"))
 
 

@@ -4,7 +4,7 @@ from experiments import compiled
 
 LAYER = {"kind": "layer", "what": "norm+ReLU", "shape": [256, 56, 56, 64], "pass": "forward", "chips": 1, "api": "jit"}
 STEP = {"kind": "step", "what": "training step", "net": "ResNet-20", "batch_size": 128, "pass": "forward+backward"}
-NOTHING = {"prefetched": 0, "temporaries": 0, "peak": 0, "collectives": 0, "rare_collectives": 0, "collective_bytes": 0}
+NOTHING = {"copied": 0, "temporaries": 0, "peak": 0, "collectives": 0, "rare_collectives": 0, "collective_bytes": 0}
 
 
 def record(row, arm, moved, *, target="v6e", dtype="float32", kernels=3, **counts):
@@ -37,7 +37,7 @@ def test_page_begins_by_saying_that_nothing_was_run():
 
 def test_line_shows_each_arm_over_flaxs_and_kernels_and_temporaries_of_both():
     records = [
-        record(LAYER, "jaxbn", 1e8, kernels=5, temporaries=2_500_000, prefetched=5e7),
+        record(LAYER, "jaxbn", 1e8, kernels=5, temporaries=2_500_000, copied=5e7),
         record(LAYER, "Flax", 2e8),
         record(LAYER, "Flax, stable", 3e8),
     ]

@@ -43,6 +43,7 @@ def test_names_for_arrays_execute_nothing():
     entry = [
         "%flat = f32[10,10]{1,0} bitcast(%x)",
         "%both = (f32[100]{0}, s32[]) tuple(%x, %i)",
+        '%memory = f32[100]{0} custom-call(), custom_call_target="AllocateBuffer"',
         "ROOT %same = f32[100]{0} get-tuple-element(%both), index=0",
     ]
     assert kernels_and_bytes(entry) == (0, 0)
@@ -59,7 +60,17 @@ def test_copy_to_the_chip_is_counted_apart_by_what_it_moves_in_device_memory():
         "ROOT %done = f32[100]{0:S(1)} copy-done(%start)",
     ]
     found = count(entry)
-    assert (found.kernels, found.bytes, found.prefetched) == (0, 0, 400)
+    assert (found.kernels, found.bytes, found.copied) == (0, 0, 400)
+
+
+def test_copy_back_from_the_chip_moves_what_it_writes():
+    entry = [
+        "%y = f32[100]{0:S(1)} negate(%x)",
+        "%start = (f32[100]{0}, f32[100]{0:S(1)}, u32[]{:S(2)}) copy-start(%y)",
+        "ROOT %done = f32[100]{0} copy-done(%start)",
+    ]
+    found = count(entry)
+    assert (found.kernels, found.bytes, found.copied) == (1, 400, 400)
 
 
 def test_slice_to_the_chip_moves_the_slice():
@@ -67,7 +78,7 @@ def test_slice_to_the_chip_moves_the_slice():
         "%start = ((f32[100]{0}), f32[25]{0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:25]}",
         "ROOT %done = f32[25]{0:S(1)} slice-done(%start)",
     ]
-    assert count(entry).prefetched == 100
+    assert count(entry).copied == 100
 
 
 @pytest.mark.parametrize(

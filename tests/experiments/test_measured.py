@@ -90,7 +90,7 @@ def compiled_records():
     """A layer on one chip, which moves 50, 100 and 150 MB."""
     row = {"target": "v6e", "kind": "layer", "what": "norm+ReLU", "shape": [256, 56, 56, 64], "dtype": "float32"}
     row |= {"pass": "forward", "chips": 1, "api": "jit"}
-    counts = {"kernels": 3, "prefetched": 0, "temporaries": 2e6, "peak": 1e8, "conditionals": 0, "whiles": 0}
+    counts = {"kernels": 3, "copied": 0, "temporaries": 2e6, "peak": 1e8, "conditionals": 0, "whiles": 0}
     counts |= {"collectives": 0, "rare_collectives": 0, "collective_bytes": 0, "rare_bytes": 0, "rare_kernels": 0}
     arms = {"jaxbn": 50e6, "Flax": 100e6, "Flax, stable": 150e6}
     return [{**row, "arm": arm, "compiled": True, "bytes": moved, **counts} for arm, moved in arms.items()]

@@ -14,6 +14,7 @@ PACKAGES = {
     "tpu": ("libtpu",),
     "cuda": ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
 }
+HINT = "pip install 'jaxbn[aot]' brings the compilers"
 
 
 class Target(NamedTuple):
@@ -65,11 +66,11 @@ def devices(name: str, chips: int = 1) -> list[Any]:
 
 
 def missing(name: str) -> str | None:
-    """Returns why a target cannot be compiled for, and what to do; None where it can."""
+    """Returns why a target cannot be compiled for, without `HINT`; None where it can."""
     absent = [package for package in PACKAGES[TARGETS[name].platform] if _version(package) is None]
     if not absent:
         return None
-    return f"{', '.join(absent)} not installed; pip install 'jaxbn[aot]' brings what is needed"
+    return f"{', '.join(absent)} not installed"
 
 
 def versions() -> dict[str, str]:
