@@ -145,7 +145,11 @@ def measure(chosen: list[dict], jobs: int = 1) -> list[dict]:
       jobs: programs that are compiled at once.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(measure_row, chosen))
+        try:
+            return list(pool.map(measure_row, chosen))
+        except KeyboardInterrupt:  # or the threads would wait for their compilers
+            aot.end_all()
+            raise
 
 
 def measure_row(row: dict) -> dict:

@@ -96,6 +96,12 @@ def compile_apart(
         return _result(Path(folder), process.exitcode, f"not compiled within {timeout:g} s" if late else None)
 
 
+def end_all() -> None:
+    """Ends the processes that are compiling."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 @functools.cache
 def _processes():
     """Where processes come from: one that has imported what they need, and has started no backend."""
