@@ -4,6 +4,7 @@ Convention: a command imports what it needs when it runs, so that help comes at 
 """
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -202,23 +203,41 @@ def bench_command(
     rounds: int = 25,
     step_processes: int = 4,
     step_rounds: int = 15,
+    dtypes: str | None = None,
+    targets: str | None = None,
+    kinds: str | None = None,
+    nets: str | None = None,
+    arms: str | None = None,
+    jobs: int = 2,
     out: MeasurementsDir = MEASUREMENTS,
 ) -> None:
     """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: an hour on two cores.
 
     Stopped at any moment, the same command continues. `table` shows what was measured in the README.
 
+    The part `accelerators` runs only where it is named: it compiles programs for TPUs and GPUs without having one, and
+    counts the bytes that they move. It needs pip install 'jaxbn[aot]', and hours for all targets; the options choose.
+
     Args:
-        only: Some of `layers`, `steps` and `collectives`, with commas between.
+        only: Some of `layers`, `steps`, `collectives` and `accelerators`, with commas between.
         rounds: Timings of each layer in each row.
         step_processes: Processes that compile and time the same training steps.
         step_rounds: Timings of each training step in each process.
+        dtypes: Some of `float32` and `bfloat16`. If left out: both.
+        targets: Accelerators, some of `v5e`, `v5p`, `v6e`, `tpu7x`, `h100`, `a100` and `b200`. If left out: all.
+        kinds: Accelerators' programs, some of `layer`, `block`, `inference`, `step` and `parallel`. If left out: all.
+        nets: Nets of accelerators' steps, some of `ResNet-20`, `ResNet-50` and `Inception`. If left out: all.
+        arms: Norms of accelerators' programs, some of `jaxbn`, `Flax`, `Flax, stable`, `affine only` and `none`; the
+            comma with a space belongs to the name. If left out: all.
+        jobs: Programs that are compiled at once for accelerators.
         out: Where the files go.
     """
     from experiments import bench
     from experiments.benchmarks import Settings
 
-    settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds)
+    lists = {"dtypes": dtypes, "targets": targets, "kinds": kinds, "nets": nets, "arms": arms}
+    chosen = {name: tuple(re.split(r",(?! )", text)) for name, text in lists.items() if text is not None}
+    settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds, jobs=jobs, **chosen)
     parts = only.split(",")
     if status := bench.run(only=parts, out=out, settings=settings):
         sys.exit(status)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from experiments import (
     calibration,
     collectives,
+    compiled,
     folding,
     numerics,
     plots,
@@ -22,7 +23,7 @@ from experiments import (
     tables,
     throughput,
 )
-from experiments.benchmarks import layers, steps
+from experiments.benchmarks import accelerators, layers, steps
 
 PYTHON = ".venv/bin/python -m experiments"
 WIDTH = 120
@@ -30,6 +31,7 @@ _BLOCK = re.compile(r"(?P<start><!-- measured: (?P<name>[\w-]+) -->\n)(?P<text>.
 _MARKER = "<!-- measured:"
 COLORS = {"float32": plots.PALETTE["blue"], "bfloat16": plots.PALETTE["vermilion"]}
 PAGE, FIGURE = Path("docs/bench/README.md"), Path("docs/bench/layers.png")
+COMPILED = Path("docs/bench/accelerators.md")
 HEAD = """# Batch norm alone, row by row
 
 Written by `python -m experiments table` from the file that `{python} bench --only layers` writes.
@@ -47,7 +49,8 @@ whose threads wait actively, or in another one passively: the faster of both cou
 
 ![Time of jaxbn over that of other layers]({figure})
 
-"""
+{more}"""
+MORE = f"[Batch norm as compiled for TPUs and GPUs]({COMPILED.name}).\n\n"
 
 
 class Shown(NamedTuple):
@@ -67,6 +70,7 @@ BLOCKS = {
     "throughput": Shown(throughput.NAME, "throughput", tables.throughput_sentence),
     "folding": Shown(folding.NAME, "folding", tables.folding_table),
     "calibration": Shown(calibration.NAME, "calibration", tables.calibration_table),
+    "accelerators": Shown(accelerators.NAME, "bench --only accelerators", compiled.block),
 }
 
 
@@ -86,8 +90,13 @@ def write(folder: Path, project: Path) -> list[Path]:
     if (path := folder / f"{layers.NAME}.jsonl").is_file():
         run, page, figure = results.read_records(path), project / PAGE, project / FIGURE
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(layers_page(run), encoding="utf-8")
+        page.write_text(layers_page(run, folder), encoding="utf-8")
         written += [page, layers_figure(run, figure)]
+    if (path := folder / f"{accelerators.NAME}.jsonl").is_file():
+        page = project / COMPILED
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(compiled_page(results.read_records(path)), encoding="utf-8")
+        written.append(page)
     return written
 
 
@@ -141,13 +150,28 @@ def wrapped(text: str) -> str:
 
 def origin(header: dict) -> str:
     """Returns on what, and with which versions, something was measured, in words."""
-    versions = header["versions"]
-    of_jax = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax"))
-    return f"on {report.hardware(header['hardware'])}, with {of_jax}"
+    compilers = header.get("compilers", {})
+    versions = {name: header["versions"][name] for name in ("jax", "flax")} | compilers
+    with_what = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"compiled with {with_what}" if compilers else f"on {report.hardware(header['hardware'])}, with {with_what}"
 
 
-def layers_page(run: dict) -> str:
-    """Returns the text of docs/bench/README.md, from the measurements of the layers."""
+def compiled_page(run: dict) -> str:
+    """Returns the text of docs/bench/accelerators.md, from the measurements of compiled programs."""
+    header = run["header"]
+    versions = {name: header["versions"][name] for name in ("jax", "jaxlib", "flax")} | header["compilers"]
+    with_what = ", ".join(f"{name} {version}" for name, version in versions.items())
+    command = f"{PYTHON} {BLOCKS['accelerators'].command}"
+    return wrapped(compiled.page(run, command=command, origin=f"with {with_what}, at commit {header['commit']}")) + "\n"
+
+
+def layers_page(run: dict, folder: Path) -> str:
+    """Returns the text of docs/bench/README.md.
+
+    Args:
+      run: the measurements of the layers.
+      folder: of all measurements; the page links to those that have a page of their own.
+    """
     header = run["header"]
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     measured = (
@@ -161,6 +185,7 @@ def layers_page(run: dict) -> str:
         rounds=header["settings"]["rounds"],
         milliseconds=1e3 * layers.AT_LEAST,
         figure=FIGURE.name,
+        more=MORE if (folder / f"{accelerators.NAME}.jsonl").is_file() else "",
     )
     return wrapped(head + tables.layers_pages(run)) + "\n"
 

@@ -47,7 +47,12 @@ def listed():
     """The pages in the contents of the index."""
     contents = re.search(r"```{toctree}\n(.*?)```", INDEX.read_text(encoding="utf-8"), re.DOTALL)[1]
     names = [line for line in contents.splitlines() if line and not line.startswith(":")]
-    return {path.resolve() for name in names for path in (DOCS / f"{name}.md", DOCS / f"{name}.ipynb") if path.exists()}
+    # A name may be a pattern, such as bench/*.
+    return {path.resolve() for name in names for kind in ("md", "ipynb") for path in _matching(f"{name}.{kind}")}
+
+
+def _matching(name):
+    return DOCS.glob(name) if "*" in name else [path for path in [DOCS / name] if path.exists()]
 
 
 def anchors(page):

@@ -5,12 +5,19 @@ that does it and returns records, dicts of plain values. `experiments.bench` kee
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
 # Small to large; the first three are those of ResNet-20.
 CONVOLUTIONAL = ((128, 32, 32, 16), (128, 16, 16, 32), (128, 8, 8, 64), (64, 14, 14, 256), (32, 56, 56, 64))
+COMPILED = ((256, 56, 56, 64), (256, 14, 14, 256), (128, 32, 32, 16), (4096, 1024))
 DENSE = ((128, 1024), (1024, 256), (8192, 512))
 DTYPES = ("float32", "bfloat16")
+# Of the part `accelerators`, which compiles for machines that are not there.
+TARGETS = ("v5e", "v5p", "v6e", "tpu7x", "h100", "a100", "b200")
+KINDS = ("layer", "block", "inference", "step", "parallel")
+NETS = ("ResNet-20", "ResNet-50", "Inception")
+ARMS = ("jaxbn", "Flax", "Flax, stable", "affine only", "none")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,20 @@ class Settings:
     """Multiplies the channels of ResNet-20."""
     inception_width: float = 0.25
     """Multiplies the channels of the Inception net."""
+    targets: tuple[str, ...] = TARGETS
+    """That programs are compiled for."""
+    kinds: tuple[str, ...] = KINDS
+    """Of compiled programs; "parallel" are steps on several chips."""
+    nets: tuple[str, ...] = NETS
+    """Of compiled steps."""
+    arms: tuple[str, ...] = ARMS
+    """Of compiled programs."""
+    compiled_shapes: tuple[tuple[int, ...], ...] = COMPILED
+    """Of a compiled layer's inputs, features last."""
+    large_image_size: int = 224
+    """Pixels per side for ResNet-50."""
+    jobs: int = 2
+    """Programs that are compiled at once."""
 
     def __post_init__(self):
         """Refuses what leaves nothing to measure.
@@ -44,16 +65,25 @@ class Settings:
         Raises:
           ValueError: names the value.
         """
-        for name in ("rounds", "step_processes", "step_rounds"):
+        for name in ("rounds", "step_processes", "step_rounds", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; at least 1 is accepted; choose more.")
+        choices = {"targets": TARGETS, "kinds": KINDS, "nets": NETS, "arms": ARMS, "dtypes": DTYPES}
+        for name, known in choices.items():
+            if not getattr(self, name) or set(getattr(self, name)) - set(known):
+                given = ",".join(getattr(self, name))
+                raise ValueError(f"{name}={given!r}; choose some of {'; '.join(known)}.")
 
     @classmethod
     def from_json(cls, values: dict) -> "Settings":
         """Returns the settings that `to_json` has made plain."""
-        return cls(**values | {"shapes": tuple(map(tuple, values["shapes"])), "dtypes": tuple(values["dtypes"])})
+        return cls(**{name: _tuples(value) for name, value in values.items()})
 
     def to_json(self) -> dict:
         """Returns the settings as a dict of what JSON knows."""
-        plain = dataclasses.asdict(self)
-        return plain | {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes)}
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _tuples(value):
+    """A value with tuples for lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

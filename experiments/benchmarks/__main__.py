@@ -18,8 +18,10 @@ def main(part: str, out: str, settings: str) -> None:
       settings: as JSON.
     """
     module, settings = importlib.import_module(f"experiments.benchmarks.{part}"), json.loads(settings)
-    header = results.measurement_header(settings) | {"copy_bandwidth": limit.memory_bandwidth()}
-    results.measure(Path(out) / f"{module.NAME}.jsonl", header, module.pieces(Settings.from_json(settings)))
+    chosen = Settings.from_json(settings)
+    header = results.measurement_header(settings)
+    header |= module.header(chosen) if hasattr(module, "header") else {"copy_bandwidth": limit.memory_bandwidth()}
+    results.measure(Path(out) / f"{module.NAME}.jsonl", header, module.pieces(chosen))
 
 
 if __name__ == "__main__":
@@ -27,3 +29,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except KeyboardInterrupt:  # which the terminal has sent to the parent too, who says so
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        sys.exit(f"Error: {error}")

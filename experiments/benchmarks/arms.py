@@ -9,7 +9,7 @@ here nothing stands between a timing and a layer.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -146,7 +146,7 @@ def compiled(arm: Arm, name: str, activation: str, x: np.ndarray, dy: np.ndarray
     x, dy = (jnp.array(np.moveaxis(array, -1, arm.features_axis)) for array in (x, dy))
     params, state = arm.init(x)
     arguments, structure = jax.tree.flatten((params, state, x, dy))
-    run = functools.partial(_run, arm, name, ACTIVATIONS[activation])
+    run = functools.partial(run_pass, arm, name, ACTIVATIONS[activation])
 
     # Flat arguments, since taking trees apart in each call would take some layers longer than others.
     def flat(*arguments):
@@ -155,7 +155,26 @@ def compiled(arm: Arm, name: str, activation: str, x: np.ndarray, dy: np.ndarray
     return functools.partial(jax.jit(flat, keep_unused=True).lower(*arguments).compile(), *arguments)
 
 
-def _run(arm, name, activate, params, state, x, dy):
+def run_pass(
+    arm: Arm,
+    name: str,
+    activate: Callable,
+    params: dict,
+    state: dict,
+    x: jax.Array,
+    dy: jax.Array | None,
+) -> Any:
+    """Returns what a pass gives, as a function to be compiled.
+
+    Args:
+      arm: the layer, or a few layers that are called like one.
+      name: one of `PASSES`.
+      activate: follows the layer.
+      params: the parameters.
+      state: the running statistics.
+      x: inputs.
+      dy: cotangents of the outputs; of use in the backward pass.
+    """
     if name == "eval":
         return activate(arm.evaluate(params, state, x))
 

@@ -11,6 +11,7 @@ an option for it.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -44,11 +45,22 @@ CLASSES = 10
 
 
 class Step(NamedTuple):
-    """A training step, not yet compiled, and what it works on."""
+    """A training step, not yet compiled, and what it works on.
 
-    lower: Callable[[], jax.stages.Lowered]
+    Attributes:
+      run: parameters, running statistics, momenta, images, labels -> the first three after the step.
+      state: the first three.
+      batch: images and labels.
+    """
+
+    run: Callable[..., tuple]
     state: tuple
     batch: tuple
+
+    def lower(self) -> jax.stages.Lowered:
+        """Returns the step for this machine, which overwrites the state, before compilation."""
+        shapes = jax.eval_shape(lambda: (*self.state, *self.batch))
+        return jax.jit(self.run, donate_argnums=(0, 1, 2)).lower(*shapes)
 
 
 def pieces(settings: Settings) -> dict[str, Callable[[], list[dict]]]:
@@ -113,42 +125,61 @@ def measure(name: str, config: Config, dtype: str, process: int, *, image_size: 
     ]
 
 
-def training_step(layer: Callable[..., nn.Module] | None, config: Config, images: jax.Array) -> Step:
+def training_step(
+    layer: Callable[..., nn.Module] | None, config: Config, images: jax.Array, axis_name: str | None = None
+) -> Step:
     """Returns a step of SGD with momentum.
 
     Args:
       layer: the net's batch norm; None for no norm.
       config: the net.
       images: shape [n, height, width, 3]; their dtype is that of the activations.
+      axis_name: of the devices that share a batch, where each of them runs the step on its part.
     """
     net = models.build(config.replace(norm="none" if layer is None else "batch"), CLASSES)
-    labels = jnp.arange(len(images)) % CLASSES
-    sgd = optax.sgd(0.01, 0.9)
-    norm = layer and functools.partial(layer, dtype=images.dtype)
+    options = {"axis_name": axis_name} if axis_name else {}
+    norm = layer and functools.partial(layer, dtype=images.dtype, **options)
     # The nets take their batch norm from the name in `blocks`: what a user changes is that import.
-    patched = functools.partial(mock.patch.object, blocks, "BatchNorm", norm)
+    return step_of(net, images, CLASSES, axis_name, functools.partial(mock.patch.object, blocks, "BatchNorm", norm))
+
+
+def step_of(
+    net: nn.Module,
+    images: jax.Array,
+    classes: int,
+    axis_name: str | None = None,
+    patched: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Step:
+    """Returns a step of SGD with momentum of a net, which is called as those in `models` are.
+
+    Args:
+      net: the net.
+      images: see `training_step`.
+      classes: number of logits.
+      axis_name: see `training_step`.
+      patched: the net is called within this context.
+    """
+    labels = jnp.arange(len(images)) % classes
+    sgd = optax.sgd(0.01, 0.9)
 
     def step(params, batch_stats, momenta, images, labels):
         def loss_of(params):
             variables = {"params": rounded(params, images.dtype), "batch_stats": batch_stats}
-            logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
+            with patched():
+                logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
             return losses.mean(), updated.get("batch_stats", {})
 
         gradients, batch_stats_new = jax.grad(loss_of, has_aux=True)(params)
+        if axis_name:
+            gradients = jax.lax.pmean(gradients, axis_name)
         updates, momenta = sgd.update(gradients, momenta)
         return optax.apply_updates(params, updates), batch_stats_new, momenta
 
     with patched():
         variables = random_variables(net, images)
     state = (variables["params"], variables.get("batch_stats", {}), sgd.init(variables["params"]))
-    shapes = jax.eval_shape(lambda: (*state, images, labels))
-
-    def lower():
-        with patched():
-            return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*shapes)
-
-    return Step(lower, state, (images, labels))
+    return Step(step, state, (images, labels))
 
 
 def random_variables(net: nn.Module, images: jax.Array) -> dict:
@@ -171,7 +202,7 @@ def rounded(params: dict, dtype: Any) -> dict:
     """Returns parameters with those of the norms as they are, and all others in a dtype."""
 
     def leaf(path, value):
-        in_norm = any(str(entry.key).startswith("BatchNorm") for entry in path)
+        in_norm = any(str(entry.key).startswith(("Affine", "BatchNorm")) for entry in path)
         return value if in_norm else value.astype(dtype)
 
     return jax.tree.map_with_path(leaf, params)

@@ -53,6 +53,14 @@ def test_nothing_to_measure_is_refused():
         Settings(rounds=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("targets", "v6e,v7"), ("kinds", "nets"), ("arms", "Flax,jax"), ("nets", "")]
+)
+def test_unknown_choice_is_refused(name, given):
+    with pytest.raises(ValueError, match=f"^{name}='{given}'; choose some of .*; "):
+        Settings(**{name: tuple(given.split(",")) if given else ()})
+
+
 def test_each_part_has_its_own_process_that_keeps_freed_memory_and_two_threads(started, tmp_path):
     assert bench.run(only=("layers", "steps"), out=tmp_path, settings=TINY) == 0
     for part, (command, environment) in zip(("layers", "steps"), started, strict=True):
@@ -72,10 +80,32 @@ def test_command_measures_and_shows_the_parts_that_are_named(monkeypatch, starte
     assert shown == [(["layers"], tmp_path)]
 
 
+def test_command_passes_on_which_programs_are_compiled(monkeypatch, started, tmp_path):
+    monkeypatch.setattr(cli, "_show", lambda *what: None)
+    chosen = {
+        "targets": "v6e,h100",
+        "kinds": "step",
+        "nets": "ResNet-20",
+        "arms": "Flax, stable,none",
+        "dtypes": "float32",
+    }
+    options = [each for name, value in chosen.items() for each in (f"--{name}", value)]
+    assert call(monkeypatch, "--only", "accelerators", *options, "--out", tmp_path) == 0
+    settings = Settings.from_json(json.loads(started[0][0][-1]))
+    assert (settings.targets, settings.kinds, settings.nets) == (("v6e", "h100"), ("step",), ("ResNet-20",))
+    assert settings.arms == ("Flax, stable", "none") and settings.dtypes == ("float32",)
+
+
+def test_compiling_for_accelerators_is_not_among_the_defaults(monkeypatch, started, tmp_path):
+    monkeypatch.setattr(cli, "_show", lambda *what: None)
+    assert call(monkeypatch, "--out", tmp_path) == 0
+    assert "accelerators" not in [part for command, _ in started for part in command]
+
+
 @pytest.mark.parametrize("only", ["nothing", "layers,nothing", ""])
 def test_unknown_part_is_an_error_in_a_sentence(monkeypatch, capsys, only):
     assert call(monkeypatch, "--only", only) == 2
-    assert f"only='{only}'; some of layers,steps,collectives are accepted" in capsys.readouterr().err
+    assert f"only='{only}'; some of layers,steps,collectives,accelerators are accepted" in capsys.readouterr().err
 
 
 def test_part_that_fails_ends_the_command_with_its_status(monkeypatch, tmp_path):

@@ -52,10 +52,13 @@ def test_parameters_of_norms_are_not_rounded():
 
 
 class Lowered:
-    """Stands for a program that is not compiled yet."""
+    """Stands for a step, and for its program that is not compiled yet."""
 
     def __init__(self, name, order):
         self.name, self.order = name, order
+
+    def lower(self):
+        return self
 
     def compile(self):
         self.order.append(self.name)
@@ -64,7 +67,7 @@ class Lowered:
 
 def steps_that_record(order):
     """A step for each arm, which only says when it is compiled."""
-    return {name: steps.Step(lambda name=name: Lowered(name, order), (), ()) for name in steps.ARMS}
+    return {name: Lowered(name, order) for name in steps.ARMS}
 
 
 def test_all_arms_are_compiled_in_the_order_of_the_process():
