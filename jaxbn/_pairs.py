@@ -25,8 +25,9 @@ from jaxbn import _platforms
 # 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
 LONGEST_RUN = 16
 SHORTEST_RUN = 4
-# On a GPU, positions from which on sums are added in two steps.
+# On a GPU, positions from which on sums are added in two steps, and how many the first step adds at the least.
 SMALLEST_IN_PARTS = 4096
+FEWEST_PER_PART = 32
 
 
 def sum_both(
@@ -89,14 +90,16 @@ def _sum_each(a, b, *, reduced, narrow=False):
     return [jnp.sum(a, reduced), jnp.sum(b, reduced)]
 
 
-def _sum_in_parts(a, b, *, reduced, narrow=False):
+def _sum_in_parts(a, b, *, reduced):
     """Adds in two steps, as XLA does on a GPU, but what is left of both arrays in one kernel."""
-    del narrow
     positions, features = _positions_and_features(a, reduced)
     total = math.prod(positions)
     if features is None or a.dtype != b.dtype or total < SMALLEST_IN_PARTS:
         return _sum_each(a, b, reduced=reduced)
-    parts = max(part for part in range(1, math.isqrt(total) + 1) if total % part == 0)
+    # XLA itself makes a power of two below the root.  With a few more parts it fuses what makes the sums, such as the
+    # derivative of a ReLU, into their kernel, rather than writing it to memory.
+    most = min(3 * math.isqrt(total), total // FEWEST_PER_PART)
+    parts = max(part for part in range(1, most + 1) if total % part == 0)
     both = jnp.stack([jnp.sum(each.reshape(parts, total // parts, *features), 1) for each in (a, b)])
     return list(jnp.sum(both, 1))
 
