@@ -12,7 +12,7 @@ from typing import Any
 from jaxbn.functional import affine, batch_norm, batch_normalize, normalize
 from jaxbn.padding import pad_batch
 from jaxbn.stats import AccumulatedStats, BatchStats, CountedStats, Moments, combine, init_stats, moments, update_stats
-from jaxbn.variants import batch_renormalize, ghost_normalize
+from jaxbn.variants import batch_renormalize, ghost_normalize, shifted_normalize
 
 __all__ = [
     "AccumulatedStats",
@@ -29,6 +29,7 @@ __all__ = [
     "moments",
     "normalize",
     "pad_batch",
+    "shifted_normalize",
     "update_stats",
 ]
 

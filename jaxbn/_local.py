@@ -73,15 +73,15 @@ def measure_locally(x, mask, count, negligible, reduced: tuple[int, ...]) -> Loc
     return Local(*local_p.bind(*varying_alike(*operands), **options))
 
 
-def sums_about(pivot, x, mask, m, reduced) -> Local:
-    """Returns the moments of x from sums about a pivot, shape [C]; x is read once."""
+def sums_about(pivot, x, mask, reduced) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of x - pivot and of its square, for a pivot per feature; x is read once."""
     wide = widen(x)
     centred = wide - broadcast(pivot, wide, reduced)
-    total, squares = sum_both(centred, abs2(centred), mask, reduced, narrow=is_narrow(x))
-    return _from_sums(pivot, total, squares, m)
+    return sum_both(centred, abs2(centred), mask, reduced, narrow=is_narrow(x))
 
 
-def _from_sums(pivot, total, squares, m):
+def from_sums(pivot, total, squares, m) -> Local:
+    """Returns the moments from sums about a pivot."""
     offset = total / m
     return Local(pivot, offset, jnp.maximum(squares / m - abs2(offset), 0))
 
@@ -109,7 +109,7 @@ def _raw_or_centred(x, mask, m, negligible, reduced) -> Local:
     # Either branch returns a pivot, and the sum and the sum of squares of x less that.  Coming out of a branch, the
     # pivot is one number wherever it is used: computed in place, it would be contracted to a fused multiply-add there.
     pivot, total, squares = lax.cond(cancels, again, once, x, total, squares)
-    return _from_sums(pivot, total, squares, m)
+    return from_sums(pivot, total, squares, m)
 
 
 def _two_pass(x, mask, m, negligible, reduced) -> Local:
@@ -120,7 +120,7 @@ def _two_pass(x, mask, m, negligible, reduced) -> Local:
         pivot = jnp.sum(wide * (1 / m), reduced, where=mask)
     else:
         pivot = jnp.sum(wide, reduced, where=mask) / m
-    return sums_about(pivot, x, mask, m, reduced)
+    return from_sums(pivot, *sums_about(pivot, x, mask, reduced), m)
 
 
 def _sampled(x, mask, m, negligible, reduced) -> Local:
@@ -143,7 +143,7 @@ def _sampled(x, mask, m, negligible, reduced) -> Local:
     values = widen(jnp.moveaxis(x, reduced, range(len(reduced)))[tuple(jnp.asarray(p) for p in positions)])
     while len(values) > 1:
         values = _median_of_three(*values.reshape(3, -1, *values.shape[1:]))
-    return sums_about(values[0], x, mask, m, reduced)
+    return from_sums(values[0], *sums_about(values[0], x, mask, reduced), m)
 
 
 def sample_positions(total: int) -> np.ndarray:

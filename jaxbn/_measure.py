@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxbn import _platforms
 from jaxbn._dtypes import is_narrow, wide_dtype, widen
-from jaxbn._local import combine, measure_locally
+from jaxbn._local import combine, from_sums, measure_locally, sums_about
 from jaxbn._pairs import broadcast, sum_both
 
 
@@ -93,7 +93,7 @@ class Measured(NamedTuple):
     count: jax.Array
 
 
-def measure(x, mask, reduced: tuple[int, ...], devices: Devices, negligible) -> Measured:
+def measure(x, mask, reduced: tuple[int, ...], devices: Devices, negligible, about=None) -> Measured:
     """Measures a batch.
 
     Args:
@@ -102,13 +102,14 @@ def measure(x, mask, reduced: tuple[int, ...], devices: Devices, negligible) -> 
       reduced: axes to sum over.
       devices: what to add over.
       negligible: a variance whose rounding does not matter.
+      about: a pivot that is near the mean, the same on all devices; None to find one.
 
     Returns:
       Statistics of the shape of the other axes.
     """
     size = _known_size(x, mask, reduced, devices)
     count = None if size else _count(x, mask, reduced)
-    return Measured(*_measure(x, mask, count, negligible, reduced, devices, size))
+    return Measured(*_measure(x, mask, count, negligible, about, reduced, devices, size))
 
 
 def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -116,14 +117,21 @@ def fill(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))  # called eagerly, the branches would be compiled at every call
-def _measure(x, mask, count, negligible, reduced, devices, size):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))  # called eagerly, the branches would be compiled at every call
+def _measure(x, mask, count, negligible, about, reduced, devices, size):
     """Returns pivot, offset, variance and count: those of each device, combined.
 
     ``size`` is the number of values behind each feature on all devices; where that is 0.0, ``count`` is the number on
     this device.
     """
+    if about is not None:
+        sums = sums_about(about, x, mask, reduced)
+        total, squares, *counts = devices.total(*sums, *(() if size else (count,)))
+        if size:
+            return *from_sums(about, total, squares, size), jnp.full_like(squares, size)
+        nothing = counts[0] == 0  # the mean of nothing is 0
+        return *from_sums(jnp.where(nothing, 0, about), total, squares, jnp.maximum(counts[0], 1)), counts[0]
     local = measure_locally(x, mask, count, negligible, reduced)
     if not devices.names:
         return *local, jnp.full_like(local.var, size) if size else count

@@ -186,6 +186,71 @@ def batch_renormalize(
     return apply_measured(x, mask, batch, scale * r, shift, reduced, epsilon).astype(dtype), moments
 
 
+def shifted_normalize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    stats: AnyStats | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalises a batch with its own moments, measured about the running mean: one reading of x on every platform.
+
+    The same as :func:`jaxbn.batch_normalize` as long as the running mean is within about two standard deviations of the
+    mean of the batch.  The farther off it is, the more digits of the variance are lost:
+    with d = (mean - running mean) / sigma, a relative error of about d^2 roundings.
+
+    On a TPU, where :func:`jaxbn.batch_normalize` reads x twice, a net moves less memory with this method, and on
+    several devices a layer never needs a second collective.  It assumes that the inputs of a layer are near 0, with
+    which the running mean starts, or that a few dozen batches in evaluation or calibration have set it.
+
+    >>> stats = jaxbn.BatchStats(mean=jnp.array([1.5]), var=jnp.array([1.]))
+    >>> y, moments = jaxbn.shifted_normalize(jnp.array([[1.], [3.]]), stats=stats, epsilon=1e-9)
+    >>> y
+    Array([[-1.],
+           [ 1.]], dtype=float32)
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      scale: factor per feature (gamma), shape [C]; None for 1.
+      bias: shift per feature (beta), shape [C]; None for 0.
+      axis: feature axis or axes of ``x``.
+      epsilon: added to the variance; positive.
+      axis_name: name or names of the device axes over which the batch is spread; the running statistics have to be the
+        same on all of them.
+      axis_index_groups: groups of device indices to normalise separately.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      stats: running statistics before this batch, shape [C].
+
+    Returns:
+      y, shape [..., C], and the moments of the batch.
+
+    Raises:
+      ValueError: without ``stats``, or for an argument that does not fit ``x``; the message says what would.
+
+    References:
+      Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance: "shifted data".
+    """
+    if stats is None:
+        raise ValueError(
+            "stats=None, but the moments are measured about the running mean; "
+            "pass stats, or use it as the method of batch_norm or of a layer, which do."
+        )
+    _checks.statistics(stats, STATS_TYPES)
+    x, axes, reduced = _checks.inputs(x, axis)
+    _checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
+    mask = _checks.mask(mask, x)
+    devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
+    _checks.several_values(x.shape, reduced, axis_name)
+    about = lax.stop_gradient(widen(jnp.asarray(stats.mean)))
+    batch = measure(x, mask, reduced, devices, negligible=epsilon, about=about)
+    return apply_measured(x, mask, batch, scale, bias, reduced, epsilon), round_mean(batch)
+
+
 def _limit(d, d_max):
     """Returns ``d`` with its magnitude at most ``d_max``; the mean, and so d, may be complex."""
     return d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), 1e-30))

@@ -18,6 +18,7 @@ METHODS = {
     "batch": jaxbn.batch_normalize,
     "ghost": functools.partial(jaxbn.ghost_normalize, group_size=4),
     "renorm": jaxbn.batch_renormalize,
+    "shifted": jaxbn.shifted_normalize,
 }
 SHAPE = (8, 2, 3)
 RNG = np.random.default_rng(0)
@@ -115,6 +116,7 @@ def test_training_uses_the_method(front_end, method):
         "batch": lambda: reference.batch_norm(x, SCALE, BIAS, epsilon=epsilon)[0],
         "ghost": lambda: reference.ghost(x, SCALE, BIAS, group_size=4, epsilon=epsilon),
         "renorm": lambda: reference.renorm(x, *STATS, SCALE, BIAS, r_max=3.0, d_max=5.0, epsilon=epsilon)[0],
+        "shifted": lambda: reference.batch_norm(x, SCALE, BIAS, epsilon=epsilon)[0],
     }[method]()
     # x - mean is exact to half a unit of x, 50 * 2^-24, over sigma = 3 and times scale <= 2; the rest is of that size.
     np.testing.assert_allclose(y, expected, rtol=0, atol=16 * np.finfo(np.float32).eps * abs(expected).max())
@@ -157,6 +159,7 @@ CALLS = {
     "ghost_normalize": lambda x: jaxbn.ghost_normalize(x, group_size=4),
     "moments": jaxbn.moments,
     "normalize": lambda x: jaxbn.normalize(x, *STATS),
+    "shifted_normalize": lambda x: jaxbn.shifted_normalize(x, stats=STATS),
     "update_stats": lambda x: jaxbn.update_stats(STATS, jaxbn.moments(x), momentum=0.9),
 }
 

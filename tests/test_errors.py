@@ -33,6 +33,7 @@ FUNCTIONS = {
     "evaluate": lambda x, **options: jaxbn.batch_norm(x, STATS, use_running_average=True, **options),
     "ghost_normalize": lambda x, **options: jaxbn.ghost_normalize(x, group_size=2, **options),
     "batch_renormalize": lambda x, **options: jaxbn.batch_renormalize(x, stats=STATS, **options),
+    "shifted_normalize": lambda x, **options: jaxbn.shifted_normalize(x, stats=STATS, **options),
 }
 MEASURING = {"moments": jaxbn.moments}
 
@@ -307,6 +308,15 @@ def test_renorm_without_running_statistics_is_refused():
     )
     with refused(message):
         jaxbn.batch_renormalize(X)
+
+
+def test_shifted_batch_norm_without_running_statistics_is_refused():
+    message = (
+        "stats=None, but the moments are measured about the running mean; "
+        "pass stats, or use it as the method of batch_norm or of a layer, which do."
+    )
+    with refused(message):
+        jaxbn.shifted_normalize(X)
 
 
 @pytest.mark.parametrize(("name", "value", "least"), [("r_max", 0.5, 1), ("d_max", -1.0, 0)])

@@ -1,4 +1,4 @@
-"""Ghost batch norm and batch renormalisation, against the formulas of their papers."""
+"""Ghost batch norm, batch renormalisation and shifted batch norm, against their formulas."""
 
 import functools
 
@@ -190,3 +190,55 @@ def test_variants_run_under_vmap(method):
     for i in range(2):
         alone = jax.jit(METHODS[method])(x[i], SCALE, BIAS)
         chex.assert_trees_all_close((y[i], jax.tree.map(lambda m, i=i: m[i], moments)), alone, **CLOSE)
+
+
+# Shifted batch norm
+
+
+@jax.jit
+def shifted(x, scale, bias, dy, mean, mask=None):
+    def apply(x, scale, bias):
+        stats = jaxbn.BatchStats(mean, jnp.ones_like(mean))
+        return jaxbn.shifted_normalize(x, scale, bias, stats=stats, mask=mask)
+
+    y, vjp, moments = jax.vjp(apply, x, scale, bias, has_aux=True)
+    return y, moments, vjp(dy)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mean", [0, 1e4])
+def test_shifted_batch_norm_is_batch_norm_where_the_running_mean_is_near(mean, mask):
+    mask, x = MASKS[mask], (X + mean).astype(np.float32)
+    near = (reference.moments(x, mask=mask)[0] + 0.5).astype(np.float32)
+    y, moments, gradients = shifted(x, SCALE, BIAS, DY, near, mask)
+    np.testing.assert_allclose(y, reference.batch_norm(x, SCALE, BIAS, mask=mask)[0], **CLOSE)
+    chex.assert_trees_all_close(tuple(moments), reference.moments(x, mask=mask), **CLOSE)
+    chex.assert_trees_all_close(gradients, tuple(reference.gradients(x, SCALE, BIAS, DY, mask=mask)), **SUMS)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 10, 100])  # in standard deviations
+def test_shifted_batch_norm_loses_as_many_digits_as_the_squared_distance_of_the_running_mean(distance):
+    x = np.random.default_rng(1).normal(size=(4096, 3)).astype(np.float32)
+    _, moments = jax.jit(jaxbn.shifted_normalize)(x, stats=jaxbn.BatchStats(jnp.full(3, float(distance)), jnp.ones(3)))
+    # Half a dozen roundings of the sums about the running mean.
+    np.testing.assert_allclose(moments.var, x.var(0, dtype=np.float64), rtol=6 * ROUNDING * (1 + distance**2))
+
+
+def test_the_running_mean_has_no_gradient_in_shifted_batch_norm():
+    def loss(mean):
+        return jaxbn.shifted_normalize(X, stats=jaxbn.BatchStats(mean, jnp.ones(3)))[0].sum()
+
+    assert (jax.grad(loss)(jnp.ones(3)) == 0).all()
+
+
+def test_shifted_batch_norm_over_devices_is_that_of_the_whole_batch_with_one_collective():
+    stats = jaxbn.BatchStats(jnp.full(3, 50.0), jnp.ones(3))  # so far off that another method would add twice
+
+    def apply(x):
+        return jaxbn.shifted_normalize(x, stats=stats, axis_name="d")
+
+    parts = jax.vmap(apply, axis_name="d")(X.reshape(3, 2, *SHAPE[1:]))
+    whole = jaxbn.shifted_normalize(X, stats=stats)
+    np.testing.assert_allclose(parts[0].reshape(SHAPE), whole[0], rtol=0, atol=1e-3)
+    text = str(jax.make_jaxpr(apply, axis_env=[("d", 3)])(X[:2]))
+    assert text.count("psum") == 1
