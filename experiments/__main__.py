@@ -227,8 +227,8 @@ def bench_command(
         targets: Accelerators, some of `v5e`, `v5p`, `v6e`, `tpu7x`, `h100`, `a100` and `b200`. If left out: all.
         kinds: Accelerators' programs, some of `layer`, `block`, `inference`, `step` and `parallel`. If left out: all.
         nets: Nets of accelerators' steps, some of `ResNet-20`, `ResNet-50` and `Inception`. If left out: all.
-        arms: Norms of accelerators' programs, some of `jaxbn`, `Flax`, `Flax, stable`, `affine only` and `none`; the
-            comma with a space belongs to the name. If left out: all.
+        arms: Norms of accelerators' programs, some of `jaxbn`, `jaxbn, shifted`, `Flax`, `Flax, stable`, `affine only`
+            and `none`; the comma with a space belongs to the name. If left out: all.
         jobs: Programs that are compiled at once for accelerators.
         out: Where the files go.
     """

@@ -19,8 +19,8 @@ fused operations being one. Temporaries: device memory besides arguments and res
 is counted; jaxbn's layer takes the other one only where features cancel. Collectives in such a branch are in brackets
 with a plus sign. Inputs have the dtype, parameters and statistics are float32; steps in bfloat16 are those of mixed
 precision, SGD with momentum. Where inputs have two axes, "conv" is a product with a matrix. Flax, stable:
-`use_fast_variance=False`. Affine only: a scale and bias in place of each norm. None: the ReLU, or the net, without a
-norm. Folded: the convolution has a bias, and there is no norm.
+`use_fast_variance=False`. jaxbn, shifted: `method=jaxbn.shifted_normalize`. Affine only: a scale and bias in place of
+each norm. None: the ReLU, or the net, without a norm. Folded: the convolution has a bias, and there is no norm.
 
 """
 TITLES = {

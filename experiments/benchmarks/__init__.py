@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 TARGETS = ("v5e", "v5p", "v6e", "tpu7x", "h100", "a100", "b200")
 KINDS = ("layer", "block", "inference", "step", "parallel")
 NETS = ("ResNet-20", "ResNet-50", "Inception")
-ARMS = ("jaxbn", "Flax", "Flax, stable", "affine only", "none")
+ARMS = ("jaxbn", "jaxbn, shifted", "Flax", "Flax, stable", "affine only", "none")
 
 
 @dataclass(frozen=True)

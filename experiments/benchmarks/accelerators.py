@@ -16,7 +16,7 @@ from experiments.benchmarks import Settings, aot, arms, programs, steps, targets
 
 NAME = "bench-accelerators"
 OURS, FLAX, STABLE = steps.OURS, steps.FLAX, "Flax, stable"
-NORMS = (OURS, FLAX, STABLE)
+NORMS = (OURS, programs.SHIFTED, FLAX, STABLE)
 IMAGE_SIZE = 32  # of all nets but ResNet-50
 LARGE = {"ResNet-50": ("v6e", "h100"), "Inception": ("v6e", "h100")}  # targets of the nets that take long to compile
 PARALLEL = {"v5e": (16, 256), "h100": (8, 16)}  # numbers of chips

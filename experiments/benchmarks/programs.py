@@ -15,11 +15,12 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 import jaxbn.linen
 from experiments.benchmarks import arms, resnet50, steps
 from experiments.config import Config
 
-AFFINE, FOLDED = "affine only", "folded"
+AFFINE, FOLDED, SHIFTED = "affine only", "folded", "jaxbn, shifted"
 AXIS = "data"
 
 
@@ -29,7 +30,8 @@ def affine(dtype: Any = None, **options: Any) -> nn.Module:
     return jaxbn.linen.Affine(dtype=dtype, **learned)
 
 
-LAYERS = {**steps.ARMS, AFFINE: affine}
+shifted = functools.partial(jaxbn.linen.BatchNorm, method=jaxbn.shifted_normalize)
+LAYERS = {**steps.ARMS, SHIFTED: shifted, AFFINE: affine}
 # What surrounds the norm: nothing, or convolutions, which are products where inputs have two axes.
 NORM, NORM_RELU, PAIR, BLOCK = "norm", "norm+ReLU", "conv+norm+ReLU", "conv+norm+ReLU+conv"
 
