@@ -1,8 +1,9 @@
 """Errors of batch norm against float64 as the mean of the inputs grows, ours beside Flax's.
 
-Conventions: one training step in float32 on inputs with 2 to 5 axes and standard deviation 1. The inputs are rounded
-first, and the oracle sees the rounded values: what is measured is what the arithmetic adds. Of the output, the largest
-absolute error; of the gradients with respect to x, scale and bias, the largest error over the largest entry.
+Conventions: one training step on inputs in float32 or bfloat16, with 2 to 5 axes and standard deviation 1; parameters
+and outputs are in float32. The inputs are rounded first, and the oracle sees the rounded values: what is measured is
+what the arithmetic adds. Of the output, the largest absolute error; of the gradients with respect to x, scale and bias,
+the largest error over the largest entry. The gradient with respect to x is rounded to the dtype of x.
 """
 
 import functools
@@ -16,11 +17,16 @@ import numpy as np
 
 import jaxbn
 from experiments import results
-from jaxbn import _oracle
+from jaxbn import _oracle, _platforms
 
 NAME = "numerics"
 SHAPES = ((512, 6), (64, 9, 6), (32, 5, 7, 6), (16, 3, 4, 5, 6))
+MEASURED = (*SHAPES, (32, 12, 12, 6))  # with one that is large enough for all steps of the algorithm for GPUs
 RATIOS = (0, 1, 1.9, 2.1, 5, 10, 1e2, 1e3, 1e4, 1e5, 1e6)  # means, in standard deviations
+# Of a larger mean, bfloat16 is too coarse for a standard deviation of 1.
+MEANS = {"float32": RATIOS, "bfloat16": tuple(ratio for ratio in RATIOS if ratio <= 100)}
+# This library computing as it does on other platforms.
+ELSEWHERE = {"tpu": "jaxbn, for TPUs", "cuda": "jaxbn, for GPUs"}
 
 
 def sample(
@@ -73,13 +79,35 @@ def errors(
     )
 
 
-def measure(ratios: Sequence[float] = RATIOS) -> list[dict]:
-    """Returns a record for each mean and implementation: the worst errors over the shapes."""
+def measure(ratios: Sequence[float] = RATIOS, *, dtype: str = "float32", platform: str | None = None) -> list[dict]:
+    """Returns a record for each mean and implementation: the worst errors over the shapes.
+
+    Args:
+      ratios: means, in standard deviations.
+      dtype: of the inputs.
+      platform: "tpu" or "cuda" for this library alone, computing as it does there, on whatever this runs; None for all
+        implementations on the platform of this machine.
+    """
+    if platform is not None:
+        with _platforms.assumed(platform):
+            return _measure(ratios, dtype, {ELSEWHERE[platform]: ours})
+    return _measure(ratios, dtype, IMPLEMENTATIONS)
+
+
+def _measure(ratios, dtype, implementations):
     return [
-        {"mean": float(ratio), "implementation": name, "output": float(output), "gradient": float(gradient)}
+        {
+            "dtype": dtype,
+            "mean": float(ratio),
+            "implementation": name,
+            "output": float(output),
+            "gradient": float(gradient),
+        }
         for ratio in ratios
-        for name, implementation in IMPLEMENTATIONS.items()
-        for output, gradient in [np.max([errors(implementation, *sample(shape, ratio)) for shape in SHAPES], axis=0)]
+        for name, implementation in implementations.items()
+        for output, gradient in [
+            np.max([errors(implementation, *sample(shape, ratio, jnp.dtype(dtype))) for shape in MEASURED], axis=0)
+        ]
     ]
 
 
@@ -89,6 +117,12 @@ def run(*, out: Path) -> None:
     Args:
       out: its folder.
     """
-    settings = {"shapes": [list(shape) for shape in SHAPES], "means": list(RATIOS)}
-    header = results.measurement_header(settings)
-    results.measure(out / f"{NAME}.jsonl", header, {"errors by mean": measure})
+    settings = {"shapes": [list(shape) for shape in MEASURED], "means": {dtype: list(r) for dtype, r in MEANS.items()}}
+    pieces = {
+        f"errors by mean, {dtype}, {ELSEWHERE.get(platform, 'here')}": functools.partial(
+            measure, ratios, dtype=dtype, platform=platform
+        )
+        for dtype, ratios in MEANS.items()
+        for platform in (None, *ELSEWHERE)
+    }
+    results.measure(out / f"{NAME}.jsonl", results.measurement_header(settings), pieces)

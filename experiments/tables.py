@@ -17,12 +17,23 @@ LARGE_ARRAY = 4 * 2**20  # bytes; a copy of a smaller one times mostly the call
 
 
 def numerics_table(run: dict) -> str:
-    """Returns the errors by mean."""
-    by_mean = {}
-    for record in run["records"]:
-        line = by_mean.setdefault(record["mean"], {"mean/std": _mean(record["mean"])})
-        line[record["implementation"]] = _short(f"{record['output']:.0e} / {record['gradient']:.0e}")
-    return f"{markdown(list(by_mean.values()))}\n\n{STABLE}"
+    """Returns the errors by mean: a table for float32, and one for bfloat16 if that was measured."""
+    parts = []
+    for dtype in ("float32", "bfloat16"):
+        records = [record for record in run["records"] if record.get("dtype", "float32") == dtype]
+        names = list(dict.fromkeys(record["implementation"] for record in records))
+        names.sort(key=lambda name: not name.startswith("jaxbn"))
+        found = {(record["mean"], record["implementation"]): record for record in records}
+        lines = []
+        for mean in dict.fromkeys(record["mean"] for record in records):
+            of = {name: found[mean, name] for name in names}
+            errors = {name: _short(f"{one['output']:.0e} / {one['gradient']:.0e}") for name, one in of.items()}
+            lines.append({"mean/std": _mean(mean)} | errors)
+        if lines and parts:
+            parts.append("With inputs in bfloat16, to which the gradient with respect to them is rounded:")
+        if lines:
+            parts.append(markdown(lines))
+    return "\n\n".join([*parts, STABLE])
 
 
 def layers_table(run: dict) -> str:

@@ -116,10 +116,10 @@ def _two_pass(x, mask, m, negligible, reduced) -> Local:
     """Sums about the mean: x is read twice, and nothing is lost whatever it holds."""
     del negligible
     wide = widen(x)
-    if isinstance(m, float):  # divided inside of the sum, which takes one kernel less; the pivot need not be exact
-        pivot = jnp.sum(wide * (1 / m), reduced, where=mask)
-    else:
-        pivot = jnp.sum(wide, reduced, where=mask) / m
+    # Divided inside of the sum, which takes one kernel less; the pivot need not be exact.  But it has to be one number
+    # wherever it is used: XLA would fuse a division after the sum into x - pivot, as a fused multiply-add.
+    share = 1 / m if isinstance(m, float) else broadcast(1 / m, wide, reduced)
+    pivot = jnp.sum(wide * share, reduced, where=mask)
     return from_sums(pivot, *sums_about(pivot, x, mask, reduced), m)
 
 
@@ -277,7 +277,8 @@ def _batch(operands, axes, *, reduced, masked, counted):
     if not mapped_x:
         x = jnp.broadcast_to(x, (size, *x.shape))
     if mapped_negligible:
-        negligible = negligible.reshape(size, *[1] * (x.ndim - 1 - len(reduced)))
+        features = x.ndim - len(reduced)
+        negligible = negligible.reshape(size, *[1] * (features - negligible.ndim), *negligible.shape[1:])
     if masked and not mapped[0]:
         rest[0] = rest[0][None]
     if counted and not mapped[-1]:
