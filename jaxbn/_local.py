@@ -9,7 +9,7 @@ differ in where it comes from, and so in how often they read x:
 
 - on a CPU it is 0, and the mean only where the sums about 0 cancel, which a conditional finds out (`_raw_or_centred`);
 - on a TPU it is the mean (`_two_pass`): the compiler takes the first sum in the kernel that produces x;
-- on a GPU it is a median of some values of x (`_sampled`), and x is read once.
+- on a GPU it is a median of some values of x (`_sampled`), and x is read once, but for small and masked batches.
 
 Accelerators get no conditional over the batch: its operand would have to lie in device memory, where all of x could
 have stayed on the chip of a TPU, and the host may have to wait for the predicate on a GPU.
@@ -68,7 +68,7 @@ def measure_locally(x, mask, count, negligible, reduced: tuple[int, ...]) -> Loc
     operands = [x, jnp.asarray(negligible), *(operand for operand in (mask, count) if operand is not None)]
     options = {"reduced": reduced, "masked": mask is not None, "counted": count is not None}
     if is_sharded_explicitly(x):  # the type says how x lies, and JAX's own operations keep to it
-        cpu, accelerator = (functools.partial(_bound(f), **options) for f in (_raw_or_centred, _two_pass))
+        cpu, accelerator = (functools.partial(_of_operands(f), **options) for f in (_raw_or_centred, _two_pass))
         return Local(*_platforms.choose(*operands, cpu=cpu, accelerator=accelerator))
     return Local(*local_p.bind(*varying_alike(*operands), **options))
 
@@ -130,10 +130,12 @@ def _sampled(x, mask, m, negligible, reduced) -> Local:
     than 1 in t^2 of the values lie that far off, whatever the batch holds, and a tree of medians of three passes them
     on only if they are many in the sample: a level makes 3 p^2 - 2 p^3 of a probability p.  With 27 values, t^2 > 8
     (six roundings) is less likely than 1e-4, t^2 > 64 (where outputs leave 5e-6) less than 1e-11.
-    The positions are irregular, one in each of 27 equal parts of the batch, and fixed, so that a program gives the same
-    bits every time.  An example, a border, or every n-th position that is constant or far off does not move the median,
-    unless it is half of the batch, and then it lies near the mean.
-    A masked batch, whose sample may hold nothing valid, is read twice, and so is a small one, where it costs nothing.
+    The positions are irregular, one in each of 27 equal parts of the batch, and fixed.  An example, a border, or every
+    n-th position that is constant or far off does not move the median, unless it is half of the batch, and then it lies
+    near the mean.  Whoever knows the positions can move it with 8 of the values; but these raise the variance too, so
+    that what is lost stays below n / 8 roundings, for n values of a feature.
+    A masked batch, whose sample may hold nothing valid, is read twice; so is a small one, where that costs nothing, one
+    of unknown size, and a complex one.
     """
     sizes = [x.shape[i] for i in reduced]
     known = all(isinstance(size, int) for size in sizes)  # not so in a program exported for any size of batch
@@ -228,7 +230,7 @@ def combine(
     mean, square = total / m, squares / m
     once = jnp.zeros_like(mean), mean, square
     if axis is None:
-        pivot, offset, square = lax.cond(cancels, lambda once: again(once[1]), lambda once: once, once)
+        pivot, offset, square = lax.cond(cancels, lambda values: again(values[1]), lambda values: values, once)
     else:
         # A loop of no turn or one.  Of a conditional whose branches look cheap, as long as no addition over devices
         # stands in them, XLA executes both on a GPU and selects; then it partitions the program, and adds twice.
@@ -242,7 +244,7 @@ def combine(
 # --- the primitive whose lowering chooses among the algorithms ---
 
 
-def _bound(algorithm):
+def _of_operands(algorithm):
     """Returns an algorithm as a function of operands alone, the number of values among them or known from shapes."""
 
     def run(x, negligible, *rest, reduced, masked, counted):
@@ -258,11 +260,10 @@ def _lower_for(platform):
     def lower(context, *operands, **options):
         chosen = _platforms.lowered_for(platform)
         algorithm = ALGORITHMS[chosen]
-        # Under shard_map and pmap the program is that of one device.
-        devices = getattr(context.module_context.axis_context, "num_devices", 1)
+        devices = _platforms.devices_to_share(context)
         if chosen != "cpu" and devices > 1:
             algorithm = _in_groups(algorithm, devices)
-        return mlir.lower_fun(_bound(algorithm), multiple_results=True)(context, *operands, **options)
+        return mlir.lower_fun(_of_operands(algorithm), multiple_results=True)(context, *operands, **options)
 
     return lower
 
@@ -287,23 +288,19 @@ def _batch(operands, axes, *, reduced, masked, counted):
     return local_p.bind(x, negligible, *rest, reduced=reduced, masked=masked, counted=counted), (0, 0, 0)
 
 
-@functools.cache
-def _compiled(**options):
-    return jax.jit(functools.partial(local_p.bind, **options))
-
-
-@functools.cache
+@functools.lru_cache(1024)
 def _types(*operands, **options):
     """Returns the types of the results; every algorithm has the same, and the same again for every layer of a kind."""
-    return jax.make_jaxpr(functools.partial(_bound(_two_pass), **options))(*operands).out_avals
+    return jax.make_jaxpr(functools.partial(_of_operands(_two_pass), **options))(*operands).out_avals
 
 
 ALGORITHMS = {"cpu": _raw_or_centred, "tpu": _two_pass, "cuda": _sampled, "rocm": _sampled}
 
 local_p = Primitive("local_moments")
 local_p.multiple_results = True
-local_p.def_impl(lambda *operands, **options: _compiled(**options)(*operands))
+local_p.def_impl(_of_operands(_two_pass))  # only with jit disabled: elsewhere it is in a program that is compiled
 local_p.def_abstract_eval(lambda *operands, **options: _types(*operands, **options))
 batching.primitive_batchers[local_p] = _batch
+mlir.register_lowering(local_p, mlir.lower_fun(_of_operands(_two_pass), multiple_results=True))
 for _platform in ALGORITHMS:
     mlir.register_lowering(local_p, _lower_for(_platform), platform=_platform)

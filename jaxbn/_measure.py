@@ -80,8 +80,8 @@ class Measured(NamedTuple):
     """Moments whose mean is kept as two floats, so that x - pivot - offset is exact to the precision of x.
 
     Attributes:
-      pivot: a number near the mean, shape [C], or 0 where no feature has a mean that is large against its spread;
-        constant to differentiation.
+      pivot: a number whose distance from the mean is not large against the spread, shape [C]; constant to
+        differentiation.
       offset: the mean less the pivot, shape [C]; carries the derivative of both.
       var: biased variance, shape [C].
       count: number of values behind each feature, on all devices, shape [C].

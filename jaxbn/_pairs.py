@@ -1,11 +1,11 @@
-"""Sums over a batch, and what they are transposed: values per feature, broadcast over a batch.
+"""Sums over a batch, and their transposes: values per feature, broadcast over a batch.
 
 A batch norm needs its sums in pairs: of x and x^2 forward, of dy and dy (x - mean) backward.  For float32, XLA has
 kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU, XLA writes it to memory as
 float32 first.  There the two sums are taken together, in one reading, where the features come last and the number of
-positions has a divisor that suits; otherwise, and on other platforms, they are sums like any others.  `pair_sum` and
-`pair_broadcast` are primitives of JAX, linear and each the transpose of the other, so that every kind of derivative has
-its sums in pairs too.
+positions has a divisor that suits.  On a GPU, where XLA adds in two steps, the second step of both sums is one kernel.
+Otherwise they are sums like any others.  `pair_sum` and `pair_broadcast` are primitives of JAX, linear and each the
+transpose of the other, so that every kind of derivative has its sums in pairs too.
 
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
 """
@@ -25,9 +25,11 @@ from jaxbn import _platforms
 # 32 are not written out, and many times slower; in short ones too much is left to add afterwards.
 LONGEST_RUN = 16
 SHORTEST_RUN = 4
-# On a GPU, positions from which on sums are added in two steps, and how many the first step adds at the least.
+# On a GPU: positions from which on sums are added in two steps, how many the first step adds at the least, and how many
+# sums it leaves at the least.
 SMALLEST_IN_PARTS = 4096
 FEWEST_PER_PART = 32
+FEWEST_PARTS = 16
 
 
 def sum_both(
@@ -96,10 +98,12 @@ def _sum_in_parts(a, b, *, reduced):
     total = math.prod(positions)
     if features is None or a.dtype != b.dtype or total < SMALLEST_IN_PARTS:
         return _sum_each(a, b, reduced=reduced)
-    # XLA itself makes a power of two below the root.  With a few more parts it fuses what makes the sums, such as the
-    # derivative of a ReLU, into their kernel, rather than writing it to memory.
+    # XLA itself takes a power of two below the root.  With up to three times as many parts, it fuses what makes the
+    # sums, such as the derivative of a ReLU, into their kernel, rather than writing it to memory.
     most = min(3 * math.isqrt(total), total // FEWEST_PER_PART)
     parts = max(part for part in range(1, most + 1) if total % part == 0)
+    if parts < FEWEST_PARTS:
+        return _sum_each(a, b, reduced=reduced)
     both = jnp.stack([jnp.sum(each.reshape(parts, total // parts, *features), 1) for each in (a, b)])
     return list(jnp.sum(both, 1))
 
@@ -147,7 +151,7 @@ def _broadcast_each(a, b, *, shape, reduced, narrow=False):
 def _lower_sum_for(platform):
     def lower(context, a, b, *, reduced, narrow):
         # In a program for several devices, runs could reach from one to the next, and the batch would be gathered.
-        alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+        alone = _platforms.devices_to_share(context) == 1
         chosen = _platforms.lowered_for(platform)
         sums = _sum_each
         if alone and chosen == "cpu" and narrow:
@@ -175,7 +179,7 @@ def _linear_primitive(name, each):
     return primitive
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _types(function, a, b, **options):
     return jax.make_jaxpr(_bound(function, **options))(a, b).out_avals
 

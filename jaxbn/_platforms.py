@@ -7,6 +7,7 @@ So the choice is left to JAX (:func:`jax.lax.platform_dependent`, or a lowering 
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -51,6 +52,20 @@ def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], C
         return run
 
     return decorate
+
+
+def devices_to_share(context: Any) -> int:
+    """Returns over how many devices XLA divides a program that is being lowered, given the context of a lowering rule.
+
+    Under shard_map a program is that of one device, as far as the mesh has no automatic axes; under pmap it always is.
+    """
+    devices = context.module_context.axis_context
+    if hasattr(devices, "num_devices"):
+        return devices.num_devices
+    if hasattr(devices, "manual_axes"):
+        sizes = devices.mesh.shape.items()
+        return math.prod(size for name, size in sizes if name not in devices.manual_axes)
+    return 1
 
 
 def lowered_for(platform: str) -> str:

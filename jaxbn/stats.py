@@ -254,8 +254,8 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
             "momentum=None averages all batches alike, which needs their number, but BatchStats has no count; "
             "start from init_stats(features, counted=True), or give a momentum in [0, 1]."
         )
-    constant = momentum is None or isinstance(momentum, int | float)
-    return (_moved_by_constant if constant else _moved)(stats, moments, momentum, unbiased)
+    traced = isinstance(moments.mean, jax.core.Tracer) and (momentum is None or isinstance(momentum, int | float))
+    return (_moved_by_constant if traced else _moved)(stats, moments, momentum, bool(unbiased))
 
 
 def _moved(stats, moments, momentum, unbiased):
@@ -276,8 +276,8 @@ def _moved(stats, moments, momentum, unbiased):
     return stats._replace(mean=move(stats.mean, moments.mean), var=move(stats.var, var))
 
 
-# A net has many layers of the same kind, and tracing these few small operations for each takes a tenth of the time of
-# tracing the whole training step.
+# In a program: a net has many layers of the same kind, and tracing these few small operations for each takes a tenth of
+# the time of tracing the whole training step.
 _moved_by_constant = jax.jit(_moved, static_argnums=(2, 3))
 
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxbn import _checks
 from jaxbn._checks import Axes, AxisNames
-from jaxbn._dtypes import widen
+from jaxbn._dtypes import wide_dtype, widen
 from jaxbn._measure import Devices, measure
 from jaxbn.functional import apply_measured, result_dtype
 from jaxbn.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
@@ -205,8 +205,8 @@ def shifted_normalize(
     with d = (mean - running mean) / sigma, a relative error of about d^2 roundings.
 
     On a TPU, where :func:`jaxbn.batch_normalize` reads x twice, a net moves less memory with this method, and on
-    several devices a layer never needs a second collective.  It assumes that the inputs of a layer are near 0, with
-    which the running mean starts, or that a few dozen batches in evaluation or calibration have set it.
+    several devices a layer never needs a second collective.  It assumes that the inputs of a layer are near 0, where
+    the running mean starts, or that training or `jaxbn.calibrate` has brought it near their mean.
 
     >>> stats = jaxbn.BatchStats(mean=jnp.array([1.5]), var=jnp.array([1.]))
     >>> y, moments = jaxbn.shifted_normalize(jnp.array([[1.], [3.]]), stats=stats, epsilon=1e-9)
@@ -246,7 +246,8 @@ def shifted_normalize(
     mask = _checks.mask(mask, x)
     devices = Devices(*_checks.axis_names(axis_name, axis_index_groups))
     _checks.several_values(x.shape, reduced, axis_name)
-    about = lax.stop_gradient(widen(jnp.asarray(stats.mean)))
+    mean = jnp.asarray(stats.mean)
+    about = lax.stop_gradient((mean if jnp.iscomplexobj(x) else mean.real).astype(wide_dtype(x.dtype)))
     batch = measure(x, mask, reduced, devices, negligible=epsilon, about=about)
     return apply_measured(x, mask, batch, scale, bias, reduced, epsilon), round_mean(batch)
 

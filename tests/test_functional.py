@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -384,3 +385,23 @@ def test_steps_of_complex_inputs_scan_from_complex_statistics():
 
     stats, _ = jax.lax.scan(step, jaxbn.init_stats(3, dtype=jnp.complex64), x)
     assert (stats.mean.dtype, stats.var.dtype) == (jnp.complex64, jnp.float32)
+
+
+@pytest.mark.parametrize("method", [jaxbn.batch_normalize, jaxbn.shifted_normalize])
+def test_batch_norm_and_its_gradient_work_with_jit_disabled(method):
+    x, scale, bias = SPLITTABLE
+
+    def loss(x):
+        return (method(x, scale, bias, stats=STATS)[0] * jnp.arange(3.0)).sum()
+
+    with jax.disable_jit():
+        found = jax.grad(loss)(x)
+    np.testing.assert_allclose(found, jax.jit(jax.grad(loss))(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["METAL", "rocm"])
+def test_batch_norm_lowers_for_a_platform_that_is_not_known_here(platform):
+    exported = jax.export.export(jax.jit(jaxbn.batch_normalize), platforms=[platform], disabled_checks=[])(
+        SPLITTABLE[0]
+    )
+    assert exported.platforms == (platform,)

@@ -155,11 +155,14 @@ def _result(folder, status, late):
     if (folder / PROGRAM).exists():
         sizes = json.loads((folder / MEMORY).read_text(encoding="utf-8"))
         return Compiled((folder / PROGRAM).read_text(encoding="utf-8"), **sizes)
-    if optimized := sorted(folder.glob(OPTIMIZED)):
-        (assigned,) = folder.glob(BUFFERS)
-        return Compiled(optimized[0].read_text(encoding="utf-8"), **buffers(assigned.read_text(encoding="utf-8")))
+    failed = (folder / ERROR).exists()
+    optimized, assigned = sorted(folder.glob(OPTIMIZED)), sorted(folder.glob(BUFFERS))
+    if optimized and assigned and not failed and not late:
+        text = optimized[0].read_text(encoding="utf-8")
+        if text.rstrip().endswith("}"):  # not cut off by the end of the process
+            return Compiled(text, **buffers(assigned[0].read_text(encoding="utf-8")))
     reason = late
-    if not reason and (folder / ERROR).exists():
+    if not reason and failed:
         reason = (folder / ERROR).read_text(encoding="utf-8")
     raise CompilationError(one_line(reason or death(status, (folder / LOG).read_text("utf-8", "replace"))))
 
