@@ -3,8 +3,8 @@
 A batch norm needs its sums in pairs: of x and x^2 forward, of dy and dy (x - mean) backward.  For float32, XLA has
 kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU, XLA writes it to memory as
 float32 first.  There the two sums are taken together, in one reading, where the features come last and the number of
-positions has a divisor that suits.  On a GPU, where XLA adds in two steps, the second step of both sums is one kernel.
-Otherwise they are sums like any others.  `pair_sum` and `pair_broadcast` are primitives of JAX, linear and each the
+positions has a divisor that suits.  On a GPU, where XLA adds half precision in two steps, the second step of both sums
+is one kernel.  Otherwise they are sums like any others.  `pair_sum` and `pair_broadcast` are primitives of JAX, linear and each the
 transpose of the other, so that every kind of derivative has its sums in pairs too.
 
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
@@ -93,7 +93,7 @@ def _sum_each(a, b, *, reduced, narrow=False):
 
 
 def _sum_in_parts(a, b, *, reduced):
-    """Adds in two steps, as XLA does on a GPU, but what is left of both arrays in one kernel."""
+    """Adds in two steps, as XLA does on a GPU, but with the second step of both sums in one kernel."""
     positions, features = _positions_and_features(a, reduced)
     total = math.prod(positions)
     if features is None or a.dtype != b.dtype or total < SMALLEST_IN_PARTS:
@@ -154,10 +154,10 @@ def _lower_sum_for(platform):
         alone = _platforms.devices_to_share(context) == 1
         chosen = _platforms.lowered_for(platform)
         sums = _sum_each
-        if alone and chosen == "cpu" and narrow:
-            sums = _sum_together
-        elif alone and chosen in ("cuda", "rocm"):
-            sums = _sum_in_parts
+        if alone and narrow:
+            # Not in float32 on a GPU: for an A100, XLA puts the features of convolutions first in memory there, and the
+            # parts of a batch would have to be laid out anew.
+            sums = {"cpu": _sum_together, "cuda": _sum_in_parts, "rocm": _sum_in_parts}.get(chosen, _sum_each)
         return mlir.lower_fun(sums, multiple_results=True)(context, a, b, reduced=reduced)
 
     return lower
