@@ -4,8 +4,10 @@ A batch norm needs its sums in pairs: of x and x^2 forward, of dy and dy (x - me
 kernels for single sums that are hard to beat.  Half precision they do not take: on the CPU, XLA writes it to memory as
 float32 first.  There the two sums are taken together, in one reading, where the features come last and the number of
 positions has a divisor that suits.  On a GPU, where XLA adds half precision in two steps, the second step of both sums
-is one kernel.  Otherwise they are sums like any others.  `pair_sum` and `pair_broadcast` are primitives of JAX, linear and each the
-transpose of the other, so that every kind of derivative has its sums in pairs too.
+is one kernel.  Otherwise they are sums like any others.
+
+`pair_sum` and `pair_broadcast` are primitives of JAX, linear and each the transpose of the other, so that every kind of
+derivative has its sums in pairs too.
 
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
 """
