@@ -40,7 +40,8 @@ def collectives(compiled: str) -> list[Collective]:
                 found.append(Collective(instruction["name"], _bytes(instruction["shape"]), conditional))
             elif branches := _BRANCHES.search(line):
                 listed = branches[1].split(",") if branches[1] else branches.groups()[1:]
-                found += [c for branch in listed for c in walk(branch.strip().lstrip("%"), True)]
+                seldom = conditional or len(listed) > 1  # one branch alone is always taken
+                found += [c for branch in listed for c in walk(branch.strip().lstrip("%"), seldom)]
             else:
                 found += [c for called in _CALLED.findall(line) for c in walk(called, conditional)]
         return found

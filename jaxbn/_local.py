@@ -31,7 +31,7 @@ from jax.interpreters import batching, mlir
 
 from jaxbn import _platforms
 from jaxbn._dtypes import abs2, is_narrow, widen
-from jaxbn._pairs import broadcast, is_sharded_explicitly, sum_both, varying_alike
+from jaxbn._pairs import broadcast, is_sharded_explicitly, sum_both
 
 # A variance taken from raw sums, E[x^2] - E[x]^2, loses as many digits as mean^2 exceeds the variance, and an output
 # x a - mean a half as many.  Above this ratio the sums are taken again, centred on the mean, which costs a second
@@ -70,7 +70,7 @@ def measure_locally(x, mask, count, negligible, reduced: tuple[int, ...]) -> Loc
     if is_sharded_explicitly(x):  # the type says how x lies, and JAX's own operations keep to it
         cpu, accelerator = (functools.partial(_of_operands(f), **options) for f in (_raw_or_centred, _two_pass))
         return Local(*_platforms.choose(*operands, cpu=cpu, accelerator=accelerator))
-    return Local(*local_p.bind(*varying_alike(*operands), **options))
+    return Local(*local_p.bind(*_platforms.varying_alike(*operands), **options))
 
 
 def sums_about(pivot, x, mask, reduced) -> tuple[jax.Array, jax.Array]:

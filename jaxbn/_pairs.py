@@ -53,7 +53,7 @@ def pair_sum(
     if is_sharded_explicitly(a):
         total_a, total_b = _sum_each(a, b, reduced=reduced)
     else:
-        total_a, total_b = sum_p.bind(*varying_alike(a, b), reduced=reduced, narrow=narrow)
+        total_a, total_b = sum_p.bind(*_platforms.varying_alike(a, b), reduced=reduced, narrow=narrow)
     return total_a, total_b
 
 
@@ -64,7 +64,7 @@ def pair_broadcast(
     if is_sharded_explicitly(x):
         return broadcast(a, x, reduced), broadcast(b, x, reduced)
     # Made to vary over devices before they are broadcast: afterwards, whole batches would be added over the devices.
-    a, b, _ = varying_alike(a, b, x)
+    a, b, _ = _platforms.varying_alike(a, b, x)
     wide_a, wide_b = broadcast_p.bind(a, b, shape=x.shape, reduced=reduced, narrow=narrow)
     return wide_a, wide_b
 
@@ -80,13 +80,6 @@ def broadcast(values: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.
 def is_sharded_explicitly(x):
     """Returns whether the type of x says how it lies on devices; JAX's own sums and broadcasts then keep to it."""
     return any(jax.typeof(x).sharding.spec)
-
-
-def varying_alike(*values):
-    """Returns the values as varying over all those device axes of shard_map over which one of them varies."""
-    axes = [jax.typeof(value).manual_axis_type.varying for value in values]
-    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
-    return [lax.pcast(v, names, to="varying") if names else v for v, names in zip(values, missing, strict=True)]
 
 
 def _sum_each(a, b, *, reduced, narrow=False):

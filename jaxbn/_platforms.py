@@ -21,7 +21,17 @@ def choose(*arguments: Any, cpu: Callable, accelerator: Callable) -> Any:
     """Returns what one of two functions makes of the arguments, by the platform that the program is compiled for."""
     if assumed := _assumed.get():
         return (cpu if assumed == "cpu" else accelerator)(*arguments)
+    # Else a transposed function would add over devices inside of what JAX lowers to a conditional of one branch.
+    leaves, structure = jax.tree.flatten(arguments)
+    arguments = jax.tree.unflatten(structure, varying_alike(*leaves))
     return lax.platform_dependent(*arguments, cpu=cpu, default=accelerator)
+
+
+def varying_alike(*values):
+    """Returns the values as varying over all those device axes of shard_map over which one of them varies."""
+    axes = [jax.typeof(value).manual_axis_type.varying for value in values]
+    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    return [lax.pcast(v, names, to="varying") if names else v for v, names in zip(values, missing, strict=True)]
 
 
 def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], Callable]:
