@@ -149,10 +149,12 @@ def _lower_sum_for(platform):
         alone = _platforms.devices_to_share(context) == 1
         chosen = _platforms.lowered_for(platform)
         sums = _sum_each
-        if alone and narrow:
-            # Not in float32 on a GPU: for an A100, XLA puts the features of convolutions first in memory there, and the
-            # parts of a batch would have to be laid out anew.
-            sums = {"cpu": _sum_together, "cuda": _sum_in_parts, "rocm": _sum_in_parts}.get(chosen, _sum_each)
+        if alone and chosen == "cpu" and narrow:
+            sums = _sum_together
+        # For images in float32, XLA may put the features first in memory (it does for an A100), and the parts of a batch
+        # would have to be laid out anew.
+        elif alone and chosen in ("cuda", "rocm") and (narrow or context.avals_in[0].ndim == 2):
+            sums = _sum_in_parts
         return mlir.lower_fun(sums, multiple_results=True)(context, a, b, reduced=reduced)
 
     return lower
