@@ -151,7 +151,7 @@ def _lower_sum_for(platform):
         sums = _sum_each
         if alone and chosen == "cpu" and narrow:
             sums = _sum_together
-        # For images in float32, XLA may put the features first in memory (it does for an A100), and the parts of a batch
+        # XLA may put the features of images in float32 first in memory (it does for an A100), and the parts of a batch
         # would have to be laid out anew.
         elif alone and chosen in ("cuda", "rocm") and (narrow or context.avals_in[0].ndim == 2):
             sums = _sum_in_parts
