@@ -152,12 +152,30 @@ def test_process_that_leaves_nothing_has_died(tmp_path):
         aot._result(tmp_path, -signal.SIGILL, None)
 
 
-def test_program_that_was_written_counts_however_the_process_ended(tmp_path):
-    (tmp_path / "module_0000.jit_f.cl_1.after_optimizations-buffer-assignment.txt").write_text(
+def dumped(folder, program):
+    """Writes what libtpu leaves of a program in a folder."""
+    (folder / "module_0000.jit_f.cl_1.after_optimizations-buffer-assignment.txt").write_text(
         "allocation 0: size 7, preallocated-temp:\n"
     )
-    (tmp_path / "module_0000.jit_f.cl_1.after_optimizations_after_buffer_assignment.txt").write_text("HloModule f\n")
-    assert aot._result(tmp_path, 0, None) == aot.Compiled("HloModule f\n", temporaries=7, peak=7)
+    (folder / "module_0000.jit_f.cl_1.after_optimizations_after_buffer_assignment.txt").write_text(program)
+
+
+@pytest.mark.parametrize("status", [0, -signal.SIGILL])
+def test_program_that_was_written_counts_however_the_process_ended(tmp_path, status):
+    dumped(tmp_path, "HloModule f {\n}\n")
+    assert aot._result(tmp_path, status, None) == aot.Compiled("HloModule f {\n}\n", temporaries=7, peak=7)
+
+
+def test_program_that_is_cut_off_or_came_with_an_error_or_too_late_does_not_count(tmp_path):
+    dumped(tmp_path, "HloModule f {\n  half")
+    with pytest.raises(aot.CompilationError, match="died"):
+        aot._result(tmp_path, 0, None)
+    dumped(tmp_path, "HloModule f {\n}\n")
+    with pytest.raises(aot.CompilationError, match="not compiled within 2 s"):
+        aot._result(tmp_path, None, "not compiled within 2 s")
+    (tmp_path / aot.ERROR).write_text("ValueError: no")
+    with pytest.raises(aot.CompilationError, match="ValueError: no"):
+        aot._result(tmp_path, 0, None)
 
 
 def test_reasons_say_how_a_process_ended():
