@@ -167,6 +167,7 @@ def test_program_that_was_written_counts_however_the_process_ended(tmp_path, sta
 
 
 def test_program_that_is_cut_off_or_came_with_an_error_or_too_late_does_not_count(tmp_path):
+    (tmp_path / aot.LOG).touch()
     dumped(tmp_path, "HloModule f {\n  half")
     with pytest.raises(aot.CompilationError, match="died"):
         aot._result(tmp_path, 0, None)
