@@ -14,7 +14,7 @@ help:  ## list the commands
 demo: $(READY)  ## train a small net with and without batch norm, under two minutes
 	@$(BIN)/python -m experiments demo
 
-test: $(READY)  ## the fast tests, about three minutes
+test: $(READY)  ## the fast tests, about four minutes
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --quiet
 
 slow: $(READY)  ## the tests that take minutes
