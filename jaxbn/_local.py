@@ -86,13 +86,18 @@ def from_sums(pivot, total, squares, m) -> Local:
     return Local(pivot, offset, jnp.maximum(squares / m - abs2(offset), 0))
 
 
+def _cancels(mean, square, negligible):
+    """Returns whether the means of x and of its square lose too many digits of the variance, in any feature."""
+    mean2 = abs2(mean)
+    # A sum, since it is cheaper to compile than `any`.
+    return (mean2 > CANCELLATION * (square - mean2 + negligible)).astype(jnp.float32).sum() > 0
+
+
 def _raw_or_centred(x, mask, m, negligible, reduced) -> Local:
     """Sums about 0, and about the mean only where those cancel: one reading of x, or two."""
     wide = widen(x)
     total, squares = sum_both(wide, abs2(wide), mask, reduced, narrow=is_narrow(x))
-    mean2 = abs2(total / m)
-    # A sum, since it is cheaper to compile than `any`.
-    cancels = (mean2 > CANCELLATION * (squares / m - mean2 + negligible)).astype(jnp.float32).sum() > 0
+    cancels = _cancels(total / m, squares / m, negligible)
 
     def again(x, total, squares):
         del squares
@@ -217,9 +222,8 @@ def combine(
 
     total, squares, *counts = add(*sums(0), *(() if size else (count,)))
     m = size or jnp.maximum(counts[0], 1)
-    mean2 = abs2(total / m)
     # Decided before each part turns to its own: all that add together must take the same branch.
-    cancels = (mean2 > CANCELLATION * (squares / m - mean2 + negligible)).astype(jnp.float32).sum() > 0
+    cancels = _cancels(total / m, squares / m, negligible)
     total, squares, *counts = own(total, squares, *counts)
     m = size or jnp.maximum(counts[0], 1)
 
