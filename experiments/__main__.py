@@ -48,21 +48,22 @@ def demo_command(
     out: Annotated[Path, arg(metavar="DIR", help="Folder of the figure.")] = Path("runs/demo"),
 ) -> None:
     """Train a small net with and without batch norm: offline, in under two minutes on two cores."""
-    from experiments import demo
+    from experiments.demos import norm_or_none
 
-    demo.run(data_dir=data_dir, out=out)
+    norm_or_none.run(data_dir=data_dir, out=out)
 
 
 @app.command(name="list")
 def list_command(*, results_dir: ResultsDir = RESULTS) -> None:
     """Show the studies: question, command, time, and how far each one is."""
-    from experiments import report, study
+    from experiments.report import studies
+    from experiments.studies import protocol
 
-    for module in study.select("all"):
-        print(f"{study.short_name(module)}: {report.text(module, results_dir, 'Question')}")
+    for module in protocol.select("all"):
+        print(f"{protocol.short_name(module)}: {studies.text(module, results_dir, 'Question')}")
         for section in ("Command", "Time"):
-            print(f"    {section.lower():8} {report.text(module, results_dir, section)}")
-        print(f"    results  {report.state(module, results_dir)}")
+            print(f"    {section.lower():8} {studies.text(module, results_dir, section)}")
+        print(f"    results  {studies.state(module, results_dir)}")
 
 
 @app.command(name="run")
@@ -88,10 +89,10 @@ def run_command(
         launch: Local processes.
     """
     _take_part(devices, launch)
-    from experiments import study as studies
+    from experiments.studies import protocol
 
-    for module in studies.select(study):
-        studies.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
+    for module in protocol.select(study):
+        protocol.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
 
 
 @app.command(name="train")
@@ -106,14 +107,15 @@ def train_command(
 ) -> None:
     """Train a single net of your choice. Stopped at any moment, the same command continues."""
     _take_part(devices, launch)
-    from experiments import distributed, study
+    from experiments.processes import distributed
+    from experiments.studies import protocol
 
     path = out / "result.jsonl"
     plan = [(f"{config.net} {config.norm}", path, config)]
-    study.train_missing(plan, data_dir=data_dir, keep_checkpoints=keep_checkpoint)
+    protocol.train_missing(plan, data_dir=data_dir, keep_checkpoints=keep_checkpoint)
     if distributed.is_primary():
         print(f"Result: {path}")
-        kept = study.kept_checkpoints(path)
+        kept = protocol.kept_checkpoints(path)
         if keep_checkpoint and kept.exists():
             print(f"Checkpoint: {kept}")
         elif keep_checkpoint:
@@ -130,7 +132,7 @@ def diagnose_command(
 
     CHECKPOINT is the folder that `train --keep-checkpoint` names in the end, or that of a run that was interrupted.
     """
-    from experiments import diagnosis
+    from experiments.demos import diagnosis
 
     diagnosis.run(checkpoint, data_dir=data_dir)
 
@@ -145,15 +147,15 @@ def sync_demo_command(
 ) -> None:
     """Compare statistics per device with those of all devices together, on as many CPU devices as you like."""
     _take_part(devices, launch)
-    from experiments import sync_demo
+    from experiments.demos import synchronised
 
-    sync_demo.run(data_dir=data_dir, out=out)
+    synchronised.run(data_dir=data_dir, out=out)
 
 
 @app.command(name="collectives")
 def collectives_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Count what batch norm sends between devices on each parallel API, beside Flax's layer, in compiled programs."""
-    from experiments import collectives
+    from experiments.benchmarks import collectives
 
     collectives.run(out=out)
 
@@ -161,7 +163,7 @@ def collectives_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
 @app.command(name="numerics")
 def numerics_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Measure the errors of batch norm against float64 as the mean of the inputs grows, beside Flax's layer."""
-    from experiments import numerics
+    from experiments.benchmarks import numerics
 
     numerics.run(out=out)
     _show(["numerics"], out)
@@ -181,16 +183,16 @@ def scoreboard_command(
 
     The exit status is 1 if this library breaks one.
     """
-    from experiments import scoreboard
+    from experiments.scoreboard import judge
 
-    if not scoreboard.run(peers=peers, laws=laws, out=out):
+    if not judge.run(peers=peers, laws=laws, out=out):
         sys.exit(1)
 
 
 @app.command(name="calibration")
 def calibration_command(*, data_dir: DataDir = None, out: MeasurementsDir = MEASUREMENTS) -> None:
     """Show how many images bring back the statistics of a trained net: offline, in under two minutes on two cores."""
-    from experiments import calibration
+    from experiments.benchmarks import calibration
 
     calibration.run(data_dir=data_dir, out=out)
     _show(["calibration"], out)
@@ -232,14 +234,13 @@ def bench_command(
         jobs: Programs that are compiled at once for accelerators.
         out: Where the files go.
     """
-    from experiments import bench
-    from experiments.benchmarks import Settings
+    from experiments.benchmarks import Settings, run
 
     lists = {"dtypes": dtypes, "targets": targets, "kinds": kinds, "nets": nets, "arms": arms}
     chosen = {name: tuple(re.split(r",(?! )", text)) for name, text in lists.items() if text is not None}
     settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds, jobs=jobs, **chosen)
     parts = only.split(",")
-    if status := bench.run(only=parts, out=out, settings=settings):
+    if status := run.run(only=parts, out=out, settings=settings):
         sys.exit(status)
     _show([part for part in parts if part != "collectives"], out)  # which has shown them itself
 
@@ -253,7 +254,7 @@ def throughput_command(*, batch_size: int = 100, rounds: int = 25, out: Measurem
         rounds: Timings of each arm.
         out: Where the file goes.
     """
-    from experiments import throughput
+    from experiments.benchmarks import throughput
 
     throughput.run(batch_size=batch_size, rounds=rounds, out=out)
 
@@ -272,7 +273,7 @@ def folding_command(
         rounds: Timings of each net.
         out: Where the file goes.
     """
-    from experiments import folding
+    from experiments.benchmarks import folding
 
     folding.run(batch_size=batch_size, inception_width=inception_width, rounds=rounds, out=out)
     _show(["folding"], out)
@@ -286,15 +287,15 @@ def plot_command(
     out: Annotated[Path, arg(metavar="DIR", help="Folder of the figures.")] = FIGURES,
 ) -> None:
     """Draw the figures of the studies that have their results."""
-    from experiments import report
-    from experiments import study as studies
+    from experiments.report import studies
+    from experiments.studies import protocol
 
-    for module in studies.select(study):
-        written = report.figures(module, results_dir, out)
+    for module in protocol.select(study):
+        written = studies.figures(module, results_dir, out)
         for path in written:
             print(path)
         if not written:
-            print(f"{studies.short_name(module)}: nothing to draw; {report.state(module, results_dir)}")
+            print(f"{protocol.short_name(module)}: nothing to draw; {studies.state(module, results_dir)}")
 
 
 @app.command(name="table")
@@ -309,12 +310,12 @@ def table_command(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from experiments import measured, report
+    from experiments.report import pages, studies
 
-    text = report.readme(results_dir)
+    text = studies.readme(results_dir)
     out.write_text(text, encoding="utf-8")
     Console().print(Markdown(text))
-    for path in (out, *measured.write(measurements_dir, project)):
+    for path in (out, *pages.write(measurements_dir, project)):
         print(f"Written to {path}")
 
 
@@ -323,19 +324,19 @@ def _show(names: list[str], folder: Path) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from experiments import measured
+    from experiments.report import pages
 
     for name in names:
-        Console(width=120).print(Markdown(measured.block(name, folder)))
+        Console(width=120).print(Markdown(pages.block(name, folder)))
 
 
 def _take_part(devices: int | None, processes: int) -> None:
     """Joins the run of several processes, if it is one; or starts so many of them, and exits with their status."""
     if processes != 1:
-        from experiments import launch
+        from experiments.processes import launch
 
         sys.exit(launch.run(processes, launch.without_option(sys.argv[1:])))
-    from experiments import distributed
+    from experiments.processes import distributed
 
     distributed.initialize(devices)
 
@@ -345,7 +346,9 @@ def main() -> int:
     status, message = _run()
     if message:
         print(message, file=sys.stderr)
-    if distributed := sys.modules.get("experiments.distributed"):  # imported by the commands that may have company
+    if distributed := sys.modules.get(
+        "experiments.processes.distributed"
+    ):  # imported by the commands that may have company
         distributed.finish(status, message)
     return status
 
@@ -374,7 +377,7 @@ def _run() -> tuple[int, str]:
 
 def _bug(error: Exception) -> tuple[int, str]:
     """Raises the error; where other processes must be told of it, prints and returns it instead."""
-    distributed = sys.modules.get("experiments.distributed")
+    distributed = sys.modules.get("experiments.processes.distributed")
     if distributed is None or distributed.process_count() == 1:
         raise error
     distributed.wait_for_the_cause(error)

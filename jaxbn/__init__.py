@@ -9,15 +9,25 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
-from jaxbn.functional import affine, batch_norm, batch_normalize, normalize
-from jaxbn.padding import pad_batch
-from jaxbn.stats import AccumulatedStats, BatchStats, CountedStats, Moments, combine, init_stats, moments, update_stats
-from jaxbn.variants import batch_renormalize, ghost_normalize, shifted_normalize
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize
+from jaxbn._core.padding import pad_batch
+from jaxbn._core.stats import (
+    AccumulatedStats,
+    BatchStats,
+    CountedStats,
+    Moments,
+    combine,
+    init_stats,
+    moments,
+    update_stats,
+)
+from jaxbn._core.variants import batch_renormalize, ghost_normalize, shifted_normalize
 
 __all__ = [
     "AccumulatedStats",
     "BatchStats",
     "CountedStats",
+    "Method",
     "Moments",
     "affine",
     "batch_norm",

@@ -22,11 +22,11 @@ from flax import nnx
 from flax.core import unfreeze
 from jax.typing import ArrayLike
 
-from jaxbn._calls import call_model
-from jaxbn._checks import AxisNames
-from jaxbn._models import join, split, with_stats
-from jaxbn._passes import find_layers, measure_all, measure_calls, nothing_to_measure, opened
-from jaxbn.stats import BatchStats, Moments, combine, init_stats
+from jaxbn._core.checks import AxisNames
+from jaxbn._core.stats import BatchStats, Moments, combine, init_stats
+from jaxbn._models.intercept import call_model
+from jaxbn._models.model import join, split, with_stats
+from jaxbn._models.passes import find_layers, measure_all, measure_calls, nothing_to_measure, opened
 
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
 

@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.nn import initializers
 
-from jaxbn import _checks
-from jaxbn.functional import Method, affine, batch_norm, batch_normalize
-from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
+from jaxbn._core import checks
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
+from jaxbn._core.stats import from_variables, init_stats, to_variables, variable_names
 
 __all__ = ["BatchNorm", "Affine"]
 
@@ -124,10 +124,10 @@ class BatchNorm(nn.Module):
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        _checks.boolean("use_running_average", use_running_average)
-        _checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
+        checks.boolean("use_running_average", use_running_average)
+        checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
-        features = [x.shape[axis] for axis in _checks.feature_axes(x.shape, self.axis)]
+        features = [x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis)]
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         if jnp.iscomplexobj(x):
             stats_dtype = jnp.promote_types(stats_dtype, jnp.complex64)
@@ -139,7 +139,7 @@ class BatchNorm(nn.Module):
             return to_variables(init_stats(features, **options, dtype=stats_dtype))[name]
 
         if options["counted"] and self.has_variable("batch_stats", "mean"):
-            _checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
+            checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
         variables = {name: self.variable("batch_stats", name, start, name) for name in variable_names(**options)}
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
@@ -218,8 +218,8 @@ class Affine(nn.Module):
           ValueError: if an argument does not fit ``x``.
         """
         del use_running_average
-        _checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
-        features = [jnp.shape(x)[axis] for axis in _checks.feature_axes(jnp.shape(x), self.axis)]
+        checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
+        features = [jnp.shape(x)[axis] for axis in checks.feature_axes(jnp.shape(x), self.axis)]
 
         def array(name, init):
             if not self.fixed:

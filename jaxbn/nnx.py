@@ -15,9 +15,9 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
-from jaxbn import _checks
-from jaxbn.functional import Method, affine, batch_norm, batch_normalize
-from jaxbn.stats import from_variables, init_stats, to_variables, variable_names
+from jaxbn._core import checks
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
+from jaxbn._core.stats import from_variables, init_stats, to_variables, variable_names
 
 __all__ = ["BatchNorm", "Affine"]
 
@@ -112,8 +112,8 @@ class BatchNorm(nnx.Module):
         frozen: bool = False,
         accumulate: int = 1,
     ):
-        _checks.inexact(dtype=dtype, param_dtype=param_dtype)
-        features = (_checks.whole("num_features", num_features, least=0),)
+        checks.inexact(dtype=dtype, param_dtype=param_dtype)
+        features = (checks.whole("num_features", num_features, least=0),)
         start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(start).items():
             setattr(self, name, nnx.BatchStat(value))
@@ -175,7 +175,7 @@ class BatchNorm(nnx.Module):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         x = jnp.asarray(x)
-        _checks.num_features(self.num_features, x, self.axis)
+        checks.num_features(self.num_features, x, self.axis)
         if self.promote_dtype is not dtypes.promote_dtype:
             x, stats["mean"], stats["var"], scale, bias = self.promote_dtype(
                 (x, stats["mean"], stats["var"], scale, bias), dtype=self.dtype
@@ -244,8 +244,8 @@ class Affine(nnx.Module):
         use_scale: bool = True,
         fixed: bool = False,
     ):
-        _checks.inexact(dtype=dtype, param_dtype=param_dtype)
-        num_features = _checks.whole("num_features", num_features, least=0)
+        checks.inexact(dtype=dtype, param_dtype=param_dtype)
+        num_features = checks.whole("num_features", num_features, least=0)
         kind = nnx.BatchStat if fixed else nnx.Param
         self.scale = kind(jnp.ones(num_features, param_dtype)) if use_scale else nnx.data(None)
         self.bias = kind(jnp.zeros(num_features, param_dtype)) if use_bias else nnx.data(None)
@@ -275,7 +275,7 @@ class Affine(nnx.Module):
         """
         del use_running_average
         x = jnp.asarray(x)
-        _checks.num_features(self.num_features, x, self.axis)
+        checks.num_features(self.num_features, x, self.axis)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         y = affine(x, scale, bias, axis=self.axis, mask=mask)

@@ -20,7 +20,7 @@ def few_programs():
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
-        if programs := sys.modules.get("experiments.programs"):
+        if programs := sys.modules.get("experiments.training.programs"):
             programs.release()
         else:
             jax.clear_caches()

@@ -1,7 +1,7 @@
 """The oracle: batch norm and its variants in NumPy float64, written from the papers.
 
-The part for batch norm itself is `jaxbn/_oracle.py`, which comes with the library for `jaxbn.testing`, and shares no
-code with the rest of it; here are the variants.
+Batch norm itself is in `jaxbn/testing/_oracle.py`, which `jaxbn.testing` needs and which shares no code with the rest
+of the library; here are the variants.
 
 References:
   Ioffe and Szegedy 2015, arXiv:1502.03167;  Ioffe 2017, arXiv:1702.03275 (renorm);
@@ -10,7 +10,7 @@ References:
 
 import numpy as np
 
-from jaxbn._oracle import batch_norm, gradients, moments, normalize, update
+from jaxbn.testing._oracle import batch_norm, gradients, moments, normalize, update
 
 __all__ = ["batch_norm", "ghost", "gradients", "moments", "normalize", "renorm", "renorm_gradients", "update"]
 

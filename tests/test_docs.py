@@ -13,20 +13,13 @@ import tyro
 
 import jaxbn
 from experiments import __main__ as cli
-from experiments import study
+from experiments.studies import protocol
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 INDEX = DOCS / "index.md"
 MODULES = [f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__) if module.name[0] != "_"]
-# Modules whose public names the package itself exports, and what they share with other modules besides.
-INSIDE = {
-    "jaxbn.functional": {"Method", "apply_measured", "result_dtype"},
-    "jaxbn.padding": {"Batch"},
-    "jaxbn.stats": {"Stats", "from_variables", "pool", "round_mean", "to_variables", "variable_names"},
-    "jaxbn.variants": set(),
-}
-PUBLIC = ["jaxbn", *(name for name in MODULES if name not in INSIDE)]
+PUBLIC = ["jaxbn", *MODULES]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
@@ -98,7 +91,7 @@ def test_command_on_a_page_is_one_that_the_command_line_takes(command):
     takes = {name.removesuffix("_command").replace("_", "-"): only_parsed(each) for name, each in functions.items()}
     options = tyro.extras.subcommand_cli_from_dict(takes, args=command.split())
     named = options.get("study", "all")
-    assert named.isupper() or named in ["all", *study.names()]
+    assert named.isupper() or named in ["all", *protocol.names()]
 
 
 @pytest.mark.parametrize("target", found(r"(?:`|^)make (\w+)"))
@@ -115,7 +108,7 @@ def test_public_module_is_in_the_reference(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_have_what_the_reference_is_made_of(name):
     module = importlib.import_module(name)
-    lines = "\n".join(path.read_text(encoding="utf-8") for path in Path(jaxbn.__file__).parent.glob("*.py"))
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in Path(jaxbn.__file__).parent.rglob("*.py"))
     for public in module.__all__:
         value = getattr(module, public)
         if inspect.isfunction(value) or inspect.isclass(value):
@@ -128,5 +121,5 @@ def test_public_names_have_what_the_reference_is_made_of(name):
 def test_what_a_module_defines_is_private_or_in_the_reference(name):
     module = importlib.import_module(name)
     defined = {each for each, value in vars(module).items() if getattr(value, "__module__", None) == name}
-    documented = {*jaxbn.__all__, *getattr(module, "__all__", ()), *INSIDE.get(name, ())}
+    documented = {*jaxbn.__all__, *getattr(module, "__all__", ())}
     assert not {each for each in defined if not each.startswith("_")} - documented

@@ -19,12 +19,12 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.testing
-from tests import parallel
+from tests.core import parallel
 
 ROOT = Path(__file__).parent.parent
 README, PARALLEL, TESTING = ROOT / "README.md", ROOT / "docs" / "parallel.md", ROOT / "docs" / "testing.md"
 PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text())]
-MODULES = ["jaxbn", *(f"jaxbn.{module.name}" for module in pkgutil.iter_modules(jaxbn.__path__))]
+MODULES = ["jaxbn", *(module.name for module in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
 TOOLS = ["calibrate", "diagnose", "interop", "surgery", "testing"]
 PUBLIC = {name: getattr(jaxbn, name) for name in jaxbn.__all__}
 for tool in TOOLS:

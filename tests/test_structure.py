@@ -17,49 +17,32 @@ import jaxbn
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "jaxbn"
 EXPERIMENTS = ROOT / "experiments"
-# A module imports only modules of a lower rank.
-RANKS = {
-    "_checks": 0,
-    "_dtypes": 0,
-    "_graph": 0,
-    "_groups": 0,
-    "_oracle": 0,
-    "_platforms": 0,
-    "_weights": 0,
-    "padding": 1,
-    "_adapter": 1,
-    "_layouts": 1,
-    "_pairs": 1,
-    "_local": 2,
-    "_measure": 3,
-    "_conversion": 4,
-    "interop": 5,
-    "stats": 4,
-    "functional": 5,
-    "variants": 6,
-    "linen": 6,
-    "nnx": 6,
-    "_models": 7,
-    "_calls": 8,
-    "_norms": 9,
-    "_exchange": 10,
-    "_passes": 10,
-    "_folding": 11,
-    "_operating": 11,
-    "_records": 11,
-    "calibrate": 11,
-    "surgery": 12,
-    "_figures": 12,
-    "_findings": 13,
-    "diagnose": 14,
-    "_samples": 4,
-    "_laws_values": 5,
-    "_laws_invariance": 5,
-    "_laws_precision": 5,
-    "_laws_transformations": 5,
-    "_laws_masks": 5,
-    "_laws_devices": 5,
-    "testing": 6,
+# A room, which is a folder or a file of a package, imports only rooms of a lower rank.
+LIBRARY_RANKS = {
+    "_core": 0,
+    "interop": 0,
+    "linen": 1,
+    "nnx": 1,
+    "testing": 1,
+    "_models": 2,
+    "calibrate": 3,
+    "surgery": 3,
+    "diagnose": 3,
+}
+EXPERIMENT_RANKS = {
+    "config": 0,
+    "processes": 0,
+    "data": 1,
+    "evidence": 1,
+    "nets": 1,
+    "training": 2,
+    "scoreboard": 2,
+    "probes": 3,
+    "benchmarks": 4,
+    "studies": 5,
+    "demos": 5,
+    "report": 6,
+    "__main__": 7,
 }
 # What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}
@@ -95,10 +78,27 @@ def internal(package, name):
     return {max((m for m in modules if m and f"{n}.".startswith(f"{m}.")), key=len, default="") for n in own} - {""}
 
 
-@pytest.mark.parametrize("name", [name for name in files(LIBRARY) if name])
-def test_library_module_imports_only_modules_below_it(name):
-    assert name in RANKS, f"give {name} its place in RANKS"
-    assert all(RANKS[other] < RANKS[name] for other in internal(LIBRARY, name)), internal(LIBRARY, name)
+def rooms():
+    """Yields each module of a room: its package, its name, and the ranks of the package's rooms."""
+    for package, ranks in ((LIBRARY, LIBRARY_RANKS), (EXPERIMENTS, EXPERIMENT_RANKS)):
+        for name in files(package):
+            if name:
+                yield pytest.param(package, name, ranks, id=f"{package.name}.{name}")
+
+
+@pytest.mark.parametrize(("package", "name", "ranks"), rooms())
+def test_a_room_imports_only_rooms_of_a_lower_rank(package, name, ranks):
+    room = name.split(".")[0]
+    assert room in ranks, f"give {room} its rank in tests/test_structure.py"
+    others = {other for other in internal(package, name) if other.split(".")[0] != room}
+    assert all(ranks[other.split(".")[0]] < ranks[room] for other in others), others
+
+
+@pytest.mark.parametrize("package", [LIBRARY, EXPERIMENTS], ids=lambda package: package.name)
+def test_modules_import_each_other_without_a_cycle(package):
+    # A package's own __init__ gathers what its modules offer; it comes after them.
+    graph = {name: internal(package, name) for name in files(package)}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(files(package))
 
 
 @pytest.mark.parametrize("name", files(LIBRARY))
@@ -111,31 +111,6 @@ def test_linen_and_nnx_do_not_import_each_other():
     assert "nnx" not in internal(LIBRARY, "linen") and "linen" not in internal(LIBRARY, "nnx")
     assert not any(name.startswith("flax.nnx") for name in imported(LIBRARY / "linen.py"))
     assert not any(name.startswith("flax.linen") for name in imported(LIBRARY / "nnx.py"))
-
-
-@pytest.mark.skipif(not EXPERIMENTS.is_dir(), reason="the experiments are not in this distribution")
-def test_experiments_import_each_other_without_a_cycle():
-    graph = {name: internal(EXPERIMENTS, name) for name in files(EXPERIMENTS)}
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(graph)
-
-
-@pytest.mark.skipif(not EXPERIMENTS.is_dir(), reason="the experiments are not in this distribution")
-@pytest.mark.parametrize(
-    ("name", "later"),
-    [
-        ("config", {"data", "models", "train", "study", "__main__"}),
-        ("data", {"models", "train", "study", "__main__"}),
-        ("models", {"data", "train", "study", "__main__"}),
-        ("train", {"study", "__main__"}),
-        ("study", {"__main__"}),
-    ],
-)
-def test_experiment_module_reaches_none_that_comes_later(name, later):
-    graph = {module: internal(EXPERIMENTS, module) for module in files(EXPERIMENTS)}
-    reached = {name}
-    while more := set().union(*(graph[module] for module in reached)) - reached:
-        reached |= more
-    assert not reached & later
 
 
 def test_no_module_bears_the_name_of_a_public_function():

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from experiments import kernels
-from experiments.benchmarks import Settings, aot, arms, programs, steps, targets
+from experiments.benchmarks import Settings, aot, arms, kernels, programs, steps, targets
 
 NAME = "bench-accelerators"
 OURS, FLAX, STABLE = steps.OURS, steps.FLAX, "Flax, stable"

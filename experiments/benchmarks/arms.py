@@ -3,8 +3,8 @@
 Conventions: state goes in and comes out. Parameters and statistics are float32 whatever the inputs are; outputs have
 the inputs' dtype. All layers have scale and bias, and 0.9 as the weight of the old running statistics.
 
-`experiments.peers` adapts the same libraries to the laws, which hand over masks and axis names and read statistics;
-here nothing stands between a timing and a layer.
+`experiments.scoreboard.peers` adapts the same libraries to the laws, which pass masks and axis names and read
+statistics; here nothing stands between a timing and a layer.
 """
 
 import functools

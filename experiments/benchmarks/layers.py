@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from experiments import timing
 from experiments.benchmarks import Settings, arms, limit, pytorch
+from experiments.evidence import timing
 
 NAME = "bench-layers"
 OURS, COPY, PYTORCH = "jaxbn", "copy", "PyTorch"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import timing
+from experiments.evidence import timing
 
 LARGE = (64, 1024, 1024)  # 256 MiB in float32
 # Forward, x is read for the statistics and again to be normalized, and y is written. Backward, x and dy are read for

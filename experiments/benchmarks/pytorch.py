@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self, TextIO
 
-from experiments import timing
+from experiments.evidence import timing
 
 # Threads that spin while they wait, as by default, are faster; but where another process takes one of their cores for a
 # moment, the others wait for it tens of milliseconds, and threads that sleep are faster.

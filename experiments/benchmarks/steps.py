@@ -29,9 +29,11 @@ import optax
 from numpy.typing import ArrayLike
 
 import jaxbn.linen
-from experiments import blocks, models, timing
 from experiments.benchmarks import Settings
 from experiments.config import Config
+from experiments.evidence import timing
+from experiments.nets import blocks
+from experiments.nets import linen as linen_nets
 
 NAME = "bench-steps"
 NONE, OURS, FLAX = "none", "jaxbn", "Flax"
@@ -136,7 +138,7 @@ def training_step(
       images: shape [n, height, width, 3]; their dtype is that of the activations.
       axis_name: of the devices that share a batch, where each of them runs the step on its part.
     """
-    net = models.build(config.replace(norm="none" if layer is None else "batch"), CLASSES)
+    net = linen_nets.build(config.replace(norm="none" if layer is None else "batch"), CLASSES)
     options = {"axis_name": axis_name} if axis_name else {}
     norm = layer and functools.partial(layer, dtype=images.dtype, **options)
     # The nets take their batch norm from the name in `blocks`: what a user changes is that import.

@@ -27,11 +27,10 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import evaluation, models, plots, train
-from experiments.batch_spread import group_spread, image_moments, log_slope, sizes_for
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset, first_tests
-from experiments.measures import (
+from experiments.data.datasets import Dataset, first_tests
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     compared,
     exceeds,
     generalization_gap,
@@ -42,6 +41,9 @@ from experiments.measures import (
     quoted,
     spread,
 )
+from experiments.nets import linen as linen_nets
+from experiments.probes.spread import group_spread, image_moments, log_slope, sizes_for
+from experiments.training import evaluation, loop
 
 BATCH = 256  # images per step
 SIZES = (4, 16, 64)  # images that share statistics, or the noise that is matched to them
@@ -86,18 +88,18 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains, then tests the net on all training and test images, and measures the spread of its statistics.
 
     Rows hold the accuracy on the first `ROW_IMAGES` test images.
     """
     first = first_tests(dataset, ROW_IMAGES)
-    return train.fit(config, first, **options).measure(lambda variables: measure(config, dataset, variables))
+    return loop.fit(config, first, **options).measure(lambda variables: measure(config, dataset, variables))
 
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns the scores of a net on all training and test images, and the spread of its statistics at each size."""
-    net = models.build(config, len(dataset.class_names))
+    net = linen_nets.build(config, len(dataset.class_names))
     found = evaluation.score_all(net, variables, dataset)
     if config.norm == "batch" and config.noise == "none":
         images = dataset.train_images[:SPREAD_IMAGES]

@@ -27,9 +27,9 @@ below that at its best size, or an epoch takes half the time that it takes at 5 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import (
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     Spread,
     below,
     best_accuracy,

@@ -19,9 +19,9 @@ reach the best accuracy of the one without in less time, or not with every seed.
 
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import (
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     below,
     best_accuracy,
     column,

@@ -34,12 +34,14 @@ import flax.linen as nn
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import evaluation, models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.corruptions import CORRUPTIONS, STRENGTHS
-from experiments.data import Dataset
-from experiments.evaluation import predict, score, split
-from experiments.measures import Spread, compared, exceeds, judge, measured_accuracy, quoted, spread
+from experiments.data.corruptions import CORRUPTIONS, STRENGTHS
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import Spread, compared, exceeds, judge, measured_accuracy, quoted, spread
+from experiments.nets import linen as linen_nets
+from experiments.training import evaluation, loop
+from experiments.training.evaluation import predict, score, split
 from jaxbn import calibrate
 
 ARMS = ("batch", "group")
@@ -75,9 +77,9 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run and tests the net on corrupted images, with statistics of several origins."""
-    trained = train.fit(config, dataset, **options)
+    trained = loop.fit(config, dataset, **options)
     if trained.rows[-1]["diverged"]:
         return trained
     return trained.measure(lambda variables: measure(config, dataset, variables))
@@ -85,7 +87,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns loss and accuracy of a net by corruption, strength, statistics, and the images that these come from."""
-    net = models.build(config, len(dataset.class_names))
+    net = linen_nets.build(config, len(dataset.class_names))
     half = len(dataset.test_images) // 2
     tested, labels = dataset.test_images[:half][:TESTED], dataset.test_labels[:half][:TESTED]
     # RandomState, because NumPy promises never to change its stream.

@@ -31,11 +31,10 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset, first_tests
-from experiments.evaluation import score_all
-from experiments.measures import (
+from experiments.data.datasets import Dataset, first_tests
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     Spread,
     below,
     column,
@@ -48,6 +47,9 @@ from experiments.measures import (
     quoted,
     spread,
 )
+from experiments.nets import linen as linen_nets
+from experiments.training import loop
+from experiments.training.evaluation import score_all
 
 EPOCHS = 50  # as published
 WATCHED = 2_000  # test images at every epoch: all 10,000 would take longer than the training, and wait for the end
@@ -89,11 +91,11 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run, watched on a part of the test images; then tests the net on all images."""
     watched = first_tests(dataset, WATCHED)
-    net = models.build(config, len(dataset.class_names))
-    return train.fit(config, watched, **options).measure(lambda variables: score_all(net, variables, dataset))
+    net = linen_nets.build(config, len(dataset.class_names))
+    return loop.fit(config, watched, **options).measure(lambda variables: score_all(net, variables, dataset))
 
 
 def training_accuracy(run: dict) -> float:

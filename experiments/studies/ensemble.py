@@ -30,10 +30,12 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from matplotlib.figure import Figure
 
-from experiments import evaluation, models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.measures import compared, exceeds, judge, measured, paired_differences, quoted, spread
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import compared, exceeds, judge, measured, paired_differences, quoted, spread
+from experiments.nets import linen as linen_nets
+from experiments.training import evaluation, loop
 
 ARMS = ("batch", "none")
 NETS = 6
@@ -64,16 +66,16 @@ def fit(
     dataset: Dataset,
     *,
     checkpoint_dir: Path | None = None,
-    on_progress: Callable[[train.Progress], None] | None = None,
+    on_progress: Callable[[loop.Progress], None] | None = None,
     **options,
-) -> train.Trained:
+) -> loop.Trained:
     """Trains the nets one after the other, and tests the first k of them together, for every k.
 
     Returns:
       The rows and variables of the first net, the seconds of all, and the tests.
     """
     nets = [
-        train.fit(
+        loop.fit(
             config.with_seed(SEEDS_APART * (config.seed + 1) + k),
             dataset,
             checkpoint_dir=checkpoint_dir and checkpoint_dir / f"net{k}",
@@ -84,7 +86,7 @@ def fit(
     ]
 
     def measure(_):
-        module = models.build(config, len(dataset.class_names))
+        module = linen_nets.build(config, len(dataset.class_names))
         logits = [evaluation.predict(module, net.variables, dataset.test_images) for net in nets]
         return score_together(np.array(logits), dataset.test_labels)
 

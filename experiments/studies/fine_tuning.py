@@ -26,9 +26,9 @@ import itertools
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import Spread, compared, exceeds, final_accuracy, gains, judge, spread
+from experiments.evidence import plots
+from experiments.evidence.verdicts import Spread, compared, exceeds, final_accuracy, gains, judge, spread
 
 TUNINGS = ("trained", "frozen", "affine")
 TARGETS = {"near": {"classes": (5, 6, 7, 8, 9)}, "far": {"data": "digits", "classes": None}}

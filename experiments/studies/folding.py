@@ -31,10 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import evaluation, folding, models, plots, train
+from experiments.benchmarks import folding
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.measures import Spread, below, entries, judge, measured, quoted, spread
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import Spread, below, entries, judge, measured, quoted, spread
+from experiments.nets import linen as linen_nets
+from experiments.training import evaluation, loop
 
 NETS = {"cnn7": 1.0, "resnet20": 0.5, "inception": 0.125}  # with their widths on `small`
 NAMES = {"cnn7": "7-layer CNN", "resnet20": "ResNet-20", "inception": "Inception"}
@@ -66,12 +69,12 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a net as `train.fit` does, and folds it."""
-    trained = train.fit(config, dataset, **options)
+    trained = loop.fit(config, dataset, **options)
     if trained.rows[-1]["diverged"]:
         return trained
-    net = models.build(config, len(dataset.class_names))
+    net = linen_nets.build(config, len(dataset.class_names))
     return trained.measure(lambda variables: measure(net, variables, dataset))
 
 

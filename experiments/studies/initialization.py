@@ -41,10 +41,23 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import layers, models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.measures import column, compared, diverged, exceeds, final_accuracy, gains, judge, measured, spread
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
+    column,
+    compared,
+    diverged,
+    exceeds,
+    final_accuracy,
+    gains,
+    judge,
+    measured,
+    spread,
+)
+from experiments.nets import linen as linen_nets
+from experiments.probes import activations
+from experiments.training import loop
 
 ARMS = {
     "none": "no norm",
@@ -69,7 +82,7 @@ SCALED = {  # name: start and epsilon with which the weights of a layer are mult
 SCALED_COLORS = (plots.PALETTE["black"], plots.COLORS["batch"], plots.PALETTE["purple"])
 FACTORS = (0.01, 0.1, 10.0, 100.0)  # of the weights of a layer
 SCALED_IMAGES = 100  # on which their effect is measured
-SETTINGS = {"negligible": NEGLIGIBLE, "factors": FACTORS, "scaled_images": SCALED_IMAGES, "images": layers.IMAGES}
+SETTINGS = {"negligible": NEGLIGIBLE, "factors": FACTORS, "scaled_images": SCALED_IMAGES, "images": activations.IMAGES}
 CHANCE = 15.0  # %; below this, nothing was learned
 LEAST_GAIN = 10.0  # points
 UNCHANGED = 1e-4  # relative
@@ -101,30 +114,30 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run; measures the layers' sizes at both ends, and with batch norm everywhere what scaling changes."""
-    return train.fit(config, dataset, **options).measure(lambda variables: measure(config, dataset, variables))
+    return loop.fit(config, dataset, **options).measure(lambda variables: measure(config, dataset, variables))
 
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns the layers' sizes at the start of a run and at its end, and what scaling the weights changes."""
-    net = models.build(config, len(dataset.class_names))
-    (images, _), key = layers.first_images(dataset), jax.random.key(config.seed)
-    start = jax.device_get(train.initial_variables(config, dataset))
+    net = linen_nets.build(config, len(dataset.class_names))
+    (images, _), key = activations.first_images(dataset), jax.random.key(config.seed)
+    start = jax.device_get(loop.initial_variables(config, dataset))
     found = [
-        {"when": when, **layers.sizes(net, of_then, images, key)._asdict()}
+        {"when": when, **activations.sizes(net, of_then, images, key)._asdict()}
         for when, of_then in (("start", start), ("end", variables))
     ]
     if config.norm == "batch" and config.norm_layers == "hidden":
         images = images[:SCALED_IMAGES]
-        usual = models.build(config.replace(init_scale=None), len(dataset.class_names))
+        usual = linen_nets.build(config.replace(init_scale=None), len(dataset.class_names))
         starts = {"usual": _initialize(usual, key, images[:1]), "tiny": start}
         nets = {
             "own": net,
-            "negligible": models.build(config.replace(epsilon=NEGLIGIBLE), len(dataset.class_names)),
+            "negligible": linen_nets.build(config.replace(epsilon=NEGLIGIBLE), len(dataset.class_names)),
         }
         for name, epsilon in SCALED.values():
-            changes = layers.rescaling(nets[epsilon], starts[name], images, key, FACTORS)
+            changes = activations.rescaling(nets[epsilon], starts[name], images, key, FACTORS)
             which = {"start": name, "epsilon": epsilon}
             found += [which | {"factor": factor, **change._asdict()} for factor, change in changes.items()]
     return found

@@ -37,10 +37,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import layers, models, plots, shifts, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.measures import (
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     Spread,
     below,
     column,
@@ -52,12 +52,15 @@ from experiments.measures import (
     quoted,
     spread,
 )
-from experiments.programs import MOMENTUM
+from experiments.nets import linen as linen_nets
+from experiments.probes import activations, shifts
+from experiments.training import loop
+from experiments.training.programs import MOMENTUM
 
 ARMS = {"batch": "batch norm", "none": "no norm", "noisy": "with noise"}
 COLORS = {**plots.COLORS, "noisy": plots.PALETTE["purple"]}
 STEPS = (0.05, 0.1, 0.2, 0.4)  # along the gradient: 0.5 to 4 times 0.1, to which rate 0.01 and momentum 0.9 add up
-SETTINGS = {"steps": STEPS, "images": layers.IMAGES}
+SETTINGS = {"steps": STEPS, "images": activations.IMAGES}
 MEASURES = {
     "mean_shift": "shift of means (std)",
     "var_shift": "shift of variances (log ratio)",
@@ -99,10 +102,10 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run whose rows hold the `MEASURES` too."""
-    net = models.build(config, len(dataset.class_names))
-    batch, key = layers.first_images(dataset), jax.random.key(config.seed)
+    net = linen_nets.build(config, len(dataset.class_names))
+    batch, key = activations.first_images(dataset), jax.random.key(config.seed)
 
     def moments_of(variables, step):
         return shifts.input_moments(net, variables, batch[0], jax.random.fold_in(key, step))
@@ -118,9 +121,9 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
             **shifts.along_gradient(net, variables, batch, now, STEPS)._asdict(),
         }
 
-    trained = train.fit(config, dataset, probe=probe, **options)
+    trained = loop.fit(config, dataset, probe=probe, **options)
     clock = time.perf_counter()
-    before, rows = moments_of(jax.device_get(train.initial_variables(config, dataset)), 0), []
+    before, rows = moments_of(jax.device_get(loop.initial_variables(config, dataset)), 0), []
     for row in trained.rows:
         after = row["moments"]
         shift = shifts.distribution_shift(before, after)

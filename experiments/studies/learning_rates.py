@@ -24,9 +24,9 @@ smallest is no smaller. A rate that works for one net alone counts as larger, an
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import best_accuracy, column, diverged, judge, paired_differences, spread
+from experiments.evidence import plots
+from experiments.evidence.verdicts import best_accuracy, column, diverged, judge, paired_differences, spread
 
 ARMS = ("batch", "none")
 PUBLISHED = {  # rate: best validation accuracy in %, with batch norm and without, read off a bar chart

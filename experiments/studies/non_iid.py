@@ -34,12 +34,23 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset, balance
-from experiments.evaluation import plain, predict, score
-from experiments.measures import compared, exceeds, final_accuracy, gains, judge, measured_accuracy, quoted, spread
-from experiments.orders import ORDERS
+from experiments.data.datasets import Dataset, balance
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
+    compared,
+    exceeds,
+    final_accuracy,
+    gains,
+    judge,
+    measured_accuracy,
+    quoted,
+    spread,
+)
+from experiments.nets import linen as linen_nets
+from experiments.training import loop
+from experiments.training.evaluation import plain, predict, score
+from experiments.training.orders import ORDERS
 
 NORMS = ("batch", "renorm", "group")
 NAMES = {"shuffled": "shuffled", "half_the_classes": "half the classes", "one_class": "one class"}  # of samplings
@@ -78,13 +89,13 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run, on as many images of each class, and tests the net with the statistics of test batches.
 
     With classes of unequal size, a part of the batches could not be put together as wanted.
     """
     dataset = balance(dataset)
-    trained = train.fit(config, dataset, **options)
+    trained = loop.fit(config, dataset, **options)
     if config.norm == "group" or trained.rows[-1]["diverged"]:
         return trained
     return trained.measure(lambda variables: measure(config, dataset, variables))
@@ -92,7 +103,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns loss and accuracy by what shares a test batch: the same as in training, and any images."""
-    net = models.build(plain(config), len(dataset.class_names))
+    net = linen_nets.build(plain(config), len(dataset.class_names))
     options = {"num_classes": len(dataset.class_names), "batch_size": config.batch_size}
     found = []
     for sampling in dict.fromkeys((config.sampling, "shuffled")):

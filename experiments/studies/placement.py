@@ -21,9 +21,9 @@ the activation, fixing scale and bias may change the accuracy by a point or more
 
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import column, compared, exceeds, final_accuracy, gains, judge, spread, within
+from experiments.evidence import plots
+from experiments.evidence.verdicts import column, compared, exceeds, final_accuracy, gains, judge, spread, within
 
 PLACES = ("before", "after")
 KINDS = {"learned": True, "fixed": False}  # of scale and bias: name and `affine`

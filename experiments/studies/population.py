@@ -33,11 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import data, models, plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset
-from experiments.evaluation import evaluate, predict, score, split
-from experiments.measures import (
+from experiments.data import datasets
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import (
     compared,
     exceeds,
     final_accuracy,
@@ -48,6 +48,9 @@ from experiments.measures import (
     spread,
     within,
 )
+from experiments.nets import linen as linen_nets
+from experiments.training import loop
+from experiments.training.evaluation import evaluate, predict, score, split
 from jaxbn import calibrate
 
 AVERAGES = {  # arm: momentum, whether it is corrected for its start
@@ -99,9 +102,9 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run, and in one arm of each length tests the net with statistics of batches and of training images."""
-    trained = train.fit(config, dataset, **options)
+    trained = loop.fit(config, dataset, **options)
     if (config.momentum, config.debias) != AVERAGES[MEASURED] or trained.rows[-1]["diverged"]:
         return trained
     return trained.measure(lambda variables: measure(config, dataset, variables))
@@ -109,7 +112,7 @@ def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
 
 def measure(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
     """Returns loss and accuracy of a net with statistics of test batches, and of more and more training images."""
-    net = models.build(config, len(dataset.class_names))
+    net = linen_nets.build(config, len(dataset.class_names))
 
     def tested(name: str, images: int, variables: dict, **how) -> dict:
         logits = predict(net, variables, dataset.test_images, **how)
@@ -140,7 +143,7 @@ def augmented(config: Config, dataset: Dataset, n: int) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _augment(key, images, flip):
-    return data.augment(key, images.astype(jnp.float32) / 255, flip=flip)
+    return datasets.augment(key, images.astype(jnp.float32) / 255, flip=flip)
 
 
 def precise(run: dict, images: int = ENOUGH) -> float:

@@ -26,9 +26,9 @@ accurate than batch norm.
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import plots
 from experiments.config import PRESETS, Config
-from experiments.measures import compared, exceeds, final_accuracy, gains, judge, spread
+from experiments.evidence import plots
+from experiments.evidence.verdicts import compared, exceeds, final_accuracy, gains, judge, spread
 
 SIZES = (2, 4, 8, 16, 32, 64)  # images per device
 DEVICES = 8  # of the arms that have several

@@ -33,10 +33,11 @@ import math
 
 from matplotlib.figure import Figure
 
-from experiments import plots, train
 from experiments.config import PRESETS, Config
-from experiments.data import Dataset, first_tests
-from experiments.measures import below, column, compared, exceeds, judge, paired_differences, pairs, spread
+from experiments.data.datasets import Dataset, first_tests
+from experiments.evidence import plots
+from experiments.evidence.verdicts import below, column, compared, exceeds, judge, paired_differences, pairs, spread
+from experiments.training import loop
 
 WATCHED = 2_000  # test images of every evaluation: with all 10,000, evaluating would take longer than training
 SETTINGS = {"watched": WATCHED}
@@ -86,10 +87,10 @@ SETUP = {
 }
 
 
-def fit(config: Config, dataset: Dataset, **options) -> train.Trained:
+def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
     """Trains a run, evaluated on a part of the test images."""
     watched = first_tests(dataset, WATCHED)
-    return train.fit(config, watched, **options)
+    return loop.fit(config, watched, **options)
 
 
 def held(run: dict) -> list[float]:

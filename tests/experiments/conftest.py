@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from experiments import distributed
 from experiments.config import Config
-from experiments.data import Dataset
+from experiments.data.datasets import Dataset
+from experiments.processes import distributed
 
 
 def mesh_of(devices: int) -> Mesh:

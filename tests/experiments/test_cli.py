@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import __main__ as cli
-from experiments import study
+from experiments.studies import protocol
 
 ROOT = Path(cli.__file__).parents[1]
 COMMANDS = [name.removesuffix("_command").replace("_", "-") for name in vars(cli) if name.endswith("_command")]
@@ -67,7 +67,7 @@ def test_wrong_data_dir_is_an_error_in_a_sentence(monkeypatch, capsys, tmp_path)
 
 
 def test_error_that_is_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(study, "select", lambda _: json.loads("{"))
+    monkeypatch.setattr(protocol, "select", lambda _: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         call(monkeypatch, "run", "all")
 
@@ -86,7 +86,7 @@ def test_interrupt_says_how_to_continue_where_that_is_so(monkeypatch, capsys, co
         raise KeyboardInterrupt
 
     for function in ("select", "train_missing", "names"):
-        monkeypatch.setattr(study, function, interrupt)
+        monkeypatch.setattr(protocol, function, interrupt)
     assert call(monkeypatch, *command.split()) == 130
     assert capsys.readouterr().err == message
 

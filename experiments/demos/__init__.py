@@ -1,0 +1,1 @@
+"""Commands that show batch norm at work: `demo`, `sync-demo` and `diagnose`."""

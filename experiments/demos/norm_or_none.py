@@ -1,0 +1,119 @@
+"""The demo: a small net with and without batch norm, at three learning rates, in under two minutes on two cores.
+
+It downloads nothing: it learns CIFAR-10 where that is at hand, otherwise the handwritten digits of scikit-learn.
+"""
+
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import Config
+from experiments.data import datasets
+from experiments.data.cifar10 import find_cifar10
+from experiments.data.datasets import Dataset
+from experiments.evidence import plots
+from experiments.evidence.verdicts import column, final_accuracy, first_above, training_seconds
+from experiments.training import loop
+from experiments.training.progress import Display
+
+NORMS = ("batch", "none")
+RATES = (0.01, 0.1, 1.0)
+DASHES = {0.01: "-", 0.1: "--", 1.0: ":"}
+TEST_IMAGES = 2000  # at most, so that testing several times per epoch stays cheap
+CONFIGS = {  # in both, the last epoch runs at a tenth of the rate, which calms the curves
+    "cifar10": Config(
+        data="cifar10",
+        image_size=16,
+        train_images=10_000,
+        augment=False,
+        net="cnn7",
+        batch_size=100,
+        epochs=4,
+        lr_decay_epochs=4,
+        evaluations=4,
+    ),
+    "digits": Config(data="digits", image_size=16, augment=False, net="cnn7", batch_size=50, epochs=10, evaluations=2),
+}
+TARGETS = {"cifar10": 35, "digits": 90}  # test accuracy in %, the steps to which are counted
+
+
+def run(*, data_dir: Path | None, out: Path) -> None:
+    """Trains the six nets, prints a table and writes a figure to the folder `out`."""
+    began = time.perf_counter()
+    console = Console()
+    dataset, why = choose_data(data_dir)
+    arms = configs(dataset.name)
+    _say(console, "A 7-layer convolutional net, with and without batch norm, at three learning rates.")
+    _say(console, f"Data: {dataset.source}. {why}")
+    runs = {}
+    with Display(len(arms), console) as display:
+        for name, config in arms.items():
+            runs[name] = {"rows": loop.fit(config, dataset, on_progress=display.run(name)).rows}
+    figure = plots.save(plot(arms, runs), out / "accuracy.png", digest="of the demo")
+    console.print(table(arms, runs, TARGETS[dataset.name]))
+    _say(console, f"Figure: {figure}")
+    _say(console, f"Time in all: {time.perf_counter() - began:.0f} s")
+
+
+def choose_data(data_dir: Path | None) -> tuple[Dataset, str]:
+    """Returns what the demo learns, and a sentence that says why."""
+    if find_cifar10(data_dir):
+        name, why = "cifar10", "The demo halves its images to 16x16 pixels and uses a fifth of them."
+    else:
+        name = "digits"
+        why = "CIFAR-10 is not at hand, and the demo downloads nothing; --data-dir or CIFAR10_DIR says where it is."
+    config = CONFIGS[name]
+    dataset = datasets.load(
+        name, image_size=config.image_size, train_images=config.train_images, data_dir=data_dir, download=False
+    )
+    return datasets.first_tests(dataset, TEST_IMAGES), why
+
+
+def configs(name: str) -> dict[str, Config]:
+    """Returns the six runs on a data set: name -> Config."""
+    return {
+        f"{plots.NAMES[norm]}, rate {rate:g}": CONFIGS[name].replace(norm=norm, learning_rate=rate)
+        for norm in NORMS
+        for rate in RATES
+    }
+
+
+def table(arms: dict[str, Config], runs: dict[str, dict], target: float) -> Table:
+    """Returns, by norm and learning rate: accuracy, steps to the `target` accuracy (in %), and seconds of training."""
+    printed = Table(
+        "norm", "learning rate", "test accuracy", f"steps to {target} %", "training", title="Result (one seed)"
+    )
+    for name, config in arms.items():
+        run = runs[name]
+        row = first_above(run, target)
+        printed.add_row(
+            plots.NAMES[config.norm],
+            f"{config.learning_rate:g}",
+            f"{final_accuracy(run):.1f} %" + (" (diverged)" if run["rows"][-1]["diverged"] else ""),
+            "never" if row is None else str(run["rows"][row]["step"]),
+            f"{training_seconds(run):.1f} s",
+            end_section=config.learning_rate == RATES[-1],
+        )
+    return printed
+
+
+def plot(arms: dict[str, Config], runs: dict[str, dict]) -> Figure:
+    """Returns the figure of accuracy against step: six lines."""
+    lines = [
+        plots.Line(
+            name,
+            column([runs[name]], "step")[0],
+            100 * column([runs[name]], "test_accuracy"),
+            plots.COLORS[config.norm],
+            DASHES[config.learning_rate],
+        )
+        for name, config in arms.items()
+    ]
+    return plots.draw([plots.Lines("training step", "test accuracy (%)", lines)])
+
+
+def _say(console, text):
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,153 @@
+"""ResNet-20 and the Inception net of :mod:`experiments.models` in flax.nnx, with batch norm.
+
+Convention: as there, images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
+`net(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. A net is made for a
+number of classes (logits), a `width` that multiplies its numbers of channels, and so many `channels` of the images.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.nets.linen import INCEPTION_CHANNELS, max_pool, scaled, shortcut
+from jaxbn.nnx import BatchNorm
+
+
+class ConvNorm(nnx.Module):
+    """A convolution without a bias, and batch norm; the ReLU is the caller's.
+
+    Args:
+      in_features: number of input channels.
+      features: number of output channels.
+      kernel_size: side of the square kernel.
+      strides: steps between the positions of the kernel.
+      kernel_init: initializer of the kernel.
+      rngs: keys for the initializers.
+      **options: of the batch norm.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        kernel_size: int,
+        strides: int = 1,
+        *,
+        kernel_init: Callable,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        size = (kernel_size, kernel_size)
+        self.conv = nnx.Conv(in_features, features, size, strides, use_bias=False, kernel_init=kernel_init, rngs=rngs)
+        self.norm = BatchNorm(features, **options, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the normalized convolution of x, shape [n, height, width, features]."""
+        return self.norm(self.conv(x), use_running_average=not train)
+
+
+class ResNet20(nnx.Module):
+    """The 20-layer residual net for CIFAR-10: three stages of three blocks."""
+
+    def __init__(self, num_classes: int, width: float, *, channels: int = 3, rngs: nnx.Rngs):
+        features = scaled(16, width)
+        self.stem = _residual_conv(channels, features, rngs=rngs)
+        self.blocks = nnx.List()
+        for stage, features_next in enumerate(scaled(16 * 2**stage, width) for stage in range(3)):
+            for block in range(3):
+                strides = 2 if stage > 0 and block == 0 else 1
+                self.blocks.append(ResidualBlock(features, features_next, strides, rngs=rngs))
+                features = features_next
+        self.dense = nnx.Linear(features, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits of the images x."""
+        x = nnx.relu(self.stem(x, train))
+        for block in self.blocks:
+            x = block(x, train)
+        return self.dense(x.mean((1, 2)))
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, in_features: int, features: int, strides: int, *, rngs: nnx.Rngs):
+        self.first = _residual_conv(in_features, features, strides, rngs=rngs)
+        self.second = _residual_conv(features, features, rngs=rngs)
+        self.features, self.strides = features, strides
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the block's output, shape [n, height / strides, width / strides, features]."""
+        y = self.second(nnx.relu(self.first(x, train)), train)
+        return nnx.relu(y + shortcut(x, self.features, self.strides))
+
+
+def _residual_conv(in_features, features, strides=1, *, rngs):
+    he_normal = nnx.initializers.he_normal()
+    return ConvNorm(in_features, features, 3, strides, kernel_init=he_normal, rngs=rngs, momentum=0.9)
+
+
+class Inception(nnx.Module):
+    """Nine Inception modules straight on the image, without a stem."""
+
+    def __init__(self, num_classes: int, width: float, *, channels: int = 3, rngs: nnx.Rngs):
+        self.modules = nnx.List()
+        for numbers in INCEPTION_CHANNELS:
+            module = InceptionModule(channels, tuple(scaled(c, width) for c in numbers), rngs=rngs)
+            self.modules.append(module)
+            channels = module.features
+        glorot_uniform = nnx.initializers.glorot_uniform()
+        self.dense = nnx.Linear(channels, num_classes, kernel_init=glorot_uniform, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits of the images x."""
+        for number, module in enumerate(self.modules, start=1):
+            x = module(x, train)
+            if number in (2, 7):
+                x = max_pool(x, strides=2)
+        return self.dense(x.mean((1, 2)))
+
+
+class InceptionModule(nnx.Module):
+    """Four branches side by side, joined along the channels.
+
+    Args:
+      in_features: number of input channels.
+      channels: of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
+      rngs: keys for the initializers.
+    """
+
+    def __init__(self, in_features: int, channels: tuple[int, int, int, int, int, int], *, rngs: nnx.Rngs):
+        conv = functools.partial(
+            ConvNorm,
+            kernel_init=nnx.initializers.glorot_uniform(),
+            rngs=rngs,
+            use_scale=False,
+            momentum=0.99,
+            epsilon=1e-3,
+        )
+        one, three_reduce, three, five_reduce, five, projection = channels
+        self.one = conv(in_features, one, 1)
+        self.three_reduce = conv(in_features, three_reduce, 1)
+        self.three = conv(three_reduce, three, 3)
+        self.five_reduce = conv(in_features, five_reduce, 1)
+        self.five = conv(five_reduce, five, 5)
+        self.projection = conv(in_features, projection, 1)
+        self.features = one + three + five + projection
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Returns the four branches' outputs, shape [n, height, width, sum of their channels]."""
+
+        def conv(layer, x):
+            return nnx.relu(layer(x, train))
+
+        branches = (
+            conv(self.one, x),
+            conv(self.three, conv(self.three_reduce, x)),
+            conv(self.five, conv(self.five_reduce, x)),
+            conv(self.projection, max_pool(x, strides=1)),
+        )
+        return jnp.concatenate(branches, axis=-1)

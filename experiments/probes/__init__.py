@@ -1,0 +1,1 @@
+"""Measurements of a trained or training net: activations, shifts, spread over batches, folding."""

@@ -1,0 +1,1 @@
+"""One run in several processes: who takes part, how they start and how they end."""

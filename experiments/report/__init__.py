@@ -1,0 +1,1 @@
+"""Pages written from files: experiments/README.md from results, README.md and docs from measurements."""

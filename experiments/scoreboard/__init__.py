@@ -1,0 +1,1 @@
+"""The laws of batch norm, put to this library and to its peers."""

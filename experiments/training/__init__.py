@@ -1,0 +1,1 @@
+"""The training loop: programs, order of the images, evaluation, checkpoints."""

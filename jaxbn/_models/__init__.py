@@ -1,0 +1,1 @@
+"""Batch norms inside of a Flax model, linen or nnx: found, intercepted and measured."""

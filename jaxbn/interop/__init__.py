@@ -1,0 +1,65 @@
+"""PyTorch and Keras weights to and from Flax variables: batch norm, and the convolution and dense layers beside it.
+
+``from_torch``, ``to_torch``, ``from_keras`` and ``to_keras`` convert models; a :class:`Layout` converts one layer:
+
+=========================  ==========================  =============================  =============================
+layout                     Flax                        PyTorch                        Keras
+=========================  ==========================  =============================  =============================
+``batch_norm_layout``      scale, bias,                weight, bias, running_mean,    gamma, beta, moving_mean,
+                           mean, var, steps            running_var,                   moving_variance
+                                                       num_batches_tracked
+``conv_layout``            ``[*k, in/groups, out]``    ``[out, in/groups, *k]``       ``[*k, in/groups, out]``
+``depthwise_conv_layout``  ``[*k, 1, in*multiplier]``  ``[in*multiplier, 1, *k]``     ``[*k, in, multiplier]``
+``conv_transpose_layout``  ``[*k, in, out]``           ``[in, out, *k]``, k reversed  ``[*k, out, in]``, k reversed
+``dense_layout``           ``[in, out]``               ``[out, in]``                  ``[in, out]``
+=========================  ==========================  =============================  =============================
+
+Values are moved, not computed, so gradients and momenta of parameters convert as the parameters do; the scale of 1, or
+bias of 0, that PyTorch has and Flax's batch norm lacks is written for those with statistics alone, which momenta have
+not.  Leaves of Flax may be in boxes, such as ``nn.Partitioned``; results are new NumPy arrays without boxes, and
+bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they differ:
+
+=======================  =====================  =========================================  =====================
+setting                  Flax                   PyTorch                                    Keras 3
+=======================  =====================  =========================================  =====================
+momentum                 0.99 of the old value  0.1 of the NEW value                       0.99 of the old value
+epsilon                  1e-5                   1e-5                                       1e-3
+running variance         biased                 unbiased                                   biased
+padding where strided    "SAME", ``padding=1``  ``padding=1`` is Flax's, and not "SAME"    "same" is Flax's "SAME"
+=======================  =====================  =========================================  =====================
+
+TensorFlow 2's fused kernel, for images, kept the unbiased variance (github.com/tensorflow/tensorflow/issues/55545).
+Where every batch has m values per feature, an average of biased variances times m/(m - 1) is that of unbiased ones.
+"""
+
+from jaxbn.interop._layouts import (
+    Layout,
+    batch_norm_layout,
+    conv_layout,
+    conv_transpose_layout,
+    dense_layout,
+    depthwise_conv_layout,
+)
+from jaxbn.interop._models import (
+    batch_norm_options_from_torch,
+    batch_norm_options_to_torch,
+    from_keras,
+    from_torch,
+    to_keras,
+    to_torch,
+)
+
+__all__ = [
+    "Layout",
+    "batch_norm_layout",
+    "batch_norm_options_from_torch",
+    "batch_norm_options_to_torch",
+    "conv_layout",
+    "conv_transpose_layout",
+    "dense_layout",
+    "depthwise_conv_layout",
+    "from_keras",
+    "from_torch",
+    "to_keras",
+    "to_torch",
+]

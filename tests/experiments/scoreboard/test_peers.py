@@ -1,0 +1,98 @@
+"""The peers: an adapter shows what its library does, and one whose library is missing says what brings it."""
+
+import functools
+import importlib.util
+import sys
+import types
+
+import pytest
+
+from experiments.scoreboard import peers
+from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
+from jaxbn.testing import LAWS, check_batch_norm, judge
+
+# What any batch norm keeps; an adapter that transposes, masks or converts wrongly breaks one of them.
+KEPT = (
+    "output_equals_oracle",
+    "evaluation_equals_oracle",
+    "gradients_equal_oracle",
+    "running_statistics_equal_oracle",
+    "low_precision",
+    "statistics_of_masked_data",
+    "split_over_devices",
+)
+NOT_KEPT = {("equinox", "running_statistics_equal_oracle"), ("equinox", "low_precision")}
+
+
+@functools.cache
+def adapter_of(peer):
+    if peer in LIBRARIES and not importlib.util.find_spec(peer):  # Keras is imported by its adapter, which sets it up
+        pytest.skip(f"{peer} is not installed")
+    return PEERS[peer]()
+
+
+def forgotten(monkeypatch, peer):
+    """Has the module of an adapter imported anew, and the one that is there put back in the end."""
+    monkeypatch.setitem(sys.modules, f"{peers.__name__}.{peer}", None)
+    del sys.modules[f"{peers.__name__}.{peer}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", KEPT)
+@pytest.mark.parametrize("peer", PEERS)
+def test_adapter_shows_what_any_batch_norm_keeps(peer, law):
+    adapter = adapter_of(peer)
+    if (peer, law) in NOT_KEPT:
+        assert judge(adapter, [law]).broken
+    else:
+        check_batch_norm(adapter, [law])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("peer", OURS)
+def test_this_library_keeps_every_law(peer, law):
+    check_batch_norm(adapter_of(peer), [law])
+
+
+def test_variance_of_equinox_is_off_by_what_its_average_started_from():
+    found = judge(adapter_of("equinox"), ["running_statistics_equal_oracle"]).findings[0]
+    # After one batch: momentum / (1 - momentum) times 1.
+    assert found.detail.startswith("running var after 1 batch") and "error 9," in found.detail
+
+
+@pytest.mark.slow
+def test_equinox_adds_up_half_precision_in_itself():
+    found = judge(adapter_of("equinox"), ["low_precision"]).findings[0]
+    # The gradient in the mean adds up 16,384 values. What comes first is as precise as it should be.
+    assert found.detail.startswith("dx of shape (64, 16, 16, 4) in bfloat16: error ")
+
+
+def test_keras_takes_no_mask_of_a_single_feature():
+    found = judge(adapter_of("keras"), ["mask_of_one_feature"]).findings[0]
+    assert found.detail.startswith("IndexError: tuple index out of range")
+
+
+@pytest.mark.parametrize("peer", LIBRARIES)
+def test_missing_library_is_an_error_that_says_what_brings_it(monkeypatch, peer):
+    forgotten(monkeypatch, peer)
+    monkeypatch.setitem(sys.modules, peer, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{peer} is not installed; pip install 'jaxbn\[peers\]'"):
+        PEERS[peer]()
+
+
+def test_keras_on_another_backend_is_refused(monkeypatch):
+    forgotten(monkeypatch, "keras")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    backend = types.SimpleNamespace(backend=lambda: "torch")
+    monkeypatch.setitem(sys.modules, "keras", types.SimpleNamespace(backend=backend))
+    with pytest.raises(ValueError, match="set KERAS_BACKEND=jax before Keras is first imported"):
+        PEERS["keras"]()
+
+
+def test_an_adapter_is_imported_with_its_library_alone():
+    sources = {peer: importlib.util.find_spec(f"{peers.__name__}.{peer}").origin for peer in LIBRARIES}
+    for peer, source in sources.items():
+        with open(source, encoding="utf-8") as file:
+            imported = {line.split()[1].split(".")[0] for line in file if line.startswith(("import ", "from "))}
+        assert peer in imported and not imported & set(LIBRARIES) - {peer}

@@ -1,0 +1,242 @@
+"""Nets of other people go through every operation on trained models unchanged, and go on training after it."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn
+from jaxbn import calibrate, surgery
+from tests.models.third_party import NETS
+
+pytestmark = pytest.mark.slow
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+OPERATIONS = {
+    "freeze": surgery.freeze,
+    "replace": surgery.replace,
+    "alone": functools.partial(surgery.replace, axis_name=None),
+    "synchronised": functools.partial(surgery.replace, axis_name="batch"),
+    "ghost": functools.partial(surgery.replace, method=functools.partial(jaxbn.ghost_normalize, group_size=3)),
+    "renorm": functools.partial(
+        surgery.replace, method=functools.partial(jaxbn.batch_renormalize, r_max=1e3, d_max=1e3)
+    ),
+    "to_affine": surgery.to_affine,
+    "group norm": functools.partial(surgery.replace_by_group_norm, num_groups=2),
+    "fold": surgery.fold,
+}
+FAST = {("resnet", "fold"), ("densenet", "fold"), ("mobilenet", "freeze"), ("generator", "replace")}
+SLOW = pytest.mark.slow
+
+
+def each(*operations):
+    """Parametrizes a test by net and operation; most pairs are slow."""
+    pairs = [(net, operation) for net in NETS for operation in operations]
+    marked = [pytest.param(*pair, marks=() if pair in FAST else SLOW) for pair in pairs]
+    return pytest.mark.parametrize(("name", "operation"), marked)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Compiles several times faster, to slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def net_named(name):
+    return NETS[name]()
+
+
+@functools.cache
+def operated(name, operation):
+    """Returns a net and what an operation made of it, with a description and a copy of the net from before."""
+    net = net_named(name)
+    before = described(net), arrays(net.model, net.variables)
+    done = OPERATIONS[operation](net.model, net.variables, net.x, call=net.evaluate)
+    return SimpleNamespace(net=net, before=before, done=done)
+
+
+def described(net):
+    return nnx.graphdef(net.model) if net.variables is None else repr(net.model)
+
+
+def arrays(model, variables):
+    def array(leaf):
+        return np.array(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+    return jax.tree.map(array, nnx.state(model) if variables is None else variables)
+
+
+def parameters(model, variables):
+    """Returns the parameters, the other arrays, and what makes a function of both and a call of the model."""
+    if variables is None:
+        definition, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def apply(params, rest, x, call):
+            merged = nnx.merge(definition, params, rest, copy=True)
+            y = call(merged, x)
+            return y, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
+
+        return params, rest, apply
+
+    def apply(params, rest, x, call):
+        y, updates = model.apply({"params": params, **rest}, x, method=call, mutable=["batch_stats"])
+        return y, updates.get("batch_stats", {})
+
+    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}, apply
+
+
+def run(model, variables, x, call, parts=1):
+    """Returns the outputs, and the statistics afterwards, of a batch in so many parts on an axis named "batch"."""
+    params, rest, apply = parameters(model, variables)
+
+    @jax.jit
+    def over_parts(params, rest, x):
+        x = x.reshape(parts, -1, *x.shape[1:])
+        y, stats = jax.vmap(lambda x: apply(params, rest, x, call), axis_name="batch")(x)
+        return y.reshape(-1, *y.shape[2:]), jax.tree.map(lambda leaf: leaf.mean(0), stats)
+
+    return over_parts(params, rest, x)
+
+
+@functools.cache
+def evaluated(name):
+    """Returns what a net gives in evaluation."""
+    net = net_named(name)
+    return np.asarray(run(net.model, net.variables, net.x, net.evaluate)[0])
+
+
+@functools.cache
+def trained(name, operation, parts):
+    """Returns the outputs and statistics of a step of training after an operation; None for the net as it was."""
+    net = net_named(name)
+    model, variables = net[:2] if operation is None else operated(name, operation).done[:2]
+    return run(model, variables, net.x, net.train, parts)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    # float32 in other orders: some roundings in each of ten layers, at the scale of the largest value.
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_outputs_hang_on_the_batch(name):
+    assert np.ptp(evaluated(name), axis=0).min() > 0.01
+
+
+@each(*OPERATIONS)
+def test_the_net_that_is_given_stays_as_it_is(name, operation):
+    found = operated(name, operation)
+    description, before = found.before
+    assert described(found.net) == description
+    after = arrays(found.net.model, found.net.variables)
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
+
+
+@each(*OPERATIONS)
+def test_every_batch_norm_is_operated_on_or_listed_with_the_reason(name, operation):
+    net, done = operated(name, operation).net, operated(name, operation).done
+    assert done.kept == (net.kept if operation == "fold" else {})
+    assert len({*done.layers, *done.kept}) == len(done.layers) + len(done.kept) == net.batch_norms
+
+
+@each(*OPERATIONS)
+def test_outputs_in_evaluation_stay_except_with_group_norm(name, operation):
+    net, done = operated(name, operation).net, operated(name, operation).done
+    found, expected = run(*done[:2], net.x, net.evaluate)[0], evaluated(name)
+    if operation == "group norm":
+        assert np.isfinite(found).all() and abs(found - expected).max() > 0.01 * abs(expected).max()
+        assert done.difference > 0.01 * done.scale
+    else:
+        assert_close(found, expected)
+        assert done.difference <= 1e-5 * done.scale
+
+
+@each("replace")
+def test_replaced_layers_train_as_those_before_them(name, operation):
+    assert_close(trained(name, operation, 2), trained(name, None, 2))
+
+
+@each("freeze")
+def test_a_frozen_net_gives_in_training_what_it_gives_in_evaluation_and_keeps_its_statistics(name, operation):
+    outputs, stats = trained(name, operation, 1)
+    assert_close(outputs, evaluated(name))
+    model, variables = operated(name, operation).done[:2]
+    before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)) if variables is None else variables["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, stats, before)
+
+
+@each("synchronised")
+def test_synchronised_halves_train_as_the_whole_batch(name, operation):
+    assert_close(trained(name, operation, 2), trained(name, "alone", 1))
+
+
+@each("ghost")
+def test_ghost_groups_train_as_parts_alone(name, operation):
+    assert_close(trained(name, operation, 1)[0], trained(name, "alone", 2)[0])
+
+
+@each("renorm")
+def test_renorm_within_its_limits_trains_on_what_evaluation_gives(name, operation):
+    assert_close(trained(name, operation, 1)[0], evaluated(name))
+
+
+@each("freeze", "replace", "to_affine")
+def test_a_step_of_training_moves_every_kernel_and_scale_and_lowers_the_loss(name, operation):
+    net, done = operated(name, operation).net, operated(name, operation).done
+    params, rest, apply = parameters(*done[:2])
+
+    def loss_of(params):
+        y, _ = jax.vmap(lambda x: apply(params, rest, x, net.train), axis_name="batch")(net.x[None])
+        return jnp.square(y - 1).mean()
+
+    @jax.jit
+    def step(params):
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        return loss, jax.tree.map(lambda value, gradient: value - 1e-3 * gradient, params, gradients)
+
+    loss, moved = step(params)
+    assert step(moved)[0] < loss
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(moved), strict=True)
+    # A bias that a batch norm takes away again has no gradient.
+    still = {jax.tree_util.keystr(path) for (path, old), new in leaves if jnp.array_equal(new, old)}
+    assert all("bias" in path for path in still)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "generator" else SLOW) for name in NETS])
+@pytest.mark.parametrize("way", ["layer by layer", "one pass"])
+def test_a_calibrated_net_gives_in_evaluation_what_training_on_all_the_data_gives(name, way):
+    net = net_named(name)
+    if way == "one pass":
+        calibrated = calibrate.one_pass(net.model, net.variables, [net.x], call=net.evaluate)
+    else:
+        calibrated = calibrate.layer_by_layer(net.model, net.variables, [net.x[:4], net.x[4:]], call=net.evaluate)
+    model, variables = (calibrated, None) if net.variables is None else (net.model, calibrated)
+    assert_close(run(model, variables, net.x, net.evaluate)[0], trained(name, None, 1)[0])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares on the CPU")
+@each("fold")
+def test_a_folded_net_comes_back_from_an_export_for_every_platform(name, operation):
+    net, done = operated(name, operation).net, operated(name, operation).done
+    params, rest, apply = parameters(*done[:2])
+    function = jax.jit(lambda x: apply(params, rest, x, net.evaluate)[0])
+    exported = jax.export.export(function, platforms=PLATFORMS)(net.x)
+    try:
+        copy = jax.export.deserialize(exported.serialize())
+    except ImportError as error:
+        pytest.skip(f"newer versions of JAX need a package for this: {error}")
+    assert copy.platforms == PLATFORMS
+    assert_close(copy.call(net.x), function(net.x))
+    assert_close(copy.call(net.x), evaluated(name))
