@@ -45,7 +45,7 @@ SMALLEST_SAMPLED = 128 * SAMPLES
 
 
 class Local(NamedTuple):
-    """Moments of one device's part of a batch; the mean is pivot + offset, as in :class:`jaxbn._core.measure.Measured`."""
+    """Moments of one device's part of a batch; the mean is pivot + offset, as in `jaxbn._core.measure.Measured`."""
 
     pivot: jax.Array
     offset: jax.Array
