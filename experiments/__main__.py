@@ -108,14 +108,14 @@ def train_command(
     """Train a single net of your choice. Stopped at any moment, the same command continues."""
     _take_part(devices, launch)
     from experiments.processes import distributed
-    from experiments.studies import protocol
+    from experiments.training import runs
 
     path = out / "result.jsonl"
     plan = [(f"{config.net} {config.norm}", path, config)]
-    protocol.train_missing(plan, data_dir=data_dir, keep_checkpoints=keep_checkpoint)
+    runs.train_missing(plan, data_dir=data_dir, keep_checkpoints=keep_checkpoint)
     if distributed.is_primary():
         print(f"Result: {path}")
-        kept = protocol.kept_checkpoints(path)
+        kept = runs.kept_checkpoints(path)
         if keep_checkpoint and kept.exists():
             print(f"Checkpoint: {kept}")
         elif keep_checkpoint:
@@ -183,9 +183,9 @@ def scoreboard_command(
 
     The exit status is 1 if this library breaks one.
     """
-    from experiments.scoreboard import judge
+    from experiments.scoreboard import board
 
-    if not judge.run(peers=peers, laws=laws, out=out):
+    if not board.run(peers=peers, laws=laws, out=out):
         sys.exit(1)
 
 
@@ -234,15 +234,15 @@ def bench_command(
         jobs: Programs that are compiled at once for accelerators.
         out: Where the files go.
     """
-    from experiments.benchmarks import Settings, run
+    from experiments.benchmarks import Settings, parts
 
     lists = {"dtypes": dtypes, "targets": targets, "kinds": kinds, "nets": nets, "arms": arms}
     chosen = {name: tuple(re.split(r",(?! )", text)) for name, text in lists.items() if text is not None}
     settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds, jobs=jobs, **chosen)
-    parts = only.split(",")
-    if status := run.run(only=parts, out=out, settings=settings):
+    names = only.split(",")
+    if status := parts.run(only=names, out=out, settings=settings):
         sys.exit(status)
-    _show([part for part in parts if part != "collectives"], out)  # which has shown them itself
+    _show([name for name in names if name != "collectives"], out)  # which has shown them itself
 
 
 @app.command(name="throughput")

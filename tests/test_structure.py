@@ -78,15 +78,14 @@ def internal(package, name):
     return {max((m for m in modules if m and f"{n}.".startswith(f"{m}.")), key=len, default="") for n in own} - {""}
 
 
-def rooms():
-    """Yields each module of a room: its package, its name, and the ranks of the package's rooms."""
-    for package, ranks in ((LIBRARY, LIBRARY_RANKS), (EXPERIMENTS, EXPERIMENT_RANKS)):
-        for name in files(package):
-            if name:
-                yield pytest.param(package, name, ranks, id=f"{package.name}.{name}")
-
-
-@pytest.mark.parametrize(("package", "name", "ranks"), rooms())
+@pytest.mark.parametrize(
+    ("package", "name", "ranks"),
+    [
+        pytest.param(package, name, ranks, id=f"{package.name}.{name}")
+        for package, ranks in ((LIBRARY, LIBRARY_RANKS), (EXPERIMENTS, EXPERIMENT_RANKS))
+        for name in filter(None, files(package))
+    ],
+)
 def test_a_room_imports_only_rooms_of_a_lower_rank(package, name, ranks):
     room = name.split(".")[0]
     assert room in ranks, f"give {room} its rank in tests/test_structure.py"

@@ -1,7 +1,7 @@
 """The parts of `python -m experiments bench`, each in a process of its own.
 
 Convention: a part is a module with NAME, and with `pieces(settings)`: the name of each piece of work and a function
-that does it and returns records, dicts of plain values. `experiments.bench` keeps what they return.
+that does it and returns records, dicts of plain values. `experiments.benchmarks.parts` keeps what they return.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One part of the benchmark, in the process that `experiments.bench` has started for it."""
+"""One part of the benchmark, in the process that `experiments.benchmarks.parts` has started for it."""
 
 import importlib
 import json

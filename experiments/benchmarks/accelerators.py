@@ -1,7 +1,7 @@
 """Batch norm as it is compiled for TPUs and GPUs: kernels, bytes, memory and collectives, counted and not run.
 
 Conventions: a record is one arm in one row, a program that is compiled for a target; `bytes` and the other counts are
-those of `experiments.kernels`, on one chip. An arm that the compiler refuses, or dies of, is a record with `compiled`
+those of `kernels.py`, on one chip. An arm that the compiler refuses, or dies of, is a record with `compiled`
 False and `error`. What programs exist for a target is bounded: `LARGE` nets and several chips only where they tell
 something new.
 """

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.demos import norm_or_none
 from experiments.evidence import files
+from experiments.evidence.text import markdown
+from experiments.evidence.verdicts import spread
 from experiments.nets import linen as linen_nets
-from experiments.training import evaluation, loop
+from experiments.training import evaluation, loop, small_run
 from experiments.training.progress import Display
 from jaxbn import calibrate
 
@@ -47,8 +48,8 @@ def run(*, data_dir: Path | None, out: Path) -> None:
     """
     began = time.perf_counter()
     console = Console(width=120)
-    dataset, why = norm_or_none.choose_data(data_dir)
-    config = norm_or_none.CONFIGS[dataset.name].replace(norm="batch", learning_rate=RATE)
+    dataset, why = small_run.choose_data(data_dir)
+    config = small_run.CONFIGS[dataset.name].replace(norm="batch", learning_rate=RATE)
     console.print(f"Data: {dataset.source}. {why}", soft_wrap=True, highlight=False, markup=False)
     settings = {
         "config": dataclasses.asdict(config),
@@ -109,3 +110,25 @@ def accuracies(net: Any, variables: dict, dataset: Dataset, n: int, function: Ca
 def accuracy(net: Any, variables: dict, dataset: Dataset) -> float:
     """Returns the accuracy on the test set, in %."""
     return 100 * evaluation.score(evaluation.predict(net, variables, dataset.test_images), dataset.test_labels).accuracy
+
+
+def block(run: dict) -> str:
+    """Returns the test accuracies by number of images and method, and those without calibration."""
+    lines, uncalibrated, settings = {}, {}, run["header"]["settings"]
+    for record in run["records"]:
+        found = spread(record["accuracies"])
+        if "images" in record:
+            line = lines.setdefault(record["images"], {"images": f"{record['images']:,}"})
+            line[record["statistics"]] = found.text()
+        else:
+            uncalibrated[record["statistics"]] = f"{found.mean:.1f} %"
+    config = settings["config"]
+    return (
+        f"{markdown(list(lines.values()))}\n\nTest accuracy in %, mean ± std over {settings['draws']} draws of the "
+        f"images. The net, `{config['net']}`, was trained for {config['epochs']} epochs on "
+        f"{settings['train_images']:,} images at {config['image_size']} x {config['image_size']} pixels "
+        f"({settings['data']}). Of {settings['test_images']:,} test images it classifies "
+        f"{uncalibrated[TRAINED]} correctly with the running averages of its training, and "
+        f"{uncalibrated[WRECKED]} with wrecked ones (means {settings['added_to_means']} too large, "
+        f"variances {settings['times_variances']} times too large)."
+    )

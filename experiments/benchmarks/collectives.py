@@ -22,6 +22,7 @@ from rich.table import Table
 import jaxbn.linen
 from experiments.benchmarks.hlo import collectives, executed, executed_bytes
 from experiments.evidence import files
+from experiments.evidence.text import STABLE, markdown
 
 NAME = "collectives"
 DEVICES = 8
@@ -245,3 +246,45 @@ def _in_groups(devices):
 
 def _examples(valid):
     return ", ".join(map(str, valid))
+
+
+def block(run: dict) -> str:
+    """Returns the collectives and errors by layer, APIs that do the same together, and the bytes by devices."""
+    records = [record for record in run["records"] if "growth" not in record]
+    sent = {record["layer"]: record for record in records if record["api"] == "jit"}
+    grouped = {}
+    for record in records:
+        # Under vmap there is one device, which sends nothing; only its errors count.
+        cost = sent[record["layer"]] if record["api"] == "vmap" else record
+        cells = {
+            "collectives, forward": count(cost["forward"]),
+            "forward and backward": count(cost["forward+backward"]),
+            **{f"error, {valid}": percent(error) for valid, error in record["errors"].items()},
+        }
+        _, apis = grouped.setdefault((record["layer"], *cells.values()), (cells, []))
+        apis.append(record["api"])
+    every = {record["api"] for record in records}
+    lines = [{"": f"{layer}, {_apis(apis, every)}", **cells} for (layer, *_), (cells, apis) in grouped.items()]
+    return f"{markdown(lines)}\n\n{_growth_sentence(run)} {STABLE}"
+
+
+def _apis(apis, every):
+    """APIs in words; both ways of checking in shard_map are one."""
+    if set(apis) == every:
+        return "every API"
+    return ", ".join(f"`{api}`" for api in dict.fromkeys(api.split(",")[0] for api in apis))
+
+
+def _growth_sentence(run):
+    """How the bytes change with the devices, in words that hold for any outcome."""
+    counts = run["header"]["settings"]["growth"]
+    sentences = []
+    for layer in LAYERS:
+        records = [r for r in run["records"] if r.get("growth") in counts and r["layer"] == layer]
+        sent = list(dict.fromkeys(f"{record['forward+backward']['bytes']:,}" for record in records))
+        sentences.append(f"{layer} {', '.join(sent)}")
+    devices = ", ".join(map(str, counts))
+    return (
+        f"Bytes that a device hands over forward and backward, {run['header']['settings']['features']} features, on "
+        f"{devices} devices (one number: the same on all): {'; '.join(sentences)}."
+    )

@@ -5,7 +5,7 @@ are millions of bytes in device memory, those of kernels and of asynchronous cop
 """
 
 from experiments.benchmarks import accelerators, programs
-from experiments.report.studies import markdown
+from experiments.evidence.text import markdown
 
 HEAD = """# Batch norm as compiled for TPUs and GPUs
 

@@ -11,21 +11,21 @@ once just before it is timed; the numbers to quote are ratios, since the machine
 import functools
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from experiments.evidence import files, timing
+from experiments.evidence.text import markdown, short, with_quartiles
 from experiments.nets import linen as linen_nets
 from experiments.nets import nnx as nnx_nets
+from experiments.probes.folding import difference, fold, timings
 from experiments.training.evaluation import evaluate
-from jaxbn import calibrate, surgery
+from jaxbn import calibrate
 
 NAME = "folding"
 Api = Literal["linen", "nnx"]
@@ -55,47 +55,6 @@ class Folded(NamedTuple):
     before: float
     after: float
     ratio: dict[str, float]
-
-
-class Pair(NamedTuple):
-    """A net before and after.
-
-    Attributes:
-      norms: number of batch norms before.
-      folded: how many of them are folded.
-      before: jitted, images -> logits.
-      after: the same of the folded net.
-    """
-
-    norms: int
-    folded: int
-    before: Callable[[jax.Array], jax.Array]
-    after: Callable[[jax.Array], jax.Array]
-
-
-def fold(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> Pair:
-    """Folds a net.
-
-    Args:
-      model: a linen or nnx net of the studies.
-      variables: of the linen net; None for nnx.
-      images: to try it on, shape [n, height, width, channels].
-    """
-    done = surgery.fold(model, variables, images, call=evaluate)
-    compiled = (_compiled(model, variables), _compiled(done.model, done.variables))
-    return Pair(len(done.layers) + len(done.kept), len(done.layers), *compiled)
-
-
-def difference(before: jax.Array, after: jax.Array) -> float:
-    """Returns the largest difference of a logit, over the largest logit in magnitude."""
-    before, after = (np.asarray(logits, np.float64) for logits in (before, after))
-    return float(abs(after - before).max() / abs(before).max())
-
-
-def timings(pair: Pair, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of evaluations of the images before and after, `rounds` of each in turns."""
-    calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
-    return tuple(timing.time_calls(calls, rounds).values())
 
 
 def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int) -> Folded:
@@ -169,17 +128,22 @@ def _random(shapes):
     return jax.tree.map_with_path(variable, shapes)
 
 
-def _compiled(model: nn.Module | nnx.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
-    """Returns the jitted evaluation of a net."""
-    if isinstance(model, nnx.Module):
-        definition, variables = nnx.split(model)
-        evaluated = jax.jit(lambda variables, images: evaluate(nnx.merge(definition, variables), images))
-    else:
-        evaluated = _jitted(model)
-    return functools.partial(evaluated, variables)
-
-
-@functools.lru_cache(maxsize=16)  # more than a study has between two uses of a net
-def _jitted(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the jitted evaluation of a linen net, the same for the same net with other weights."""
-    return jax.jit(functools.partial(model.apply, method=evaluate))
+def block(run: dict) -> str:
+    """Returns what folding changes in each net."""
+    settings = run["header"]["settings"]
+    lines = [
+        {
+            "net": f"{record['net']} at width {record['width']:g}, {record['api']}",
+            "batch norms": f"{record['norms']}",
+            "folded": f"{record['folded']}",
+            "difference": short(f"{record['difference']:.0e}"),
+            "time of an evaluation, after / before": with_quartiles(record["ratio"]),
+        }
+        for record in run["records"]
+    ]
+    size = settings["image_size"]
+    return (
+        f"{markdown(lines)}\n\nRandom weights, and batches of {settings['batch_size']} images of {size} x {size}, "
+        "float32. Difference: the largest of a logit, over the largest logit in magnitude. Times: median and quartiles "
+        f"of {settings['rounds']} rounds; in linen and nnx the net is the same: what their times differ by is noise."
+    )

@@ -17,6 +17,7 @@ import numpy as np
 
 import jaxbn
 from experiments.evidence import files
+from experiments.evidence.text import STABLE, markdown, short
 from jaxbn._core import platforms
 from jaxbn.testing import _oracle
 
@@ -127,3 +128,27 @@ def run(*, out: Path) -> None:
         for platform in (None, *ELSEWHERE)
     }
     files.measure(out / f"{NAME}.jsonl", files.measurement_header(settings), pieces)
+
+
+def block(run: dict) -> str:
+    """Returns the errors by mean: a table for float32, and one for bfloat16 if that was measured."""
+    parts = []
+    for dtype in ("float32", "bfloat16"):
+        records = [record for record in run["records"] if record.get("dtype", "float32") == dtype]
+        names = list(dict.fromkeys(record["implementation"] for record in records))
+        names.sort(key=lambda name: not name.startswith("jaxbn"))
+        found = {(record["mean"], record["implementation"]): record for record in records}
+        lines = []
+        for mean in dict.fromkeys(record["mean"] for record in records):
+            of = {name: found[mean, name] for name in names}
+            errors = {name: short(f"{one['output']:.0e} / {one['gradient']:.0e}") for name, one in of.items()}
+            lines.append({"mean/std": _mean(mean)} | errors)
+        if lines and parts:
+            parts.append("With inputs in bfloat16, to which the gradient with respect to them is rounded:")
+        if lines:
+            parts.append(markdown(lines))
+    return "\n\n".join([*parts, STABLE])
+
+
+def _mean(mean):
+    return short(f"{mean:.0e}") if mean >= 1000 else f"{mean:g}"

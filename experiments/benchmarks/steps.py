@@ -32,6 +32,7 @@ import jaxbn.linen
 from experiments.benchmarks import Settings
 from experiments.config import Config
 from experiments.evidence import timing
+from experiments.evidence.text import STABLE, markdown, select
 from experiments.nets import blocks
 from experiments.nets import linen as linen_nets
 
@@ -275,3 +276,39 @@ def share(ours: ArrayLike, flax: ArrayLike) -> np.ndarray:
     """Returns what an arm adds to the net without a norm, over what Flax's adds; both are ratios to that net."""
     ours, flax = np.asarray(ours), np.asarray(flax)
     return (ours - 1) / np.where(flax > 1, flax - 1, np.nan)
+
+
+def block(run: dict) -> str:
+    """Returns what each norm adds to a step, by net and dtype."""
+    lines, settings = [], run["header"]["settings"]
+    for net, dtype in {(record["net"], record["dtype"]): None for record in run["records"]}:
+        for found in summarize(select(run["records"], net=net, dtype=dtype)):
+            if found["arm"] != NONE:
+                lines.append(
+                    {
+                        "net": f"{net}, {dtype}",
+                        "norm": found["arm"],
+                        "time added": _interval(found["added"], 100, " %", decimals=0),
+                        "over Flax's": _interval(found["share"]),
+                        "temporaries, over no norm": f"{found['temporaries']:.2f}",
+                        "compile / trace, over Flax's": " / ".join(
+                            f"{found[name]['median']:.2f}" for name in ("compile", "trace")
+                        ),
+                    }
+                )
+    nets = {f"{r['net']} at width {r['width']:g} and batch {r['batch_size']}": None for r in run["records"]}
+    return (
+        f"{markdown(lines)}\n\n{', '.join(nets)}, on images of {settings['image_size']} x {settings['image_size']}; "
+        "time added to the net without a norm, median of the rounds. In brackets, an interval of 95 % (bootstrap over "
+        f"{settings['step_processes']} processes, and {settings['step_rounds']} rounds in each); a dash where Flax's "
+        f"norm may add no time. Compile: XLA; trace: Python, before that. {STABLE}"
+    )
+
+
+def _interval(found, scale=1, unit="", decimals=2):
+    """A value with its interval, or a dash where that is open."""
+    if any(map(math.isnan, found.values())):
+        return "-"
+    # A rounded zero has no sign.
+    value, lower, upper = (f"{round(scale * found[name], decimals) + 0:.{decimals}f}" for name in found)
+    return f"{value}{unit} ({lower} to {upper})"

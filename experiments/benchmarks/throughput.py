@@ -276,3 +276,14 @@ def table(title: str, records: list[dict]) -> Table:
             f"{record['images_over_plain']['median']:.2f}",
         )
     return made
+
+
+def block(run: dict) -> str:
+    """Returns how the training loop compares with a plain one."""
+    fit = {record["timed"]: record for record in run["records"] if record["arm"] == FIT}
+    faster = fit["run"]["images_over_plain"]["median"]
+    return (
+        f"The training loop trains {faster:.2f} times as many images per second as a plain loop in Flax and Optax over "
+        "the same net, and gathering and augmenting the images adds "
+        f"{augmentation(run['records']):.1f} % to a step."
+    )

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.nets import linen as linen_nets
-from experiments.studies import protocol
-from experiments.training import checkpoints, evaluation
+from experiments.training import checkpoints, evaluation, runs
 from jaxbn.diagnose import Diagnosis, diagnose
 from jaxbn.diagnose._diagnosis import COLUMNS, LEFT, LEGEND, WIDTH
 
@@ -37,7 +36,7 @@ def run(checkpoint: Path, *, data_dir: Path | None = None, console: Console | No
             "train one, or name its checkpoint."
         )
     console = console or Console()
-    dataset = protocol.load_data(config, data_dir)
+    dataset = runs.load_data(config, data_dir)
     net = linen_nets.build(config, len(dataset.class_names))
     for name, images in (("training images", dataset.train_images), ("test images", dataset.test_images)):
         batches = split(images, config.batch_size)

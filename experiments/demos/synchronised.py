@@ -26,10 +26,10 @@ from rich.table import Table
 import jaxbn
 from experiments.benchmarks import collectives, hlo
 from experiments.data.datasets import Dataset
-from experiments.demos import norm_or_none
 from experiments.evidence import files, plots
 from experiments.evidence.verdicts import spread
 from experiments.processes import distributed
+from experiments.training import small_run
 from jaxbn.linen import BatchNorm
 
 AXIS = distributed.AXIS
@@ -97,7 +97,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
     """
     began = time.perf_counter()
     console = Console(width=120, quiet=not distributed.is_primary())
-    dataset, why = norm_or_none.choose_data(data_dir)
+    dataset, why = small_run.choose_data(data_dir)
     mesh = distributed.mesh()
     console.print(
         f"A net of {len(CHANNELS)} convolutions on {mesh.size} devices of {distributed.process_count()} process(es): "

@@ -169,7 +169,7 @@ def save(figure: Figure, path: Path, *, digest: str) -> Path:
     Args:
       figure: what to write.
       path: where.
-      digest: of the results it was drawn from (`results.digest`). The file keeps it as its description, so that a
+      digest: of the results it was drawn from (`files.digest`). The file keeps it as its description, so that a
         figure older than its results can be told from a new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

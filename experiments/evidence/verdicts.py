@@ -1,6 +1,6 @@
 """What is measured in the rows of runs, and its spread over seeds.
 
-Conventions: a run is the dict {"header": ..., "rows": [...], "measured": [...]} that `results.read` returns; accuracies
+Conventions: a run is the dict {"header": ..., "rows": [...], "measured": [...]} that `files.read` returns; accuracies
 come out in %, times in milliseconds for a step and in seconds for a run.
 """
 

@@ -1,4 +1,4 @@
-"""The three nets of the studies in flax.linen, with whatever `experiments.blocks` puts around their layers.
+"""The three nets of the studies in flax.linen, with whatever `experiments.nets.blocks` puts around their layers.
 
 Convention: images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
 `module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. With a `mask`,

@@ -1,4 +1,4 @@
-"""ResNet-20 and the Inception net of :mod:`experiments.models` in flax.nnx, with batch norm.
+"""ResNet-20 and the Inception net of :mod:`experiments.nets.linen` in flax.nnx, with batch norm.
 
 Convention: as there, images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
 `net(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. A net is made for a

@@ -78,7 +78,7 @@ def forward(
     """Returns the logits of a pass, and what it shows of each layer.
 
     Args:
-      net: as `models.build` returns it.
+      net: as `nets.linen.build` returns it.
       variables: its `params` and `batch_stats`.
       images: see the module.
       key: see the module.

@@ -1,6 +1,6 @@
 """How the inputs of a net's layers shift while it trains, and how the loss bends along its gradient.
 
-Conventions: those of `experiments.layers`. Where a function compares two points, both see the same batch and the same
+Conventions: those of `activations.py`. Where a function compares two points, both see the same batch and the same
 noise.
 """
 

@@ -45,7 +45,7 @@ def image_moments(net: nn.Module, variables: dict, images: np.ndarray) -> list[I
     """Returns the moments of what enters each batch norm of a linen net.
 
     Args:
-      net: as `models.build` returns it.
+      net: as `nets.linen.build` returns it.
       variables: its `params` and `batch_stats`.
       images: uint8 [n, height, width, channels].
     """

@@ -1,11 +1,11 @@
 """The report: experiments/README.md, the figures and the list of studies, made from the result files alone."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from experiments.config import PRESETS
 from experiments.evidence import files, plots
+from experiments.evidence.text import made_with, markdown
 from experiments.evidence.verdicts import VERDICTS
 from experiments.studies import protocol
 
@@ -133,29 +133,6 @@ def _origin(found):
     headers = [run["header"] for group in found.values() for run in group]
     images = {header.get("images", "images of unknown origin") for header in headers}
     return f"Images: {'; '.join(sorted(images))}. Measured {made_with(headers)}."
-
-
-def made_with(headers: Sequence[dict]) -> str:
-    """Returns in words with what something was made: hardware, versions and commits, each once."""
-    machines = {hardware(header["hardware"]) for header in headers}
-    versions = {", ".join(f"{k} {v}" for k, v in header["versions"].items()) for header in headers}
-    commits = {header["commit"] or "unknown" for header in headers}
-    return (
-        f"on {'; '.join(sorted(machines))}, with {'; '.join(sorted(versions))}, "
-        f"at commit {', '.join(c[:12] + ('-modified' if c.endswith('-modified') else '') for c in sorted(commits))}"
-    )
-
-
-def hardware(found: dict) -> str:
-    """Returns the hardware of a header in words."""
-    cpu = f"{found['cpu_count']} cores of {found['cpu']}"
-    return cpu if found["platform"] == "cpu" else f"{found['devices']} x {found['device']}, {cpu}"
-
-
-def markdown(lines: list[dict[str, str]]) -> str:
-    """Returns a table in Markdown: one dict per line, whose keys are the columns."""
-    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _figure_name(module, preset):

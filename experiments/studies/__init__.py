@@ -1,1 +1,1 @@
-"""One file per question; `experiments.study` says what such a file holds."""
+"""One file per question; `experiments.studies.protocol` says what such a file holds."""

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.benchmarks import folding
 from experiments.config import PRESETS, Config
 from experiments.data.datasets import Dataset
 from experiments.evidence import plots
 from experiments.evidence.verdicts import Spread, below, entries, judge, measured, quoted, spread
 from experiments.nets import linen as linen_nets
+from experiments.probes import folding
 from experiments.training import evaluation, loop
 
 NETS = {"cnn7": 1.0, "resnet20": 0.5, "inception": 0.125}  # with their widths on `small`
@@ -70,7 +70,7 @@ SETUP = {
 
 
 def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
-    """Trains a net as `train.fit` does, and folds it."""
+    """Trains a net as `loop.fit` does, and folds it."""
     trained = loop.fit(config, dataset, **options)
     if trained.rows[-1]["diverged"]:
         return trained
@@ -82,7 +82,7 @@ def measure(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
     """Returns what folding does to a net: to its outputs on the test images, and to the time of an evaluation.
 
     Args:
-      net: as `models.build` returns it.
+      net: as `nets.linen.build` returns it.
       variables: its `params` and `batch_stats`.
       dataset: its test images; for the timings, they are repeated where they are too few.
     """

@@ -34,7 +34,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.config import PRESETS, Config
-from experiments.data import datasets
+from experiments.data import augmentation
 from experiments.data.datasets import Dataset
 from experiments.evidence import plots
 from experiments.evidence.verdicts import (
@@ -143,7 +143,7 @@ def augmented(config: Config, dataset: Dataset, n: int) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _augment(key, images, flip):
-    return datasets.augment(key, images.astype(jnp.float32) / 255, flip=flip)
+    return augmentation.augment(key, images.astype(jnp.float32) / 255, flip=flip)
 
 
 def precise(run: dict, images: int = ENOUGH) -> float:

@@ -43,7 +43,7 @@ def predict(
     """Returns the logits of images, float32 [n, classes].
 
     Args:
-      net: as `models.build` returns it.
+      net: as `nets.linen.build` returns it.
       variables: its `params` and `batch_stats`.
       images: what to look at.
       statistics: those with which batch norm normalizes: the running ones, or those of each batch. The latter wants a

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import Config
-from experiments.data import datasets
+from experiments.data import augmentation
 from experiments.nets import linen as linen_nets
 from experiments.processes import distributed
 from experiments.training import orders
@@ -181,7 +181,7 @@ def _train(net, config, mesh, size, state, train_set, order, key, rate):
     batch, mask = _fill_up(batch, mesh)
     x, targets = _gather(train_set, batch, mesh)
     if config.augment:
-        x = datasets.augment(jax.random.fold_in(key, state.step), x, flip=config.data == "cifar10")
+        x = augmentation.augment(jax.random.fold_in(key, state.step), x, flip=config.data == "cifar10")
     return update(net, config, size, state, (x, targets, mask), key, rate)
 
 
@@ -197,7 +197,7 @@ def update(
     """Returns the state after a step with a batch that is at hand, and the loss of the batch.
 
     Args:
-      net: as `models.build` returns it.
+      net: as `nets.linen.build` returns it.
       config: the run.
       size: images that count in the batch.
       state: before the step.

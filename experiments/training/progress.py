@@ -1,6 +1,6 @@
 """How far a training run is: live bars on a terminal, plain lines elsewhere.
 
-Convention: a run is shown by the callback that `Display.run` returns, to be given to `train.fit` as `on_progress`.
+Convention: a run is shown by the callback that `Display.run` returns, to be given to `loop.fit` as `on_progress`.
 """
 
 from collections.abc import Callable

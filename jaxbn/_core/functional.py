@@ -15,8 +15,9 @@ from jax.typing import ArrayLike
 
 from jaxbn._core import checks, platforms
 from jaxbn._core.checks import Axes, AxisNames
+from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import is_narrow, widen
-from jaxbn._core.measure import Devices, Measured, fill, measure
+from jaxbn._core.measure import Measured, fill, measure
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean, update_stats
 from jaxbn._core.sums import broadcast, pair_broadcast
 

@@ -15,8 +15,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._core import checks
 from jaxbn._core.checks import Axes, AxisNames
+from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import abs2
-from jaxbn._core.measure import Devices, Measured, measure
+from jaxbn._core.measure import Measured, measure
 
 
 class Moments(NamedTuple):

@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 
 from jaxbn._core import checks
 from jaxbn._core.checks import Axes, AxisNames
+from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import wide_dtype, widen
 from jaxbn._core.functional import apply_measured, result_dtype
-from jaxbn._core.measure import Devices, measure
+from jaxbn._core.measure import measure
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
 
 

@@ -7,7 +7,10 @@ changes: what comes back is a new model, with the largest difference of its outp
 cannot be done raises a ValueError with the reason.
 """
 
+from jaxbn.surgery._affine import to_affine
+from jaxbn.surgery._folding import fold
+from jaxbn.surgery._freezing import freeze, frozen_mask
 from jaxbn.surgery._operation import Surgery
-from jaxbn.surgery._replacing import fold, freeze, frozen_mask, replace, replace_by_group_norm, to_affine
+from jaxbn.surgery._replacing import replace, replace_by_group_norm
 
 __all__ = ["Surgery", "fold", "freeze", "frozen_mask", "replace", "replace_by_group_norm", "to_affine"]

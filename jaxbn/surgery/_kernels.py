@@ -6,7 +6,7 @@ becomes kernel K a, along the kernel's inputs, and bias b + K s; that is exact w
 all of s, which zero padding prevents.  Arrays are NumPy's, in float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen
@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbn._core import checks
 from jaxbn._core.dtypes import in_float64
-from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import Norm, evaluated, kernel_of, norm_of
-from jaxbn._models.intercept import evaluation
-from jaxbn._models.model import BATCH_NORMS, CONVOLUTIONS, LINEAR, Model, arrays_of, modules, shapes, sharing
+from jaxbn._models.batch_norms import Norm
+from jaxbn._models.model import CONVOLUTIONS
 from jaxbn.surgery import _exchange
+from jaxbn.surgery._affine import affine_of
 
 # A constant that went through a layer counts as a constant where it varies by no more than the rounding of a sum.
 _ROUNDING = 1e-5
@@ -59,7 +57,7 @@ class LayerCall(NamedTuple):
         return f"{self.path}#{self.index}"
 
 
-class Pair(NamedTuple):
+class Match(NamedTuple):
     """A batch norm and the linear layer that takes it in.
 
     Attributes:
@@ -73,153 +71,8 @@ class Pair(NamedTuple):
     before: bool
 
 
-def trace_layers(model: Model, sample: Any, call: Callable) -> tuple[list[LayerCall], dataflow.Graph]:
-    """Returns the calls of batch norms and linear layers in order of execution, and what flows between them."""
-    calls, layers = [], modules(model)
-
-    def handle(one):
-        mark = f"{one.path}#{one.index}"
-        norm = kernel = None
-        if isinstance(one.layer, BATCH_NORMS):
-            norm = norm_of(one)
-            x = jnp.asarray(norm.x)
-            y = evaluated(norm._replace(x=dataflow.mark(x, f"in {mark}")))
-            norm = norm.without_arrays()
-        else:
-            x = jnp.asarray(one.args[0] if one.args else one.kwargs["inputs"])
-            marked = dataflow.mark(x, f"in {mark}")
-            y = one.proceed(marked, *one.args[1:], **{n: v for n, v in one.kwargs.items() if n != "inputs"})
-            # Passes beside the output through one operation, which shows where the kernel comes from.
-            y, kernel = jax.lax.optimization_barrier((y, kernel_of(one.layer)))
-        # Of an nnx model, the module itself: the one that is called here holds tracers.
-        layer = one.layer.copy(parent=None) if isinstance(one.layer, flax.linen.Module) else layers[one.path]
-        calls.append(LayerCall(one.path, one.index, layer, norm, *shapes((kernel, x, y))))
-        return dataflow.mark(y, f"out {mark}"), None
-
-    evaluate = evaluation(model, call, handle, (*BATCH_NORMS, *LINEAR))
-    return calls, dataflow.trace(evaluate, model.arrays, sample)
-
-
-class Finder:
-    """Finds out which layer can take a batch norm in."""
-
-    def __init__(self, model: Model, sample: Any, call: Callable):
-        self.arrays = arrays_of(model)
-        self.calls, self._graph = trace_layers(model, sample, call)
-        self._marked = self._graph.marked()
-        self._by_mark = {one.mark: one for one in self.calls}
-        self._sharing = sharing(model)
-
-    def norms(self) -> dict[str, Norm]:
-        """Returns what the batch norms have, by path, as their first calls show it."""
-        norms = {}
-        for one in self.calls:
-            if one.norm is not None:
-                norms.setdefault(one.path, one.norm)
-        return norms
-
-    def pairs(self, path: str) -> list[Pair] | str:
-        """Returns the layers that take in each call of a batch norm, or why there are none."""
-        found = []
-        for one in (one for one in self.calls if one.path == path):
-            if one.norm is None or one.norm.stats.mean.shape != self.arrays[path]["mean"].shape:
-                return "it runs in a loop or under vmap, with arrays for each turn"
-            axis = one.options["axis"]
-            if checks.feature_axes(one.x.shape, axis) != (len(one.x.shape) - 1,):
-                return f"its features are on axis {axis}, those of a linear layer on the last one"
-            before = self._before(one)
-            if isinstance(before, LayerCall):
-                found.append(Pair(one, before, before=True))
-                continue
-            after = self._after(one)
-            if not isinstance(after, LayerCall):
-                return f"before it, {before}; after it, {after}"
-            found.append(Pair(one, after, before=False))
-        if len({pair.linear.path for pair in found}) < len(found):
-            return "it is called more than once beside the same layer"
-        return found
-
-    def _before(self, norm):
-        """Returns the layer whose output only this batch norm reads, or why there is none."""
-        if f"in {norm.mark}" not in self._marked:
-            return "a loop or a branch keeps its input"
-        value = self._marked[f"in {norm.mark}"].inputs[0]
-        while True:
-            operation, shared = self._graph.maker(value), len(self._graph.readers(value)) > 1
-            if operation is None:
-                return "its input is the model's input, with no layer before it"
-            if dataflow.hands_on(operation) and not shared:
-                value = operation.inputs[0]
-                continue
-            linear = self._linear(operation.mark, "out ")
-            if linear is None and operation.mark is not None:
-                return f"it follows another batch norm, {operation.mark.removeprefix('out ').rpartition('#')[0]}"
-            if linear is None:
-                nearest = self._nearest(operation)
-                return f"{operation.name} stands between it and {nearest}" if nearest else f"{operation.name} makes it"
-            if shared:
-                return f"the output of {linear.path} is also used elsewhere"
-            return self._usable(linear)
-
-    def _after(self, norm):
-        """Returns the layer that is the only reader of this batch norm, or why there is none."""
-        if f"out {norm.mark}" not in self._marked:
-            return "a loop or a branch keeps its output"
-        value = self._marked[f"out {norm.mark}"].outputs[0]
-        while True:
-            operation, *others = self._graph.readers(value)
-            if others:
-                return "its output is used more than once"
-            if operation is None:
-                return "its output is the model's"
-            if dataflow.hands_on(operation):
-                value = operation.outputs[0]
-                continue
-            linear = self._linear(operation.mark, "in ")
-            if linear is None and operation.mark is not None:
-                return "another batch norm follows"
-            return f"{operation.name} follows" if linear is None else self._usable(linear)
-
-    def _linear(self, mark, side):
-        """Returns the call of a linear layer whose value an operation marks."""
-        found = self._by_mark.get(mark.removeprefix(side)) if mark and mark.startswith(side) else None
-        return found if found is not None and found.norm is None else None
-
-    def _usable(self, linear):
-        """Returns the layer if its kernel may change, or why not."""
-        calls = sum(one.path == linear.path for one in self.calls)
-        if calls > 1:
-            return f"{linear.path} is shared: it is called {calls} times"
-        if linear.path in self._sharing:
-            return f"{linear.path} shares its arrays with {self._sharing[linear.path]}"
-        if getattr(linear.layer, "batch_dims", None) or getattr(linear.layer, "batch_axis", None):
-            return f"{linear.path} has a kernel for each entry of an axis"
-        if linear.kernel.shape != self.arrays[linear.path]["kernel"].shape:
-            return f"{linear.path} runs in a loop or under vmap, with a kernel for each turn"
-        return linear if self._is_used_as_stored(linear) else f"{linear.path} does not use its kernel as it is stored"
-
-    def _is_used_as_stored(self, linear):
-        """Says whether the kernel is an argument of the program, which nothing reads but the layer, once."""
-        beside = self._graph.maker(self._marked[f"out {linear.mark}"].inputs[0])
-        if beside is None:
-            return False
-        _, value = beside.inputs
-        while (operation := self._graph.maker(value)) is not None and dataflow.hands_on(operation):
-            value = operation.inputs[0]
-        readers = self._graph.readers(value)
-        return operation is None and len(readers) == 2
-
-    def _nearest(self, operation):
-        """Returns the path of the layer that an operation gets its first input from, over others perhaps."""
-        while operation is not None:
-            if operation.mark and operation.mark.startswith("out "):
-                return self._by_mark[operation.mark.removeprefix("out ")].path
-            operation = next(filter(None, map(self._graph.maker, operation.inputs)), None)
-        return None
-
-
-def fold(
-    stored: Mapping[str, dict[str, Any]], pairs: list[Pair], changed: Mapping[str, tuple[np.ndarray, np.ndarray]]
+def take_in(
+    stored: Mapping[str, dict[str, Any]], pairs: list[Match], changed: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]] | str:
     """Folds the calls of one batch norm into the layers found for them.
 
@@ -243,13 +96,6 @@ def fold(
             return result
         folded[linear.path] = result
     return folded
-
-
-def affine_of(arrays: Mapping[str, Any], epsilon: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scale a and the shift s that a batch norm is in evaluation, in float64, shape [C]."""
-    arrays = {name: in_float64(value) for name, value in arrays.items()}
-    a = arrays.get("scale", 1.0) / np.sqrt(arrays["var"] + epsilon)
-    return a, arrays.get("bias", 0.0) - arrays["mean"] * a
 
 
 def _into_outputs(linear, kernel, bias, a, s):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxbn
-from jaxbn._core.measure import Devices
+from jaxbn._core.devices import Devices
 from jaxbn._core.stats import pool
 from tests import reference
 

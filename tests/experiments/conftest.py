@@ -46,7 +46,7 @@ def tiny() -> Config:
 
 @pytest.fixture(scope="session")
 def make_run():
-    """Returns a function that makes up a run as `results.read` returns it."""
+    """Returns a function that makes up a run as `files.read` returns it."""
 
     def make(config: Config, accuracies=(0.2, 0.4), diverged=False, commit="c0ffee") -> dict:
         rows = [

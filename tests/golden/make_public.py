@@ -34,9 +34,11 @@ def _entries(name: str, value: Any) -> dict[str, str]:
         return {name: type(value).__name__}
     entries = {name: _signature(value)}
     for attribute, defined in vars(value).items():
-        if not attribute.startswith("_") and (inspect.isfunction(defined) or isinstance(defined, property)):
-            is_function = inspect.isfunction(defined)
-            entries[f"{name}.{attribute}"] = _signature(defined) if is_function else "property"
+        if not attribute.startswith("_") and isinstance(defined, property):
+            entries[f"{name}.{attribute}"] = "property"
+        # Flax gives classes methods of its own when they are first used.
+        if inspect.isfunction(defined) and not attribute.startswith("_") and defined.__module__.startswith("jaxbn"):
+            entries[f"{name}.{attribute}"] = _signature(defined)
     return entries
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.data import datasets
+from experiments.data import augmentation, datasets
 
-augment = jax.jit(datasets.augment, static_argnames="flip")
-affine_resample = jax.jit(datasets.affine_resample)
+augment = jax.jit(augmentation.augment, static_argnames="flip")
+affine_resample = jax.jit(augmentation.affine_resample)
 
 
 @pytest.fixture(scope="module")

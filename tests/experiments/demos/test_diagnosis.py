@@ -13,8 +13,7 @@ from experiments.demos import diagnosis
 from experiments.evidence import files
 from experiments.nets import linen as linen_nets
 from experiments.processes import distributed
-from experiments.studies import protocol
-from experiments.training import checkpoints, evaluation, loop, programs
+from experiments.training import checkpoints, evaluation, loop, programs, runs
 from jaxbn.diagnose import diagnose
 from tests.experiments.conftest import mesh_of
 from tests.experiments.test_cli import call
@@ -43,9 +42,9 @@ def small_net(monkeypatch):
 @pytest.fixture
 def checkpoint(tmp_path, tiny, blobs, monkeypatch):
     """The folder that a finished run leaves."""
-    monkeypatch.setattr(protocol, "_load", lambda *_: blobs)
-    protocol.train_missing([("run", tmp_path / "r.jsonl", tiny)], data_dir=None, keep_checkpoints=True)
-    return protocol.kept_checkpoints(tmp_path / "r.jsonl")
+    monkeypatch.setattr(runs, "_load", lambda *_: blobs)
+    runs.train_missing([("run", tmp_path / "r.jsonl", tiny)], data_dir=None, keep_checkpoints=True)
+    return runs.kept_checkpoints(tmp_path / "r.jsonl")
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_on_a_terminal_the_table_is_drawn_and_the_findings_are_the_same(printed)
 
 
 def test_command_trains_keeps_the_checkpoint_and_diagnoses_it(monkeypatch, capsys, tmp_path, blobs):
-    monkeypatch.setattr(protocol, "_load", lambda *_: blobs)
+    monkeypatch.setattr(runs, "_load", lambda *_: blobs)
     monkeypatch.setattr(datasets, "load", lambda *_, **__: blobs)
     assert call(monkeypatch, "train", *SETTINGS, "--out", tmp_path, "--keep-checkpoint") == 0
     assert f"Checkpoint: {tmp_path / 'result.checkpoint'}" in capsys.readouterr().out
@@ -113,7 +112,7 @@ def test_run_that_finished_without_keeping_its_checkpoint_is_told_so(monkeypatch
 def test_checkpoint_of_a_run_that_was_killed_before_it_was_put_away_is_kept(checkpoint, tiny):
     path = checkpoint.with_suffix(".jsonl")
     checkpoint.rename(path.with_suffix(".unfinished"))
-    protocol.train_missing([("r", path, tiny)], data_dir=None, keep_checkpoints=True)
+    runs.train_missing([("r", path, tiny)], data_dir=None, keep_checkpoints=True)
     assert checkpoints.load(checkpoint)[0] == tiny
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from experiments.data.cifar10 import cache_folder, find_cifar10
 from experiments.demos import norm_or_none
+from experiments.training import small_run
 
 
 @pytest.fixture
@@ -35,18 +36,18 @@ def cells(table):
 def test_without_cifar10_it_learns_digits_and_says_why(no_cifar10):
     if cache_folder().is_dir():
         pytest.skip("CIFAR-10 is in this user's cache")
-    dataset, why = norm_or_none.choose_data(None)
+    dataset, why = small_run.choose_data(None)
     assert dataset.name == "digits" and "CIFAR-10 is not at hand" in why
 
 
 def test_with_cifar10_it_learns_that_and_says_so():
     if find_cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand; CIFAR10_DIR says where it is")
-    dataset, why = norm_or_none.choose_data(None)
+    dataset, why = small_run.choose_data(None)
     assert dataset.name == "cifar10" and "16x16" in why
 
 
-@pytest.mark.parametrize("name", norm_or_none.CONFIGS)
+@pytest.mark.parametrize("name", small_run.CONFIGS)
 def test_arms_are_two_norms_at_three_learning_rates(name):
     arms = norm_or_none.configs(name).values()
     assert len({(config.norm, config.learning_rate) for config in arms}) == 6
@@ -70,8 +71,8 @@ def test_figure_has_a_line_for_each_arm(arms, runs):
 
 @pytest.mark.slow
 def test_demo_runs_from_start_to_end(no_cifar10, monkeypatch, tmp_path, capsys, tiny, blobs):
-    monkeypatch.setattr(norm_or_none, "choose_data", lambda _: (blobs._replace(name="digits"), "Made up."))
-    monkeypatch.setitem(norm_or_none.CONFIGS, "digits", tiny)
+    monkeypatch.setattr(small_run, "choose_data", lambda _: (blobs._replace(name="digits"), "Made up."))
+    monkeypatch.setitem(small_run.CONFIGS, "digits", tiny)
     norm_or_none.run(data_dir=None, out=tmp_path / "out")
     printed = capsys.readouterr().out
     assert "Figure: " in printed and "made up for tests. Made up." in printed

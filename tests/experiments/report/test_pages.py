@@ -7,8 +7,8 @@ from PIL import Image
 
 from experiments import __main__ as cli
 from experiments.__main__ import MEASUREMENTS, PROJECT
-from experiments.benchmarks import calibration, collectives, throughput
-from experiments.evidence import files, tables
+from experiments.benchmarks import calibration, collectives, folding, layers, numerics, steps, throughput
+from experiments.evidence import files
 from experiments.report import pages
 
 PAGES = pages.pages(PROJECT)
@@ -125,8 +125,8 @@ def test_every_block_is_on_one_page_once_it_is_measured(name):
 def test_committed_rows_and_figure_show_what_was_measured():
     run = files.read_records(MEASUREMENTS / "bench-layers.jsonl")
     hint = "run `python -m experiments table` and commit the files"
-    assert (PROJECT / pages.PAGE).read_text(encoding="utf-8") == pages.layers_page(run, MEASUREMENTS), hint
-    assert Image.open(PROJECT / pages.FIGURE).text["Description"] == f"results {pages.digest(run)}", hint
+    assert (PROJECT / layers.PAGE).read_text(encoding="utf-8") == layers.page(run, pages.MORE), hint
+    assert Image.open(PROJECT / layers.FIGURE).text["Description"] == f"results {layers.digest(run)}", hint
 
 
 def test_committed_page_of_compiled_programs_shows_what_was_counted():
@@ -186,9 +186,9 @@ def test_what_was_measured_is_printed_as_a_page_shows_it(folder, capsys):
 def test_page_and_figure_are_written_beside_the_readme(folder):
     (folder / "README.md").write_text("<!-- measured: layers -->\n<!-- end -->\n")
     written = pages.write(folder, folder)
-    assert written == [folder / "README.md", folder / pages.PAGE, folder / pages.FIGURE]
+    assert written == [folder / "README.md", folder / layers.PAGE, folder / layers.FIGURE]
     assert all(path.is_file() for path in written)
-    text = " ".join((folder / pages.PAGE).read_text().split())
+    text = " ".join((folder / layers.PAGE).read_text().split())
     assert "copies large arrays at 5.0 GB/s" in text and pages.COMPILED.name not in text
 
 
@@ -197,7 +197,7 @@ def test_page_of_compiled_programs_is_written_where_they_were_counted_and_linked
     header = HEADER | {"versions": HEADER["versions"] | {"jaxlib": "0.10"}, "compilers": compilers, "targets": ["v6e"]}
     files.write(folder / "bench-accelerators.jsonl", header, compiled_records())
     written = pages.write(folder, folder)
-    assert written[-1] == folder / pages.COMPILED and f"]({pages.COMPILED.name})" in (folder / pages.PAGE).read_text(
+    assert written[-1] == folder / pages.COMPILED and f"]({pages.COMPILED.name})" in (folder / layers.PAGE).read_text(
         encoding="utf-8"
     )
     text = " ".join(written[-1].read_text(encoding="utf-8").split())
@@ -217,12 +217,12 @@ def test_guide_with_a_block_is_written_and_one_without_is_not(folder):
 
 
 def test_layers_are_geometric_means_with_the_worst_row():
-    text = tables.layers_table(run_of(layer_records()))
+    text = layers.block(run_of(layer_records()))
     assert "| Flax | 1.00 (2.00) |" in text and "| *part of the limit that jaxbn reaches* | 0.50 |" in text
 
 
 def test_limit_is_left_out_where_all_arrays_are_small():
-    assert "jaxbn reaches* | - |" in tables.layers_table(run_of(layer_records(shape=(10, 10))))
+    assert "jaxbn reaches* | - |" in layers.block(run_of(layer_records(shape=(10, 10))))
 
 
 def test_arm_that_was_left_out_of_a_row_is_a_dash():
@@ -231,19 +231,19 @@ def test_arm_that_was_left_out_of_a_row_is_a_dash():
     copy = {**other, "arm": "copy", "seconds": spread(1e-3), "bandwidth": 1e9}
     records = [*layer_records(), copy, ours, {**ours, "activation": "relu"}, {**copy, "activation": "relu"}]
     records.append({**ours, "arm": "Flax", "activation": "relu"})
-    assert "| Flax | 1.00 (2.00) | 1.00 (1.00) |" in tables.layers_table(run_of(records))
-    assert "| 2x3 | none | 1.000 | 1.00 | 1.0 | - |" in tables.layers_pages(run_of(records))
+    assert "| Flax | 1.00 (2.00) | 1.00 (1.00) |" in layers.block(run_of(records))
+    assert "| 2x3 | none | 1.000 | 1.00 | 1.0 | - |" in layers.all_rows(run_of(records))
 
 
 def test_page_shows_every_row_with_quartiles():
-    text = tables.layers_pages(run_of(layer_records()))
+    text = layers.all_rows(run_of(layer_records()))
     assert "## forward, float32" in text
     assert "| 1024x1024 | none | 2.000 | 0.50 | 4.0 | 0.50 (0.25 to 1.00) |" in text
     assert "| 1024x1024 | relu | 2.000 | 0.50 | 4.0 | 2.00 (1.00 to 4.00) |" in text
 
 
 def test_steps_show_what_each_norm_adds_beside_flaxs():
-    text = tables.steps_table(run_of(step_records()))
+    text = steps.block(run_of(step_records()))
     assert "| ResNet-20, float32 | Flax | 40 % (40 to 40) | 1.00 (1.00 to 1.00) | 1.40 | 1.00 / 1.00 |" in text
     assert "| ResNet-20, float32 | jaxbn | 10 % (10 to 10) | 0.25 (0.25 to 0.25) | 1.10 | 0.62 / 1.00 |" in text
     assert "| none |" not in text and "ResNet-20 at width 1 and batch 128" in text
@@ -259,7 +259,7 @@ def test_steps_show_what_each_norm_adds_beside_flaxs():
     ],
 )
 def test_share_is_left_out_where_flaxs_norm_may_add_nothing(flax, cells):
-    text = tables.steps_table(run_of(step_records(flax)))
+    text = steps.block(run_of(step_records(flax)))
     assert cells in text and "| jaxbn | 10 % (10 to 10) | - |" in text
 
 
@@ -267,14 +267,14 @@ def test_apis_that_do_the_same_share_a_line():
     apis = ("jit", "shard_map", "shard_map, check_vma=False", "vmap")
     same = [api_record(api, "jaxbn", 0.0, collective=api != "vmap") for api in apis]
     other = [api_record(api, "Flax", 0.0 if api == "jit" else 35.2, collective=api != "vmap") for api in apis]
-    text = tables.collectives_table(run_of([*same, *other, *growth_records()]))
+    text = collectives.block(run_of([*same, *other, *growth_records()]))
     assert "| jaxbn, every API | 1 | 2 (+1) | 0 |" in text
     assert "| Flax, `jit` | 1 | 2 (+1) | 0 |" in text
     assert "| Flax, `shard_map`, `vmap` | 1 | 2 (+1) | 35 % |" in text
 
 
 def test_bytes_are_told_once_where_they_do_not_grow():
-    text = tables.collectives_table(run_of([api_record("jit", "jaxbn", 0.0), *growth_records()]))
+    text = collectives.block(run_of([api_record("jit", "jaxbn", 0.0), *growth_records()]))
     assert "on 8, 64 devices (one number: the same on all): jaxbn 0; Flax 1,024, 10,240; Flax, stable 1,280" in text
 
 
@@ -284,14 +284,14 @@ def test_throughput_is_a_sentence():
         return found | {"seconds_over_at_hand": spread(seconds)}
 
     records = [record("step", throughput.FIT, 1.03, 1.2), record("run", throughput.FIT, 9.0, 1.1)]
-    text = tables.throughput_sentence(run_of(records))
+    text = throughput.block(run_of(records))
     assert "trains 1.10 times as many images" in text and "adds 3.0 % to a step" in text
 
 
 def test_folding_is_told_by_net_and_api():
     found = {"norms": 54, "folded": 53, "difference": 3.2e-6, "ratio": {"median": 0.8, "lower": 0.72, "upper": 0.91}}
     record = {"net": "Inception", "api": "nnx", "width": 0.25, **found}
-    text = tables.folding_table(run_of([record], settings={"batch_size": 50, "image_size": 32, "rounds": 9}))
+    text = folding.block(run_of([record], settings={"batch_size": 50, "image_size": 32, "rounds": 9}))
     assert "| Inception at width 0.25, nnx | 54 | 53 | 3e-6 | 0.80 (0.72 to 0.91) |" in text
     assert "batches of 50 images of 32 x 32" in text
 
@@ -321,13 +321,13 @@ def calibrated():
 
 
 def test_accuracies_after_calibration_are_told_by_images_with_their_spread(calibrated):
-    text = tables.calibration_table(calibrated)
+    text = calibration.block(calibrated)
     assert "| images | one pass | layer by layer |" in text and "over 2 draws" in text
     assert "| 10 | 51.0 ± 1.4 | 50.0 ± 0.0 |" in text and "| 1,000 | 51.0 ± 1.4 | 50.0 ± 0.0 |" in text
 
 
 def test_accuracies_without_calibration_are_told_in_words(calibrated):
-    text = tables.calibration_table(calibrated)
+    text = calibration.block(calibrated)
     assert "for 4 epochs on 10,000 images at 16 x 16 pixels (Images, made up)" in text
     assert "51.1 % correctly with the running averages" in text and "10.0 % with wrecked ones" in text
     assert "means 3 too large, variances 10 times too large" in text
@@ -335,5 +335,5 @@ def test_accuracies_without_calibration_are_told_in_words(calibrated):
 
 def test_errors_are_told_by_mean():
     record = {"mean": 1e5, "implementation": "jaxbn", "output": 5.2e-7, "gradient": 3.0}
-    text = tables.numerics_table(run_of([record, record | {"implementation": "Flax"}]))
+    text = numerics.block(run_of([record, record | {"implementation": "Flax"}]))
     assert "| mean/std | jaxbn | Flax |" in text and "| 1e5 | 5e-7 / 3e0 | 5e-7 / 3e0 |" in text

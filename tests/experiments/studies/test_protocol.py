@@ -8,7 +8,7 @@ from experiments.config import PRESETS, Config
 from experiments.evidence import files
 from experiments.report import studies
 from experiments.studies import protocol
-from experiments.training import loop
+from experiments.training import loop, runs
 
 STUDIES = [protocol.load(name) for name in protocol.names()]
 every_study = pytest.mark.parametrize("module", STUDIES, ids=protocol.short_name)
@@ -37,7 +37,7 @@ def trained(monkeypatch, make_run):
         run = make_run(config)
         files.write(path, run["header"], run["rows"])
 
-    monkeypatch.setattr(protocol, "train_to_file", train_to_file)
+    monkeypatch.setattr(runs, "train_to_file", train_to_file)
     return configs
 
 
@@ -175,10 +175,10 @@ def test_commit_is_looked_up_before_the_first_run(toy, trained, tmp_path, monkey
 
 
 def test_result_says_which_images_were_used(tmp_path, tiny, blobs, make_run, monkeypatch):
-    monkeypatch.setattr(protocol, "_load", lambda *_: blobs._replace(provenance="blobs of the tests"))
+    monkeypatch.setattr(runs, "_load", lambda *_: blobs._replace(provenance="blobs of the tests"))
     trained = loop.Trained(make_run(tiny)["rows"], {"params": {}}, 1.0)
     (tmp_path / "r.unfinished").mkdir()
-    protocol.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None, fit=lambda *_, **__: trained)
+    runs.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None, fit=lambda *_, **__: trained)
     assert files.read(tmp_path / "r.jsonl")["header"]["images"] == "blobs of the tests"
 
 
@@ -186,22 +186,22 @@ def test_checkpoints_of_a_finished_run_are_removed(tmp_path, tiny, make_run):
     run = make_run(tiny)
     files.write(tmp_path / "r.jsonl", run["header"], run["rows"])
     (tmp_path / "r.unfinished").mkdir()  # as if killed between writing the result and removing them
-    protocol.train_missing([("r", tmp_path / "r.jsonl", tiny)], data_dir=None)
+    runs.train_missing([("r", tmp_path / "r.jsonl", tiny)], data_dir=None)
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 @pytest.mark.slow
 def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, monkeypatch):
-    monkeypatch.setattr(protocol, "_load", lambda *_: blobs)
-    protocol.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
+    monkeypatch.setattr(runs, "_load", lambda *_: blobs)
+    runs.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
     assert files.read(tmp_path / "r.jsonl")["header"]["parameters"] > 1000
 
 
 @pytest.mark.slow
 def test_net_that_runs_start_from_is_trained_once_and_is_a_result_too(tmp_path, tiny, blobs, monkeypatch):
-    monkeypatch.setattr(protocol, "_load", lambda *_: blobs)
-    protocol._trained.cache_clear()
+    monkeypatch.setattr(runs, "_load", lambda *_: blobs)
+    runs._trained.cache_clear()
     trained_configs, fit = [], loop.fit
     monkeypatch.setattr(loop, "fit", lambda config, *a, **k: (trained_configs.append(config), fit(config, *a, **k))[1])
     module = types.ModuleType("experiments.studies.tuned", "What? Command: c. Time: {time}")
@@ -214,4 +214,4 @@ def test_net_that_runs_start_from_is_trained_once_and_is_a_result_too(tmp_path, 
     names = sorted(path.name for path in (tmp_path / "tuned" / "small").iterdir())
     assert len(names) == 3 and names[:2] == ["affine-seed0.jsonl", "frozen-seed0.jsonl"]
     start = files.read(tmp_path / "tuned" / "small" / names[2])
-    assert names[2].startswith(protocol.START) and len(start["rows"]) == 2 and start["header"]["seconds"] > 0
+    assert names[2].startswith(runs.START) and len(start["rows"]) == 2 and start["header"]["seconds"] > 0

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.data import datasets
+from experiments.data import augmentation
 from experiments.nets import linen as linen_nets
 from experiments.nets.blocks import Block, ConvNorm
 from experiments.processes import distributed
@@ -124,7 +124,7 @@ def test_images_are_mirrored_in_training_where_that_keeps_their_class(tiny, monk
         flips.append(flip)
         raise Stop
 
-    monkeypatch.setattr(datasets, "augment", augment)
+    monkeypatch.setattr(augmentation, "augment", augment)
     with pytest.raises(Stop):
         programs.compile_programs(tiny.replace(data=name), 4, (71, 8, 8, 1), (9, 8, 8, 1), distributed.mesh())
     assert flips == [flip]

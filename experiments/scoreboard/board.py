@@ -18,8 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiments.evidence import files
-from experiments.report import studies
+from experiments.evidence import files, text
 from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
 from jaxbn import testing
 
@@ -153,21 +152,21 @@ def table(folder: Path = FOLDER) -> str:
     found = by_peer(load(folder)["lines"])
     laws = dict.fromkeys(law for of in found.values() for law in of)
     lines = [{"law": f"`{law}`"} | {peer: CELLS.get(of.get(law), "") for peer, of in found.items()} for law in laws]
-    return studies.markdown([*lines, {"law": "holds, of those asked"} | {peer: kept(of) for peer, of in found.items()}])
+    return text.markdown([*lines, {"law": "holds, of those asked"} | {peer: kept(of) for peer, of in found.items()}])
 
 
 def summary(run: dict) -> str:
     """Returns a table with a row for each peer: how many laws it keeps, and which it breaks; and a word on the peers.
 
     Args:
-      run: as `results.read_records` returns it.
+      run: as `files.read_records` returns it.
     """
     lines = []
     for peer, of in by_peer(record for record in run["records"] if "law" in record).items():
         broken = [law.replace("_", " ") for law, outcome in of.items() if outcome == BROKEN]
         lines.append({"": peer, "laws held, of those asked": kept(of), "laws broken": ", ".join(broken) or "–"})
     return (
-        f"{studies.markdown(lines)}\n\nAsked is what a peer declares, such as masks; a broken law is not always a "
+        f"{text.markdown(lines)}\n\nAsked is what a peer declares, such as masks; a broken law is not always a "
         "broken promise. `flax-linen-stable` has `use_fast_variance=False`; `jaxbn` is the function behind the two "
         "layers."
     )
@@ -191,7 +190,7 @@ def kept(of: dict[str, str]) -> str:
 def readme(folder: Path = FOLDER) -> str:
     """Returns the text of the README for the file in a folder."""
     found = load(folder)
-    judged = f"Judged {studies.made_with([found['header']])}, {found['header']['date']}."
+    judged = f"Judged {text.made_with([found['header']])}, {found['header']['date']}."
     parts = [HEAD.rstrip(), table(folder), f"{_missing(found)}–: not declared. {judged}", "## Laws"]
     parts.append("\n".join(f"- `{law}`: {statement}" for law, statement in found["header"]["settings"]["laws"].items()))
     parts += ["## Failures", "Each with the first case that showed it, and the line that repeats it."]

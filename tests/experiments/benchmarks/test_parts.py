@@ -9,7 +9,7 @@ import types
 import pytest
 
 from experiments import __main__ as cli
-from experiments.benchmarks import Settings, run
+from experiments.benchmarks import Settings, parts
 from experiments.evidence import files
 from experiments.report import pages
 
@@ -41,7 +41,7 @@ def started(monkeypatch):
         commands.append((command[1:], env))
         return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(run.subprocess, "run", run)
+    monkeypatch.setattr(parts.subprocess, "run", run)
     return commands
 
 
@@ -63,7 +63,7 @@ def test_unknown_choice_is_refused(name, given):
 
 
 def test_each_part_has_its_own_process_that_keeps_freed_memory_and_two_threads(started, tmp_path):
-    assert run.run(only=("layers", "steps"), out=tmp_path, settings=TINY) == 0
+    assert parts.run(only=("layers", "steps"), out=tmp_path, settings=TINY) == 0
     for part, (command, environment) in zip(("layers", "steps"), started, strict=True):
         assert command == ["-m", "experiments.benchmarks", part, str(tmp_path), json.dumps(TINY.to_json())]
         assert environment["MALLOC_MMAP_MAX_"] == "0"
@@ -110,7 +110,7 @@ def test_unknown_part_is_an_error_in_a_sentence(monkeypatch, capsys, only):
 
 
 def test_part_that_fails_ends_the_command_with_its_status(monkeypatch, tmp_path):
-    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=3))
+    monkeypatch.setattr(parts.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=3))
     with pytest.raises(SystemExit) as exit:
         call(monkeypatch, "--out", tmp_path)
     assert exit.value.code == 3
@@ -119,7 +119,7 @@ def test_part_that_fails_ends_the_command_with_its_status(monkeypatch, tmp_path)
 @pytest.mark.slow
 def test_whole_run_measures_every_row_and_the_tables_are_made_of_it(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compiles several times faster
-    assert run.run(only=("layers", "steps"), out=tmp_path, settings=TINY) == 0
+    assert parts.run(only=("layers", "steps"), out=tmp_path, settings=TINY) == 0
     layers, steps = (files.read_records(tmp_path / f"bench-{part}.jsonl") for part in ("layers", "steps"))
     assert layers["header"]["copy_bandwidth"] > 0
     ours = [record for record in layers["records"] if record["arm"] == "jaxbn"]
@@ -132,5 +132,5 @@ def test_whole_run_measures_every_row_and_the_tables_are_made_of_it(monkeypatch,
     )
     assert len(pages.write(tmp_path, tmp_path)) == 3
     assert "| ResNet-20, bfloat16 | jaxbn |" in (tmp_path / "README.md").read_text()
-    again = subprocess.run(run._command("layers", tmp_path, TINY), cwd=files.ROOT, capture_output=True, text=True)
+    again = subprocess.run(parts._command("layers", tmp_path, TINY), cwd=files.ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "(2 of 2)" in again.stdout

@@ -9,18 +9,18 @@ import pytest
 
 from experiments import __main__ as cli
 from experiments.evidence import files
-from experiments.scoreboard import judge
-from experiments.scoreboard.judge import FOLDER
+from experiments.scoreboard import board
+from experiments.scoreboard.board import FOLDER
 from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
 from jaxbn.testing import LAWS
 
 LAW, OTHER, THIRD = (law.name for law in LAWS[:3])
-SCRIPTS = sorted(judge.FAULTS.glob("*.py"))
+SCRIPTS = sorted(board.FAULTS.glob("*.py"))
 
 
 @pytest.fixture(scope="module")
 def committed():
-    return judge.load(FOLDER)
+    return board.load(FOLDER)
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def judged(monkeypatch):
         }
         return [{"peer": peer, "law": law, "outcome": outcome, "detail": detail.get(outcome, "")} for law in laws]
 
-    monkeypatch.setattr(judge, "judge", judge)
-    monkeypatch.setattr(judge, "fault_scripts", lambda: [])
-    monkeypatch.setattr(judge, "FOLDER", None)
+    monkeypatch.setattr(board, "judge", judge)
+    monkeypatch.setattr(board, "fault_scripts", lambda: [])
+    monkeypatch.setattr(board, "FOLDER", None)
     return broken
 
 
@@ -55,11 +55,11 @@ def call(monkeypatch, *arguments):
 
 def test_committed_readme_is_the_one_the_file_gives():
     hint = "run `python -m experiments scoreboard` and commit both files"
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == judge.readme(FOLDER), hint
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == board.readme(FOLDER), hint
 
 
 def test_committed_file_has_every_law_for_every_peer(committed):
-    assert committed["header"]["settings"]["laws"] == judge.STATEMENTS
+    assert committed["header"]["settings"]["laws"] == board.STATEMENTS
     found = [(line["peer"], line["law"]) for line in committed["lines"]]
     assert found == [(peer, law.name) for peer in PEERS for law in LAWS]
     assert not {"not installed", "could not be made"} & {line["outcome"] for line in committed["lines"]}
@@ -87,14 +87,14 @@ def test_known_fault_is_in_the_committed_file(committed, peer, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_fault_shows_without_this_library_as_the_readme_says(committed, path):
-    if path not in judge.fault_scripts():
+    if path not in board.fault_scripts():
         pytest.skip("the peer is not installed")
     assert "jaxbn" not in path.read_text()
-    assert judge.run_fault(path) in committed["faults"]
+    assert board.run_fault(path) in committed["faults"]
 
 
 def test_every_failure_has_the_line_that_repeats_it(committed):
-    text = judge.readme(FOLDER)
+    text = board.readme(FOLDER)
     for line in committed["lines"]:
         command = f"`python -m experiments scoreboard --peers {line['peer']} --laws {line['law']}`"
         assert (command in text) == (line["outcome"] == "broken")
@@ -103,7 +103,7 @@ def test_every_failure_has_the_line_that_repeats_it(committed):
 @pytest.mark.slow
 def test_peer_is_judged_in_a_process_of_its_own():
     asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
-    found = judge.judge("flax-linen", asked)
+    found = board.judge("flax-linen", asked)
     assert [line["law"] for line in found] == asked
     assert [line["outcome"] for line in found] == ["holds", "broken"] and "not finite" in found[1]["detail"]
 
@@ -120,7 +120,7 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
         return types.SimpleNamespace(returncode=-11 if OTHER in laws else 0, stderr="Fatal\nbad memory\n")
 
     monkeypatch.setattr(subprocess, "run", crash_at_the_second)
-    found = judge.judge("haiku", [LAW, OTHER, THIRD])
+    found = board.judge("haiku", [LAW, OTHER, THIRD])
     assert calls == [[LAW, OTHER, THIRD], [THIRD]]
     assert [line["outcome"] for line in found] == ["holds", "broken", "holds"]
     assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was ended by SIGSEGV: bad memory"
@@ -135,7 +135,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
         return types.SimpleNamespace(returncode=status, stderr="Traceback\nValueError: no backend\n")
 
     monkeypatch.setattr(subprocess, "run", end)
-    found = judge.judge("keras", [LAW, OTHER])
+    found = board.judge("keras", [LAW, OTHER])
     assert len(calls) == 1
     assert [(line["law"], line["outcome"]) for line in found] == [(law, "could not be made") for law in (LAW, OTHER)]
     ending = f"the process has ended with exit status {status}: ValueError: no backend"
@@ -144,7 +144,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
 
 @pytest.mark.slow
 def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
-    (found,) = judge.judge("nobody", [LAW])  # nobody is no peer
+    (found,) = board.judge("nobody", [LAW])  # nobody is no peer
     assert found["outcome"] == "could not be made" and found["detail"].endswith("KeyError: 'nobody'")
 
 
@@ -153,7 +153,7 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
         raise ModuleNotFoundError("haiku is not installed; pip install it.", name="haiku")
 
     monkeypatch.setitem(PEERS, "haiku", missing)
-    judge.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
+    board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
     line = json.loads((tmp_path / "found.jsonl").read_text())
     assert line == {
         "peer": "haiku",
@@ -166,7 +166,7 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
 def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setitem(PEERS, "haiku", lambda: __import__("jax.nonsense"))
     with pytest.raises(ModuleNotFoundError, match="nonsense"):
-        judge.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
+        board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
     assert not (tmp_path / "found.jsonl").exists()
 
 
@@ -194,16 +194,16 @@ def test_adapter_that_could_not_be_made_is_printed_once(monkeypatch, capsys, jud
 
 def test_exit_status_tells_that_this_library_could_not_be_made(monkeypatch, judged):
     lines = [{"peer": "jaxbn", "law": LAW, "outcome": "could not be made", "detail": "ValueError: no."}]
-    monkeypatch.setattr(judge, "judge", lambda peer, laws: lines)
+    monkeypatch.setattr(board, "judge", lambda peer, laws: lines)
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW) == 1
 
 
 def test_fault_script_that_fails_is_recorded_with_what_it_printed_and_all_else(monkeypatch, capsys, judged, tmp_path):
     script = tmp_path / "haiku_fails.py"
     script.write_text('"""Haiku: it fails."""\n\nprint("half way")\nraise ValueError("no more")\n')
-    monkeypatch.setattr(judge, "fault_scripts", lambda: [script])
+    monkeypatch.setattr(board, "fault_scripts", lambda: [script])
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW, "--out", tmp_path) == 0
-    found = judge.load(tmp_path)
+    found = board.load(tmp_path)
     (fault,), ending = found["faults"], "the process has ended with exit status 1: ValueError: no more"
     assert fault["printed"] == "half way\n" and fault["failed"] == ending and len(found["lines"]) == 1
     assert f"It failed: {ending}" in (tmp_path / "README.md").read_text()
@@ -212,7 +212,7 @@ def test_fault_script_that_fails_is_recorded_with_what_it_printed_and_all_else(m
 
 def test_a_choice_is_written_only_to_a_folder_that_is_named(monkeypatch, judged):
     written = []
-    monkeypatch.setattr(judge.results, "write", lambda path, *_: written.append(path))
+    monkeypatch.setattr(board.files, "write", lambda path, *_: written.append(path))
     assert call(monkeypatch, "--peers", "jaxbn") == call(monkeypatch, "--laws", LAW) == 0
     assert not written
 
@@ -221,7 +221,7 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_judged_peer(
     judged.add("haiku")
     peers, laws = "jaxbn,haiku,keras,torch", f"{LAW},{OTHER}"
     assert call(monkeypatch, "--peers", peers, "--laws", laws, "--out", tmp_path) == 0
-    assert judge.table(tmp_path).splitlines() == [
+    assert board.table(tmp_path).splitlines() == [
         "| law | jaxbn | haiku |",
         "| --- | --- | --- |",
         f"| `{LAW}` | holds | **broken** |",
@@ -229,7 +229,7 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_judged_peer(
         "| holds, of those asked | 2 of 2 | 0 of 2 |",
     ]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text == judge.readme(tmp_path)
+    assert text == board.readme(tmp_path)
     assert "Not installed: torch. keras could not be made: ValueError: no backend. –:" in text
 
 
@@ -240,7 +240,7 @@ def test_summary_has_a_row_for_each_installed_peer_with_the_laws_that_it_breaks(
         for peer, of in outcomes.items()
         for law, outcome in zip(("first_law", "second_law"), of, strict=True)
     ]
-    assert judge.summary({"records": [*lines, {"fault": "of_haiku"}]}).splitlines()[2:4] == [
+    assert board.summary({"records": [*lines, {"fault": "of_haiku"}]}).splitlines()[2:4] == [
         "| jaxbn | 1 of 1 | – |",
         "| haiku | 0 of 2 | first law, second law |",
     ]
