@@ -12,6 +12,7 @@ import pytest
 
 from experiments import __main__ as cli
 from experiments.studies import protocol
+from experiments.training import runs
 
 ROOT = Path(cli.__file__).parents[1]
 COMMANDS = [name.removesuffix("_command").replace("_", "-") for name in vars(cli) if name.endswith("_command")]
@@ -85,8 +86,8 @@ def test_interrupt_says_how_to_continue_where_that_is_so(monkeypatch, capsys, co
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for function in ("select", "train_missing", "names"):
-        monkeypatch.setattr(protocol, function, interrupt)
+    for module, function in ((protocol, "select"), (protocol, "names"), (runs, "train_missing")):
+        monkeypatch.setattr(module, function, interrupt)
     assert call(monkeypatch, *command.split()) == 130
     assert capsys.readouterr().err == message
 
