@@ -1,7 +1,7 @@
-"""Configuration of Sphinx: `make docs` builds the pages, with warnings as errors.
+"""Sphinx configuration; `make docs` builds the pages, with warnings as errors.
 
-The source folder is the whole repository: pages are the Markdown files and notebooks that are read on a code host too,
-so that a link from one to another is relative, and works in both places.
+The source folder is the whole repository. The pages are the same Markdown files and notebooks that a code host shows,
+so links between them are relative and work in both places.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ html_copy_source = False
 myst_enable_extensions = ["dollarmath", "fieldlist"]
 myst_heading_anchors = 4
 nb_merge_streams = True
-nb_execution_mode = "off"  # notebooks are kept with their outputs, and a test executes them
+nb_execution_mode = "off"  # notebooks are committed with their outputs, and a test executes them
 
 autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
@@ -37,11 +37,11 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 
-# A link to a name that is not documented is a warning, and so an error, but for names of other libraries.
+# A link to an undocumented name is a warning, and so an error, unless the name belongs to another library.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|flax|numpy|collections|typing|optax)\..*"),
-    ("py:.*", rf"{project}\.(_.*|stats\.Stats|padding\.Batch)"),  # types of fields, and type variables
+    ("py:.*", rf"{project}\.(\w+\.)*_.*"),  # private types of fields, and type variables
 ]
 
 
@@ -49,10 +49,10 @@ FIELDS = {field.name for layer in (linen.BatchNorm, linen.Affine) for field in d
 
 
 def skip_fields(app, what, name, obj, skip, options) -> bool:
-    """Leaves out attributes that are fields: the class's docstring has them, in its section "Attributes"."""
+    """Skips attributes that are fields: the section "Attributes" of the class docstring documents them."""
     return skip or (what == "class" and (name in FIELDS or not callable(obj)) and not isinstance(obj, property))
 
 
 def setup(app) -> None:
-    """Registers what is left out."""
+    """Connects `skip_fields`."""
     app.connect("autodoc-skip-member", skip_fields)

@@ -136,7 +136,7 @@ def test_examples_of_a_page_run_and_print_what_it_shows(page, capsys):
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
 def test_the_error_that_the_readme_shows_is_the_one_that_is_raised():
-    (shown,) = re.findall(r"\*\*It says what is wrong\*\*: `(.*?)`", README.read_text(), re.DOTALL)
+    (shown,) = re.findall(r"\*\*Errors say what to do\*\*: `(.*?)`", README.read_text(), re.DOTALL)
     with pytest.raises(ValueError, match=re.escape(" ".join(shown.split())) + "$"):
         jaxbn.moments(jnp.ones((8, 4, 4, 3)), mask=jnp.ones(8, bool))
 
