@@ -1,4 +1,4 @@
-"""The documentation: every page is in it, public names have their place, links lead somewhere, and commands exist."""
+"""The documentation: every page is listed, public names are in the reference, and links and commands work."""
 
 import functools
 import importlib
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not INDEX.is_file(), reason="the pages are not i
 
 
 def text_of(page):
+    """The text of a page without its code blocks."""
     if page.suffix == ".ipynb":
         cells = nbformat.read(page, as_version=4).cells
         return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -37,19 +38,19 @@ def text_of(page):
 
 
 def listed():
-    """The pages in the contents of the index."""
+    """The pages in the table of contents."""
     contents = re.search(r"```{toctree}\n(.*?)```", INDEX.read_text(encoding="utf-8"), re.DOTALL)[1]
     names = [line for line in contents.splitlines() if line and not line.startswith(":")]
-    # A name may be a pattern, such as bench/*.
     return {path.resolve() for name in names for kind in ("md", "ipynb") for path in _matching(f"{name}.{kind}")}
 
 
 def _matching(name):
+    """The existing files that an entry of the contents stands for; it may be a pattern, such as bench/*."""
     return DOCS.glob(name) if "*" in name else [path for path in [DOCS / name] if path.exists()]
 
 
 def anchors(page):
-    """The places on a page that a link can name: headings in lower case, with hyphens."""
+    """The anchors of a page: its headings in lower case, with hyphens."""
     headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -62,39 +63,39 @@ def test_page_is_in_the_index(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_of_a_page_lead_somewhere(page):
+def test_links_of_a_page_have_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if not re.match(r"https?:|mailto:", link):
             name, _, anchor = link.partition("#")
             target = (page.parent / name).resolve() if name else page
-            assert target.exists(), f"{link}: there is no such file"
+            assert target.exists(), f"{link}: no such file"
             if anchor and target.suffix in (".md", ".ipynb"):
-                assert anchor in anchors(target), f"{link}: there is no such heading"
+                assert anchor in anchors(target), f"{link}: no such heading"
 
 
-def found(pattern):
-    """What a pattern finds on the pages, in lines that end where their paragraph does; each once."""
+def mentioned(pattern):
+    """The distinct matches of a pattern on all pages, with each paragraph joined into one line."""
     pages = [page.read_text(encoding="utf-8") if page.suffix == ".md" else text_of(page) for page in PAGES]
     text = "\n".join(re.sub(r"(?<=\w)\n(?!python)(?=[\w-])", " ", page) for page in pages)
-    return sorted({" ".join(one.split()) for one in re.findall(pattern, text, re.MULTILINE)})
+    return sorted({" ".join(match.split()) for match in re.findall(pattern, text, re.MULTILINE)})
 
 
-@pytest.mark.parametrize("command", found(r"-m experiments ([\w\-./ =,]+)"))
-def test_command_on_a_page_is_one_that_the_command_line_takes(command):
-    def only_parsed(function):  # without a trace of the function itself, which would be found and called
+@pytest.mark.parametrize("command", mentioned(r"-m experiments ([\w\-./ =,]+)"))
+def test_command_on_a_page_is_valid(command):
+    def parse_only(function):  # tyro would follow __wrapped__ and call the function itself
         parsed = functools.wraps(function)(lambda *_, **options: options)
         del parsed.__wrapped__
         parsed.__signature__ = inspect.signature(function)
         return parsed
 
     functions = {name: value for name, value in vars(cli).items() if name.endswith("_command")}
-    takes = {name.removesuffix("_command").replace("_", "-"): only_parsed(each) for name, each in functions.items()}
-    options = tyro.extras.subcommand_cli_from_dict(takes, args=command.split())
-    named = options.get("study", "all")
-    assert named.isupper() or named in ["all", *protocol.names()]
+    parsers = {name.removesuffix("_command").replace("_", "-"): parse_only(f) for name, f in functions.items()}
+    options = tyro.extras.subcommand_cli_from_dict(parsers, args=command.split())
+    study = options.get("study", "all")
+    assert study.isupper() or study in ["all", *protocol.names()]  # upper case is a placeholder, such as STUDY
 
 
-@pytest.mark.parametrize("target", found(r"(?:`|^)make (\w+)"))
+@pytest.mark.parametrize("target", mentioned(r"(?:`|^)make (\w+)"))
 def test_target_on_a_page_is_in_the_makefile(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -106,20 +107,20 @@ def test_public_module_is_in_the_reference(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_have_what_the_reference_is_made_of(name):
+def test_public_names_are_documented(name):
     module = importlib.import_module(name)
     lines = "\n".join(path.read_text(encoding="utf-8") for path in Path(jaxbn.__file__).parent.rglob("*.py"))
     for public in module.__all__:
         value = getattr(module, public)
         if inspect.isfunction(value) or inspect.isclass(value):
             assert value.__doc__ and value.__module__.startswith("jaxbn."), public
-        else:  # a constant is documented by a comment of its own
+        else:  # a constant is documented by a comment that starts with `#:`
             assert re.search(rf"^#: .+\n(?:#:.*\n)*{public}\b.* = ", lines, re.MULTILINE), public
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_a_module_defines_is_private_or_in_the_reference(name):
+def test_a_module_defines_private_or_documented_names_only(name):
     module = importlib.import_module(name)
-    defined = {each for each, value in vars(module).items() if getattr(value, "__module__", None) == name}
+    defined = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == name}
     documented = {*jaxbn.__all__, *getattr(module, "__all__", ())}
-    assert not {each for each in defined if not each.startswith("_")} - documented
+    assert not {key for key in defined if not key.startswith("_")} - documented

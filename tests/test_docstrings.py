@@ -1,4 +1,4 @@
-"""Every public name is documented, and every example runs."""
+"""Public names are documented in full, and every example in docstrings and pages runs."""
 
 import dataclasses
 import doctest
@@ -37,13 +37,13 @@ GLOBS = {"jax": jax, "jnp": jnp, "jaxbn": jaxbn, "nn": nn, "nnx": nnx, "functool
 
 
 def section(documented, title):
-    """Returns the lines of a section of a docstring, up to the next."""
-    text = inspect.getdoc(documented)
-    found = re.search(rf"^{title}:\n((?:  .*\n?|\n)*)", text, re.MULTILINE)
-    return found[1] if found else ""
+    """The text of a section of a docstring, such as Args; empty if there is none."""
+    match = re.search(rf"^{title}:\n((?:  .*\n?|\n)*)", inspect.getdoc(documented), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def entries(documented, title):
+    """The names that a section of a docstring documents."""
     return re.findall(r"^  (?:\*\*)?(\w+): ", section(documented, title), re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def parameters(function):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_a_module_give_what_they_show(name):
+def test_examples_of_a_module_give_the_shown_results(name):
     module = importlib.import_module(name)
     assert module.__doc__
     report = []
@@ -81,12 +81,12 @@ def test_a_function_documents_its_arguments_in_their_order(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_documents_what_it_returns(name):
+def test_a_function_documents_its_result(name):
     assert section(PUBLIC[name], "Returns")
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if {"axis", "momentum", "model"} & {*parameters(PUBLIC[n])}])
-def test_a_function_that_checks_its_arguments_documents_what_it_raises(name):
+def test_a_function_that_checks_its_arguments_documents_its_errors(name):
     assert "ValueError: " in section(PUBLIC[name], "Raises")
 
 
@@ -96,7 +96,7 @@ def test_a_tuple_documents_its_fields_in_their_order(name):
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_a_layer_has_an_example_and_says_how_it_differs_from_flaxs(layer):
+def test_a_layer_has_an_example_and_lists_differences_from_flax(layer):
     assert ">>> " in layer.__doc__
     assert re.search(r"Differs from flax\.\w+\.BatchNorm in:\n +1\. ", layer.__doc__)
 
@@ -125,17 +125,17 @@ def test_the_nnx_layer_documents_its_arguments_in_their_order():
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=page.name, marks=() if page == README else pytest.mark.slow) for page in PAGES]
 )
-def test_examples_of_a_page_run_and_print_what_it_shows(page, capsys):
+def test_examples_of_a_page_run_and_print_the_shown_text(page, capsys):
     assert python_blocks(page)
     scope = {"__name__": page.stem}
-    for block in python_blocks(page):  # in one scope: a later block may use what an earlier one made
+    for block in python_blocks(page):  # one scope, because later blocks use names of earlier ones
         exec(compile(block, page.name, "exec"), scope)
     printed = capsys.readouterr().out
     assert all(shown in printed for shown in text_blocks(page)), printed
 
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not in this distribution")
-def test_the_error_that_the_readme_shows_is_the_one_that_is_raised():
+def test_the_error_in_the_readme_is_the_one_that_is_raised():
     (shown,) = re.findall(r"\*\*Errors say what to do\*\*: `(.*?)`", README.read_text(), re.DOTALL)
     with pytest.raises(ValueError, match=re.escape(" ".join(shown.split())) + "$"):
         jaxbn.moments(jnp.ones((8, 4, 4, 3)), mask=jnp.ones(8, bool))
@@ -145,7 +145,7 @@ def test_the_error_that_the_readme_shows_is_the_one_that_is_raised():
 @pytest.mark.parametrize(
     "cases", [pytest.param(slice(1), id="one law"), pytest.param(slice(None), id="every law", marks=pytest.mark.slow)]
 )
-def test_the_test_of_a_batch_norm_that_the_guide_shows_passes(cases):
+def test_the_pytest_example_of_the_guide_passes(cases):
     (block,) = (block for block in python_blocks(TESTING) if "check_batch_norm" in block)
     exec(compile(block, TESTING.name, "exec"), scope := {"__name__": TESTING.stem})
     test = scope["test_batch_norm_keeps_the_law"]
@@ -156,5 +156,5 @@ def test_the_test_of_a_batch_norm_that_the_guide_shows_passes(cases):
 
 @pytest.mark.skipif(not PARALLEL.is_file(), reason="the pages are not in this distribution")
 @pytest.mark.parametrize("recipe", [parallel.value_and_grad_of_psum, parallel.psum_of_value_and_grad])
-def test_the_page_on_parallel_apis_shows_the_recipes_that_are_tested(recipe):
+def test_the_recipes_in_the_guide_are_the_tested_ones(recipe):
     assert any(inspect.getsource(recipe) in block for block in python_blocks(PARALLEL))

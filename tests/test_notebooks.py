@@ -1,4 +1,4 @@
-"""Notebooks: short, committed with their outputs, and run from end to end."""
+"""Notebooks: short, committed with their outputs, and executable from top to bottom."""
 
 import functools
 from pathlib import Path
@@ -25,17 +25,13 @@ def outputs(path):
     return [output for cell in cells(path, "code") for output in cell.outputs]
 
 
-def test_there_are_five():
-    assert len(NOTEBOOKS) == 5
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook_is_short(path):
     assert len(cells(path, "code")) <= 15 and path.stat().st_size < 500_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_notebook_begins_with_its_title_and_installs_in_colab_alone(path):
+def test_notebook_starts_with_a_title_and_installs_only_in_colab(path):
     assert read(path).cells[0].source.startswith("# ")
     first, second, *commands = cells(path, "code")[0].source.replace("\n\n", "\n").splitlines()
     assert (first, second) == ("import sys", 'if "google.colab" in sys.modules:')
@@ -43,27 +39,27 @@ def test_notebook_begins_with_its_title_and_installs_in_colab_alone(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_outputs_are_those_of_one_run_from_top_to_bottom(path):
+def test_outputs_come_from_one_run_without_errors_or_warnings(path):
     numbers = [cell.execution_count for cell in cells(path, "code")]
     assert numbers == list(range(1, len(numbers) + 1))
     assert not [output for output in outputs(path) if output.output_type == "error" or output.get("name") == "stderr"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_what_a_cell_prints_is_in_one_piece(path):
+def test_printed_output_of_a_cell_is_one_stream(path):
     printed = [[output for output in cell.outputs if output.output_type == "stream"] for cell in cells(path, "code")]
     assert max(map(len, printed)) <= 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_every_figure_is_followed_by_how_to_read_it(path):
-    found = read(path).cells
-    drawn = [i for i, cell in enumerate(found) if "image/png" in str(cell.get("outputs", ""))]
-    assert drawn and all("*How to read it.*" in found[i + 1].source for i in drawn)
+def test_every_figure_is_followed_by_an_explanation(path):
+    all_cells = read(path).cells
+    figures = [i for i, cell in enumerate(all_cells) if "image/png" in str(cell.get("outputs", ""))]
+    assert figures and all("*How to read it.*" in all_cells[i + 1].source for i in figures)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_notebook_names_no_folder_of_the_machine_it_ran_on(path):
+def test_outputs_contain_no_local_paths(path):
     text = str([cell.get("outputs") for cell in read(path).cells])
     assert str(Path.home()) not in text and "/tmp/" not in text
 

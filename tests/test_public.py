@@ -1,4 +1,4 @@
-"""Public names, their signatures and the commands change only on purpose: `python -m tests.golden.make_public`."""
+"""Public names, signatures and commands change only on purpose: `python -m tests.golden.make_public` records them."""
 
 import json
 
@@ -11,5 +11,5 @@ WRITTEN = json.loads(make_public.FILE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("kind", ["names", "commands"])
-def test_public_names_and_commands_are_those_written_down(kind):
+def test_public_names_and_commands_are_the_recorded_ones(kind):
     assert make_public.public()[kind] == WRITTEN[kind]

@@ -1,8 +1,8 @@
-"""The house in order: imports point one way, layers hold no arithmetic, and the package carries what it promises."""
+"""Structure of the repository: imports point one way, layers contain no arithmetic, the package metadata is right."""
 
 import ast
 import graphlib
-import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -17,7 +17,7 @@ import jaxbn
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "jaxbn"
 EXPERIMENTS = ROOT / "experiments"
-# A room, which is a folder or a file of a package, imports only rooms of a lower rank.
+# A room is a folder or a file at the top of a package. It imports only rooms of a lower rank.
 LIBRARY_RANKS = {
     "_core": 0,
     "interop": 0,
@@ -44,7 +44,7 @@ EXPERIMENT_RANKS = {
     "report": 6,
     "__main__": 7,
 }
-# What the layers may call of jax.numpy and jax.lax: making arrays and asking about them.
+# The functions of jax.numpy and jax.lax that the layers may call: they create and inspect arrays, and compute nothing.
 NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -55,11 +55,12 @@ def module_name(path, package):
 
 
 def files(package):
+    """The source files of a package by dotted name."""
     return {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
 
 
 def imported(path):
-    """Returns the dotted names that a file imports, at its top or in its functions."""
+    """The dotted names that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -71,10 +72,10 @@ def imported(path):
 
 
 def internal(package, name):
-    """Returns the modules of its own package that a module imports."""
+    """The modules of the same package that a module imports."""
     modules = files(package)
     own = [n.removeprefix(f"{package.name}.") for n in imported(modules[name]) if n.startswith(f"{package.name}.")]
-    # `a.b` is the module a.b, or the name b of the module a; both may be asked for.
+    # In `from a import b`, a.b is a module or a name in the module a: take the longest prefix that is a module.
     return {max((m for m in modules if m and f"{n}.".startswith(f"{m}.")), key=len, default="") for n in own} - {""}
 
 
@@ -88,22 +89,21 @@ def internal(package, name):
 )
 def test_a_room_imports_only_rooms_of_a_lower_rank(package, name, ranks):
     room = name.split(".")[0]
-    assert room in ranks, f"give {room} its rank in tests/test_structure.py"
-    others = {other for other in internal(package, name) if other.split(".")[0] != room}
-    assert all(ranks[other.split(".")[0]] < ranks[room] for other in others), others
+    assert room in ranks, f"give {room} a rank in tests/test_structure.py"
+    rooms = {module.split(".")[0] for module in internal(package, name)} - {room}
+    assert not {imported_room for imported_room in rooms if ranks[imported_room] >= ranks[room]}
 
 
 @pytest.mark.parametrize("package", [LIBRARY, EXPERIMENTS], ids=lambda package: package.name)
-def test_modules_import_each_other_without_a_cycle(package):
-    # A package's own __init__ gathers what its modules offer; it comes after them.
+def test_imports_have_no_cycles(package):
     graph = {name: internal(package, name) for name in files(package)}
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(files(package))
 
 
 @pytest.mark.parametrize("name", files(LIBRARY))
 def test_library_imports_nothing_but_jax_flax_numpy_and_chex(name):
-    roots = {other.split(".")[0] for other in imported(files(LIBRARY)[name])}
-    assert roots <= {"jax", "flax", "numpy", "chex", "jaxbn"} | set(sys.stdlib_module_names)
+    packages = {module.split(".")[0] for module in imported(files(LIBRARY)[name])}
+    assert packages <= {"jax", "flax", "numpy", "chex", "jaxbn"} | set(sys.stdlib_module_names)
 
 
 def test_linen_and_nnx_do_not_import_each_other():
@@ -112,24 +112,22 @@ def test_linen_and_nnx_do_not_import_each_other():
     assert not any(name.startswith("flax.linen") for name in imported(LIBRARY / "nnx.py"))
 
 
-def test_no_module_bears_the_name_of_a_public_function():
+def test_no_module_has_the_name_of_a_public_function():
     assert not set(files(LIBRARY)) & set(jaxbn.__all__)
 
 
 @pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_layers_hold_no_arithmetic(name):
+def test_layers_contain_no_arithmetic(name):
     tree = ast.parse((LIBRARY / f"{name}.py").read_text())
     for node in ast.walk(tree):
         assert not isinstance(node, ast.AugAssign), ast.unparse(node)
-        if isinstance(node, ast.BinOp):  # a union of types
+        if isinstance(node, ast.BinOp):  # only unions of types
             assert isinstance(node.op, ast.BitOr), ast.unparse(node)
-        if isinstance(node, ast.UnaryOp):  # `not`, and the number -1
+        if isinstance(node, ast.UnaryOp):  # only `not`, and numbers such as -1
             assert isinstance(node.op, ast.Not) or isinstance(node.operand, ast.Constant), ast.unparse(node)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            of = ast.unparse(node.func.value)
-            assert of not in ("jnp", "lax", "jax.numpy", "jax.lax") or node.func.attr in NO_ARITHMETIC, ast.unparse(
-                node
-            )
+            if ast.unparse(node.func.value) in ("jnp", "lax", "jax.numpy", "jax.lax"):
+                assert node.func.attr in NO_ARITHMETIC, ast.unparse(node)
 
 
 def test_public_names_are_sorted_and_exist():
@@ -137,56 +135,54 @@ def test_public_names_are_sorted_and_exist():
     assert all(hasattr(jaxbn, name) for name in jaxbn.__all__)
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(jaxbn.__path__)])
-def test_modules_import(name):
-    importlib.import_module(f"jaxbn.{name}")
-
-
 PUBLIC_MODULES = [module.name for module in pkgutil.iter_modules(jaxbn.__path__) if not module.name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", PUBLIC_MODULES)
-def test_a_public_module_is_there_without_an_import_of_its_own(name, monkeypatch):
-    monkeypatch.delattr(jaxbn, name, raising=False)  # which an import elsewhere may have set
-    assert getattr(jaxbn, name).__name__ == f"jaxbn.{name}"
-
-
-def test_public_modules_are_there_in_a_fresh_interpreter():
-    program = f"import jaxbn; print(*(getattr(jaxbn, name).__name__ for name in {PUBLIC_MODULES}))"
+@pytest.fixture(scope="module")
+def fresh_interpreter():
+    """What `import jaxbn` loads in a new interpreter, and the modules that its attributes are."""
+    program = f"""if True:
+        import json, sys, jaxbn
+        loaded = sorted({{name.split(".")[0] for name in sys.modules}})
+        modules = [getattr(jaxbn, name).__name__ for name in {PUBLIC_MODULES}]
+        print(json.dumps({{"loaded": loaded, "modules": modules}}))
+    """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [f"jaxbn.{name}" for name in PUBLIC_MODULES]
+    return json.loads(done.stdout)
 
 
-def test_what_the_package_lacks_is_an_attribute_error_that_names_the_layers():
+def test_public_modules_are_attributes_of_the_package(fresh_interpreter):
+    assert fresh_interpreter["modules"] == [f"jaxbn.{name}" for name in PUBLIC_MODULES]
+
+
+def test_importing_the_package_loads_neither_flax_nor_the_experiments(fresh_interpreter):
+    assert not {"experiments", "flax", "optax", "orbax", "matplotlib"} & set(fresh_interpreter["loaded"])
+
+
+def test_error_for_a_missing_attribute_names_the_layers():
     with pytest.raises(AttributeError, match="no attribute 'BatchNorm'; the layers are jaxbn.linen.BatchNorm and"):
         jaxbn.BatchNorm  # noqa: B018
     with pytest.raises(AttributeError, match="^module 'jaxbn' has no attribute 'nothing'$"):
         jaxbn.nothing  # noqa: B018
 
 
-def test_the_version_is_that_of_the_project():
+def test_version_is_that_of_the_project():
     assert jaxbn.__version__ == PYPROJECT["project"]["version"]
 
 
-def test_importing_the_library_imports_no_experiment_and_nothing_it_needs():
-    program = "import sys, jaxbn; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"experiments", "flax", "optax", "orbax", "matplotlib"} & set(done.stdout.split())
-
-
-def test_types_are_announced():
+def test_package_is_marked_as_typed():
     assert (LIBRARY / "py.typed").is_file()
 
 
-def test_dependencies_have_floors_and_no_caps():
+def test_dependencies_have_lower_bounds_only():
     project = PYPROJECT["project"]
-    extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
-    for needed in project["dependencies"] + [needed for needed in extras if not needed.startswith("jaxbn[")]:
-        assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?>=[\d.]+", needed), needed
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    for requirement in project["dependencies"] + [entry for entry in extras if not entry.startswith("jaxbn[")]:
+        assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?>=[\d.]+", requirement), requirement
     assert re.fullmatch(r">=[\d.]+", project["requires-python"])
 
 
-def test_dependencies_are_what_the_library_imports():
-    roots = set().union(*({name.split(".")[0] for name in imported(path)} for path in files(LIBRARY).values()))
-    needed = {re.match(r"[\w-]+", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
-    assert roots - set(sys.stdlib_module_names) - {"jaxbn"} <= needed
+def test_the_library_imports_declared_dependencies_only():
+    packages = {name.split(".")[0] for path in files(LIBRARY).values() for name in imported(path)}
+    declared = {re.match(r"[\w-]+", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+    assert packages - set(sys.stdlib_module_names) - {"jaxbn"} <= declared

@@ -1,1 +1,1 @@
-"""Values that another library or an earlier version gave, and the programs that wrote them."""
+"""Values computed by other libraries or earlier versions, and the scripts that wrote them."""

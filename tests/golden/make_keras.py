@@ -1,8 +1,9 @@
-"""Writes keras.npz: ten steps of training in Keras, with all state after 5 and 10, and outputs of layers.
+"""Writes keras.npz: the state of a Keras model after 5 and 10 training steps, and outputs of single layers.
 
 KERAS_BACKEND=jax python tests/golden/make_keras.py    # needs keras==3.15.1 and jax==0.12.0.1
 
-On the same versions and processor the file is the same.  Keras's batch norm computes in float32 alone, so all does.
+The file is reproducible with the same versions on the same processor.  Keras's batch norm always computes in float32,
+so everything here is float32.
 """
 
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).with_name("keras.npz")
-STEPS = 5  # before the change of framework, and after it
+STEPS = 5  # in Keras before the conversion, and again after it
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 BATCH, CLASSES, IMAGE = 16, 5, (8, 6, 3)  # height, width, channels
-# Kind, options, shapes of the weights, shape of the input.
+# Name of a case -> kind of layer, options, shapes of the weights, shape of the input.
 LAYERS = {
     "conv-1d": (
         "Conv1D",
@@ -62,14 +63,14 @@ LAYERS = {
 
 
 def batches():
-    """Returns images [N, H, W, C] and labels of each of the ten steps."""
+    """Returns images [N, H, W, C] and labels for each of the ten steps."""
     rng = np.random.default_rng(1)
     images = rng.normal(loc=0.5, size=(2 * STEPS, BATCH, *IMAGE)).astype(np.float32)
     return list(zip(images, rng.integers(CLASSES, size=(2 * STEPS, BATCH)), strict=True))
 
 
 def layer_inputs(case):
-    """Returns a layer's weights, positive as a variance must be, and its input."""
+    """Returns the weights of a layer, all positive because some are variances, and its input."""
     _, _, shapes, input_shape = LAYERS[case]
     rng = np.random.default_rng(2)
     weights = [rng.uniform(0.5, 2, size=shape).astype(np.float32) for shape in shapes]
@@ -89,7 +90,7 @@ def run_layer(case):
 
 
 def make_model():
-    """Returns the net; every layer with weights has a name."""
+    """Returns the model; every layer with weights has a name."""
     from keras import Sequential, layers
 
     return Sequential(
@@ -114,18 +115,18 @@ def make_model():
 
 
 def state_of(model):
-    """Returns the weights by the names of the layers, and SGD's velocities by those and the places of their weights."""
-    places = {id(weight): (layer.name, str(i)) for layer in model.layers for i, weight in enumerate(layer.weights)}
+    """Returns the weights and SGD's velocities; keys are the name of the layer and the position of the weight in it."""
+    positions = {id(weight): (layer.name, str(i)) for layer in model.layers for i, weight in enumerate(layer.weights)}
     weights = {layer.name: layer.get_weights() for layer in model.layers if layer.weights}
     velocities = {}
     for weight, velocity in zip(model.trainable_variables, model.optimizer.momentums, strict=True):
-        name, place = places[id(weight)]
-        velocities[f"{name}/{place}"] = np.asarray(velocity)
+        name, position = positions[id(weight)]
+        velocities[f"{name}/{position}"] = np.asarray(velocity)
     return {f"{name}/{i}": value for name, values in weights.items() for i, value in enumerate(values)}, velocities
 
 
 def run():
-    """Returns losses, weights and velocities of each half of the ten steps, and the logits of a last evaluation."""
+    """Trains for ten steps; returns losses, weights and velocities of each half, and the logits of a final evaluation."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -138,7 +139,7 @@ def run():
     for steps in (batches()[:STEPS], batches()[STEPS:]):
         losses = []
         for x, labels in steps:
-            model.reset_metrics()  # otherwise the loss is averaged over the steps
+            model.reset_metrics()  # otherwise Keras returns the average loss of all steps
             losses.append(model.train_on_batch(x, labels))
         weights, velocities = state_of(model)
         halves.append({"losses": np.array(losses, np.float32), "weights": weights, "velocities": velocities})
@@ -151,10 +152,10 @@ def main():
 
     arrays = {f"layers/{case}": run_layer(case) for case in LAYERS} | {"keras": np.array(keras.__version__)}
     halves, arrays["evaluated"] = run()
-    for half, found in enumerate(halves):
-        arrays[f"{half}/losses"] = found["losses"]
+    for half, state in enumerate(halves):
+        arrays[f"{half}/losses"] = state["losses"]
         for tree in ("weights", "velocities"):
-            arrays |= {f"{half}/{tree}/{name}": value for name, value in found[tree].items()}
+            arrays |= {f"{half}/{tree}/{name}": value for name, value in state[tree].items()}
     np.savez_compressed(FILE, **arrays)
 
 

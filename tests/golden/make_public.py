@@ -1,6 +1,6 @@
 """Writes public.json: the public names of the library with their signatures, and the commands with their options.
 
-Run `python -m tests.golden.make_public` when a public name is meant to change, and read the difference.
+Run `python -m tests.golden.make_public` after an intended change of a public name, and check the diff.
 """
 
 import importlib
@@ -17,7 +17,7 @@ MODULES = ("", "calibrate", "diagnose", "interop", "linen", "nnx", "surgery", "t
 
 
 def public() -> dict[str, dict[str, Any]]:
-    """Returns {"names": {dotted name: signature}, "commands": {name: {option: default}}}."""
+    """Collects {"names": {dotted name: signature}, "commands": {name: {option: default}}}."""
     names = {}
     for name in MODULES:
         module = importlib.import_module(f"jaxbn.{name}".rstrip("."))
@@ -27,7 +27,7 @@ def public() -> dict[str, dict[str, Any]]:
 
 
 def _entries(name: str, value: Any) -> dict[str, str]:
-    """The signature of a function, or of a class and its public methods; the type of a constant."""
+    """Describes a function by its signature, a class by those of itself and its methods, a constant by its type."""
     if inspect.isfunction(value):
         return {name: _signature(value)}
     if not inspect.isclass(value):
@@ -36,15 +36,15 @@ def _entries(name: str, value: Any) -> dict[str, str]:
     for attribute, defined in vars(value).items():
         if not attribute.startswith("_") and isinstance(defined, property):
             entries[f"{name}.{attribute}"] = "property"
-        # Flax gives classes methods of its own when they are first used.
+        # Flax adds its own methods to a module class when the class is first used.
         if inspect.isfunction(defined) and not attribute.startswith("_") and defined.__module__.startswith("jaxbn"):
             entries[f"{name}.{attribute}"] = _signature(defined)
     return entries
 
 
 def _signature(value: Any) -> str:
-    """Parameters with their kinds and defaults; without annotations, which name the files that types live in."""
-    if isinstance(value, type(nnx.Module)):  # whose metaclass hides the signature
+    """Describes parameters by kind and default, without annotations, which contain the names of private modules."""
+    if isinstance(value, type(nnx.Module)):  # the metaclass of nnx hides the signature of the class
         value = value.__init__
     signature = inspect.signature(value)
     parameters = [
@@ -55,13 +55,13 @@ def _signature(value: Any) -> str:
 
 
 class _Shown(str):
-    """A default value as text: functions by name, paths by their last parts."""
+    """A default value as text: functions by name, paths relative to the repository."""
 
     __repr__ = str.__str__
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Returns the value as text, or the mark for a parameter without a default."""
+        """Converts a default; leaves the marker of a parameter without default as it is."""
         if value is inspect.Parameter.empty:
             return value
         if isinstance(value, Path):

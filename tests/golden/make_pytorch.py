@@ -1,6 +1,6 @@
-"""Writes pytorch.json: what PyTorch's batch norm computes in five steps of training and one of evaluation.
+"""Writes pytorch.json: outputs, gradients and statistics of PyTorch's batch norm in five training steps.
 
-python tests/golden/make_pytorch.py     # needs torch==2.13.0; on the same version and processor the file is the same
+python tests/golden/make_pytorch.py    # needs torch==2.13.0; reproducible with the same version and processor
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 FILE = Path(__file__).with_name("pytorch.json")
 STEPS = 5
-MOMENTUM = 0.1  # PyTorch's: the weight of the new value; None averages all batches alike
+MOMENTUM = 0.1  # in PyTorch the weight of the new value; None is the plain average of all batches
 SHAPES = {"1d": (8, 3), "2d": (4, 3, 2, 2)}  # features on axis 1
 CASES = {
     f"{layer}-{dtype}-{momentum}": (layer, dtype, momentum)
@@ -25,7 +25,7 @@ CASES = {
 
 
 def inputs(case):
-    """Returns weight, bias, and for each step an input and a cotangent of the output."""
+    """Returns weight and bias, and an input and an output cotangent for each step."""
     layer, dtype, _ = CASES[case]
     rng = np.random.default_rng(0)
     feature = (-1,) + (1,) * (len(SHAPES[layer]) - 2)
@@ -36,7 +36,7 @@ def inputs(case):
 
 
 def run(case):
-    """Returns, for each step, output, gradients and running statistics, and the output of a last evaluation."""
+    """Runs a case; returns output, gradients and running statistics of each step, and a final evaluation."""
     import torch
 
     layer, dtype, momentum = CASES[case]
@@ -51,7 +51,7 @@ def run(case):
         x = torch.tensor(x, requires_grad=True)
         y = norm(x)
         dx, dweight, dbias = torch.autograd.grad(y, (x, norm.weight, norm.bias), torch.tensor(dy))
-        found = {
+        values = {
             "y": y,
             "dx": dx,
             "dweight": dweight,
@@ -59,13 +59,15 @@ def run(case):
             "mean": norm.running_mean,
             "var": norm.running_var,
         }
-        steps.append({name: _listed(value) for name, value in found.items()})
+        steps.append({name: _listed(value) for name, value in values.items()})
     evaluated = norm.eval()(torch.tensor(batches[0][0]))
     return {"steps": steps, "evaluated": _listed(evaluated)}
 
 
 def _listed(tensor):
-    return [float(str(value)) for value in tensor.detach().numpy().ravel()]  # the shortest text that gives it back
+    return [
+        float(str(value)) for value in tensor.detach().numpy().ravel()
+    ]  # the shortest text that is read back as the same float
 
 
 def main():

@@ -1,6 +1,6 @@
-"""Writes pytorch_training.npz: ten steps of training in PyTorch, with all state after 5 and 10, and outputs of layers.
+"""Writes pytorch_training.npz: the state of a PyTorch model after 5 and 10 steps, and outputs of single layers.
 
-python tests/golden/make_pytorch_training.py    # needs torch==2.13.0; on the same version and processor the same file
+python tests/golden/make_pytorch_training.py    # needs torch==2.13.0; reproducible with the same version and processor
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 FILE = Path(__file__).with_name("pytorch_training.npz")
 DTYPES = ["float32", "float64"]
-STEPS = 5  # before the change of framework, and after it
+STEPS = 5  # in PyTorch before the conversion, and again after it
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 BATCH, CLASSES, IMAGE, FLATTENED = 16, 5, (3, 8, 6), (8, 4, 3)  # channels, height, width
 SHAPES = {
@@ -24,7 +24,7 @@ SHAPES = {
     "fc.bias": (CLASSES,),
 }
 NORM = ["weight", "bias", "running_mean", "running_var"]
-# Kind, shape of the weight, whether there is a bias, options, shape of the input.
+# Name of a case -> kind of layer, shape of the weight, has a bias, options, shape of the input.
 LAYERS = {
     "conv-1d": ("Conv1d", (4, 3, 5), True, {"stride": 2, "padding": 2}, (2, 3, 9)),
     "conv-2d-grouped": ("Conv2d", (6, 2, 3, 2), False, {"groups": 2, "dilation": (2, 1)}, (2, 4, 7, 6)),
@@ -54,7 +54,7 @@ LAYERS = {
     ),
     "dense": ("Linear", (3, 7), True, {}, (2, 7)),
 }
-# Kind, arguments and shapes of entries of each layer, shape of the input.
+# Name of a chain -> kind, arguments and shapes of the entries of each layer, shape of the input.
 CHAINS = {
     "flattened": (
         [
@@ -87,24 +87,24 @@ def start(dtype):
 
 
 def batches(dtype):
-    """Returns images [N, C, H, W] and labels of each of the ten steps."""
+    """Returns images [N, C, H, W] and labels for each of the ten steps."""
     rng = np.random.default_rng(1)
     images = rng.normal(loc=0.5, size=(2 * STEPS, BATCH, *IMAGE)).astype(dtype)
     return list(zip(images, rng.integers(CLASSES, size=(2 * STEPS, BATCH)), strict=True))
 
 
 def layer_inputs(case):
-    """Returns a layer's entries and input."""
+    """Returns the ``state_dict`` entries of a layer, and its input."""
     _, shape, has_bias, _, input_shape = LAYERS[case]
     rng = np.random.default_rng(2)
     entries = {"weight": rng.normal(size=shape)}
     if has_bias:
-        entries["bias"] = rng.normal(size=shape["transpose" in case])  # the axis of the output features
+        entries["bias"] = rng.normal(size=shape["transpose" in case])  # the axis of output features
     return entries, rng.normal(size=input_shape)
 
 
 def run_layer(case):
-    """Returns the output of a layer, in float64."""
+    """Returns the float64 output of a layer."""
     import torch
 
     kind, shape, has_bias, options, input_shape = LAYERS[case]
@@ -117,15 +117,15 @@ def run_layer(case):
 
 
 def chain_inputs(case):
-    """Returns the entries of a chain of layers, positive as a variance must be, and its input."""
+    """Returns the entries of a chain of layers, all positive because some are variances, and its input."""
     layers, input_shape = CHAINS[case]
     rng = np.random.default_rng(3)
-    shapes = {f"{place}.{name}": shape for place, layer in enumerate(layers) for name, shape in layer[2].items()}
+    shapes = {f"{i}.{name}": shape for i, layer in enumerate(layers) for name, shape in layer[2].items()}
     return {name: rng.uniform(0.5, 2, size=shape) for name, shape in shapes.items()}, rng.normal(size=input_shape)
 
 
 def run_chain(case):
-    """Returns the output of a chain of layers in evaluation, in float64."""
+    """Returns the float64 output of a chain of layers in evaluation."""
     import torch
 
     entries, x = chain_inputs(case)
@@ -136,7 +136,7 @@ def run_chain(case):
 
 
 def make_model(dtype):
-    """Returns the net and its optimizer."""
+    """Returns the model and its optimizer."""
     import torch
     from torch import nn
 
@@ -159,13 +159,13 @@ def make_model(dtype):
 
 
 def state_of(model, optimizer):
-    """Returns copies of the ``state_dict``, and of the momentum by the names of the parameters."""
+    """Returns copies of the ``state_dict`` and of the momentum buffers, by name of the parameter."""
     momenta = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
     return tuple({n: t.detach().numpy().copy() for n, t in tree.items()} for tree in (model.state_dict(), momenta))
 
 
 def set_state(model, optimizer, entries, momenta):
-    """Puts into the net what :func:`state_of` returns."""
+    """Restores the state that :func:`state_of` returned."""
     import torch
 
     model.load_state_dict({name: torch.from_numpy(value) for name, value in entries.items()})
@@ -174,7 +174,7 @@ def set_state(model, optimizer, entries, momenta):
 
 
 def train(model, optimizer, steps):
-    """Returns the loss of each step."""
+    """Trains on the given batches; returns the loss of each step."""
     import torch
 
     losses = []
@@ -188,7 +188,7 @@ def train(model, optimizer, steps):
 
 
 def run(dtype):
-    """Returns losses, entries and momenta of each half of the ten steps."""
+    """Trains for ten steps; returns losses, entries and momenta of each half."""
     import torch
 
     model, optimizer = make_model(dtype)
@@ -208,10 +208,10 @@ def main():
     arrays = {f"layers/{case}": run_layer(case) for case in LAYERS} | {"torch": np.array(torch.__version__)}
     arrays |= {f"chains/{case}": run_chain(case) for case in CHAINS}
     for dtype in DTYPES:
-        for half, found in enumerate(run(dtype)):
-            arrays[f"{dtype}/{half}/losses"] = found["losses"]
+        for half, state in enumerate(run(dtype)):
+            arrays[f"{dtype}/{half}/losses"] = state["losses"]
             for tree in ("entries", "momenta"):
-                arrays |= {f"{dtype}/{half}/{tree}/{name}": value for name, value in found[tree].items()}
+                arrays |= {f"{dtype}/{half}/{tree}/{name}": value for name, value in state[tree].items()}
     np.savez_compressed(FILE, **arrays)
 
 
