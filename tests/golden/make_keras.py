@@ -126,7 +126,7 @@ def state_of(model):
 
 
 def run():
-    """Trains for ten steps; returns losses, weights and velocities of each half, and the logits of a final evaluation."""
+    """Trains for ten steps; returns losses, weights and velocities of each half, and the logits of an evaluation."""
     import keras
 
     keras.utils.set_random_seed(0)
