@@ -32,7 +32,8 @@ docs: $(READY)  ## build docs/_build/html/docs/index.html; warnings are errors
 	@echo docs/_build/html/docs/index.html
 
 notebooks: $(READY)  ## execute the notebooks and store their outputs
-	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 check: test lint types docs slow  ## run all tests and checks on this Python
 

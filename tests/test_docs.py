@@ -100,6 +100,11 @@ def test_target_on_a_page_is_in_the_makefile(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
+@pytest.mark.parametrize("path", mentioned(r"`(?!docs/_build)((?:jaxbn|experiments|tests|docs|notebooks)/[\w./]*)`"))
+def test_path_on_a_page_exists(path):
+    assert (ROOT / path).exists()
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_module_is_in_the_reference(name):
     pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]

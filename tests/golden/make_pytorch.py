@@ -65,9 +65,8 @@ def run(case):
 
 
 def _listed(tensor):
-    return [
-        float(str(value)) for value in tensor.detach().numpy().ravel()
-    ]  # the shortest text that is read back as the same float
+    # The shortest text that reads back as the same number.
+    return [float(str(value)) for value in tensor.detach().numpy().ravel()]
 
 
 def main():
