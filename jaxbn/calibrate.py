@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import unfreeze
-from jax.typing import ArrayLike
 
 from jaxbn._core.checks import AxisNames
 from jaxbn._core.stats import BatchStats, Moments, combine, init_stats
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import Model, join, split, with_stats
 from jaxbn._models.passes import (
+    CallModel,
     CallMoments,
     CallToMeasure,
+    Mask,
     compiled,
     find_calls,
     measure_all,
@@ -40,8 +41,6 @@ from jaxbn._models.passes import (
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-CallModel = Callable[[Any, Any], Any]
-Mask = Callable[[Any], ArrayLike]
 Calls = Mapping[str, Sequence[CallToMeasure]]  # those of each layer, by path
 
 
@@ -145,7 +144,7 @@ def one_pass(
     except jax.errors.UnexpectedTracerError:
         # Calls under a bare jax.vmap or jax.lax.scan record tracers of the loop.  Under nn.scan over layers they record
         # moments with an axis for the layers, which can be stored, so that not every loop is an error.
-        _count_levels(calls)
+        _check_no_loops(calls)
         raise
     # In the order of the levels, since NaN spread: the first layer that fails is the cause.
     for path in sorted(calls, key=lambda path: calls[path][0].level or 0):
@@ -203,9 +202,9 @@ def layer_by_layer(
         )
     first, data = opened(batches)
     calls = find_calls(before, first, call)
-    levels = _count_levels(calls)
+    _check_no_loops(calls)
+    levels = max(layer_call.level or 0 for layer_calls in calls.values() for layer_call in layer_calls)
     measure_batch = compiled(measure_calls, before.definition, call, mask, use_running_average=True, by_call=True)
-
     # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
     # wrong until all levels before them are measured, and are not used.
     stats = {path: [_initial_stats(layer_call) for layer_call in layer_calls] for path, layer_calls in calls.items()}
@@ -333,19 +332,14 @@ def _check_usable(path: str, *moments: Moments) -> None:
             )
 
 
-def _count_levels(calls: Calls) -> int:
-    """Returns the number of levels; raises an error for calls in a loop, which have none."""
-    levels = set()
+def _check_no_loops(calls: Calls) -> None:
+    """Raises an error for calls in a loop, which have no level."""
     for path, layer_calls in calls.items():
-        for layer_call in layer_calls:
-            if layer_call.level is None:
-                raise ValueError(
-                    f"{path} is called inside of a loop or a branch, such as nn.scan, jax.vmap or nn.cond, where its "
-                    "calls cannot be measured one by one; call layers outside of these (remat and jit are fine), or "
-                    "unroll the loop."
-                )
-            levels.add(layer_call.level)
-    return max(levels)
+        if any(layer_call.level is None for layer_call in layer_calls):
+            raise ValueError(
+                f"{path} is called inside of a loop or a branch, such as nn.scan, jax.vmap or nn.cond, where its calls "
+                "cannot be measured one by one; unroll the loop, or use layers outside of it (remat and jit are fine)."
+            )
 
 
 def _calls_at(level: int, calls: Calls) -> Iterator[tuple[str, int]]:

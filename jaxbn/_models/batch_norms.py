@@ -41,6 +41,16 @@ class NormCall(NamedTuple):
     bias: jax.Array | None
     options: dict[str, Any]
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the layer always evaluates and keeps its statistics, which Flax's layers cannot."""
+        return self.options.get("frozen", False)
+
+    def cast(self, y: jax.Array) -> jax.Array:
+        """Casts an output to the layer's dtype, if it has one."""
+        dtype = self.options["dtype"]
+        return y if dtype is None else y.astype(dtype)
+
     def without_arrays(self) -> Self:
         """Replaces the arrays, which are tracers and must not outlive their trace, by shapes and dtypes."""
         # The options are not arrays, but some have a shape, as NumPy dtypes do.
@@ -58,26 +68,33 @@ def norm_of(call: Call) -> NormCall:
     x, use_running_average, mask = bind(*call.args, **call.kwargs)
     if use_running_average is None:
         use_running_average = layer.use_running_average
-    if isinstance(layer, flax.linen.Module):
-        # The layer's own call, which would declare its variables, may never happen.
-        mean, var = (unbox(layer.get_variable("batch_stats", name)) for name in BatchStats._fields)
-        scale, bias = (unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
-    else:
-        mean, var = (getattr(layer, name)[...] for name in BatchStats._fields)
-        scale, bias = (None if variable is None else variable[...] for variable in (layer.scale, layer.bias))
-    required = {"mean": mean, "var": var}
-    if layer.use_scale:
-        required["scale"] = scale
-    if layer.use_bias:
-        required["bias"] = bias
-    if missing := [name for name, value in required.items() if value is None]:
+    # A frozen layer evaluates even where the call asks it to train.
+    use_running_average = getattr(layer, "frozen", False) or use_running_average
+    required = {"mean": True, "var": True, "scale": layer.use_scale, "bias": layer.use_bias}
+    arrays = {name: _array_of(layer, name) for name in required}
+    if missing := [name for name, array in arrays.items() if required[name] and array is None]:
         raise ValueError(
             f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; they must be those of "
             "this model, with 'params' and 'batch_stats'; pass the result of model.init, or of training."
         )
-    # A frozen layer evaluates even where the call asks it to train.
-    use_running_average = getattr(layer, "frozen", False) or use_running_average
-    return NormCall(x, mask, use_running_average, BatchStats(mean, var), scale, bias, settings_of(layer))
+    stats = BatchStats(arrays["mean"], arrays["var"])
+    return NormCall(x, mask, use_running_average, stats, arrays["scale"], arrays["bias"], settings_of(layer))
+
+
+def kernel_of(layer: Any) -> jax.Array:
+    """Returns the kernel that a linear layer uses in this call."""
+    return _array_of(layer, "kernel")
+
+
+def _array_of(layer: Any, name: str) -> Any:
+    """Returns an array of a layer that is being called, or None if the layer has none of this name."""
+    if isinstance(layer, flax.linen.Module):
+        # Read as a variable, not as an attribute: inside of the layer's own call it would be declared first, but that
+        # call may never happen.
+        collection = "batch_stats" if name in BatchStats._fields else "params"
+        return unbox(layer.get_variable(collection, name))
+    variable = getattr(layer, name)
+    return None if variable is None else variable[...]
 
 
 def settings_of(layer: Any) -> dict[str, Any]:
@@ -100,11 +117,4 @@ def evaluated(norm: NormCall) -> jax.Array:
         axis=norm.options["axis"],
         mask=norm.mask,
     )
-    return y if norm.options["dtype"] is None else y.astype(norm.options["dtype"])
-
-
-def kernel_of(layer: Any) -> jax.Array:
-    """Returns the kernel that a linear layer uses in this call."""
-    if isinstance(layer, flax.linen.Module):
-        return unbox(layer.get_variable("params", "kernel"))
-    return layer.kernel[...]
+    return norm.cast(y)

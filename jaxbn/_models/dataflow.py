@@ -88,7 +88,8 @@ def trace(function: Callable, *arguments: Any) -> Graph:
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     fresh = itertools.count()
     operations: list[Operation] = []
-    outputs = _inline(jaxpr, [next(fresh) for _ in jaxpr.invars], operations, fresh, name=None)
+    inputs = [next(fresh) for _ in jaxpr.invars]
+    outputs = _inline(jaxpr, inputs, operations, fresh, name=None)
     # Dead code must go: a model may compute what it then drops, which would look like a second reader of a value.
     needed, alive = set(outputs), []
     for operation in reversed(operations):
@@ -99,7 +100,11 @@ def trace(function: Callable, *arguments: Any) -> Graph:
 
 
 def _inline(
-    jaxpr: Jaxpr, arguments: Sequence[int], operations: list[Operation], fresh: Iterator[int], name: str | None
+    jaxpr: Jaxpr,
+    arguments: Sequence[int],
+    operations: list[Operation],
+    fresh: Iterator[int],
+    name: str | None,
 ) -> list[int]:
     """Appends the operations of a function to a list.
 
@@ -124,10 +129,13 @@ def _inline(
         inputs = [number(atom) for atom in eqn.invars]
         called = _called_function(eqn)
         if called is None:
-            outputs = [number(var) for var in eqn.outvars]
-            primitive = eqn.primitive.name
             operation = Operation(
-                name or primitive, primitive, tuple(inputs), tuple(outputs), _mark_of(eqn), bool(eqn.effects)
+                name=name or eqn.primitive.name,
+                primitive=eqn.primitive.name,
+                inputs=tuple(inputs),
+                outputs=tuple(number(var) for var in eqn.outvars),
+                mark=_mark_of(eqn),
+                effects=bool(eqn.effects),
             )
             operations.append(operation)
         else:

@@ -111,7 +111,9 @@ def arrays_of(model: Model) -> dict[str, dict[str, Any]]:
 
 def modules(model: Model) -> dict[str, nnx.Module]:
     """Returns the modules of an nnx model by path; none of a linen model, whose submodules exist only in a call."""
-    return {} if isinstance(model.definition, flax.linen.Module) else dict(modules_in(nnx.merge(*model)))
+    if isinstance(model.definition, flax.linen.Module):
+        return {}
+    return dict(modules_in(nnx.merge(*model)))  # without copies: only to be read
 
 
 def modules_in(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
@@ -129,8 +131,10 @@ def sharing(model: Model) -> dict[str, str]:
     owners, shared = {}, {}
     for path, layer in modules(model).items():
         for variable in vars(layer).values():
-            if isinstance(variable, nnx.Variable) and owners.setdefault(id(variable), path) != path:
-                shared |= {path: owners[id(variable)], owners[id(variable)]: path}
+            if isinstance(variable, nnx.Variable):
+                owner = owners.setdefault(id(variable), path)
+                if owner != path:
+                    shared |= {path: owner, owner: path}
     return shared
 
 
@@ -144,4 +148,8 @@ def is_one_of(layer: Any, kinds: tuple[type, ...]) -> bool:
 
 def shapes(tree: Any) -> Any:
     """Replaces the arrays of a pytree by their shapes and dtypes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, tree)
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+
+    return jax.tree.map(shape, tree)

@@ -1,7 +1,7 @@
 """Passes over data: the moments of the inputs of each batch norm, and which batch norms depend on which.
 
-``call(module, batch)`` and ``mask(batch)`` are the arguments of the same names in :mod:`jaxbn.calibrate`.  Moments come
-by path of the layer, a tuple of one for each call of it.
+``call(module, batch)`` and ``mask(batch)`` are the arguments of the same names in :mod:`jaxbn.calibrate`.  Moments are
+returned by path of the layer, as a tuple with one entry for each call of the layer.
 """
 
 import dataclasses
@@ -13,16 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn._core import checks
 from jaxbn._core.checks import AxisNames
 from jaxbn._core.functional import batch_normalize
-from jaxbn._core.stats import Moments, combine, moments
+from jaxbn._core.stats import BatchStats, Moments, combine, moments
 from jaxbn._models import dataflow
 from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import Call, evaluating, run
 from jaxbn._models.model import BATCH_NORMS, Model
 
+CallModel = Callable[[Any, Any], Any]
+Mask = Callable[[Any], ArrayLike]
 CallMoments = dict[str, tuple[Moments, ...]]
 
 
@@ -49,8 +52,8 @@ def _compiled(function: Callable, *static: Any, **options: Any) -> Callable:
 
 def measure_calls(
     definition: Any,
-    call: Callable[[Any, Any], Any],
-    mask: Callable[[Any], Any] | None,
+    call: CallModel,
+    mask: Mask | None,
     arrays: Any,
     batch: Any,
     *,
@@ -68,30 +71,31 @@ def measure_calls(
       batch: passed on to ``call`` and ``mask``.
       axis_name: axes of devices that the batch is spread over.
       use_running_average: whether layers normalize with their running statistics, or with the batch.
-      by_call: whether running statistics have a row for each call of a layer, shape [calls, C].
+      by_call: whether running statistics have a row for each call of a layer, shape [calls, C]; not those of frozen
+        layers.
     """
     examples = None if mask is None else mask(batch)
 
     def handle(layer_call: Call) -> tuple[jax.Array, Moments]:
         norm = norm_of(layer_call)
         norm = norm._replace(mask=combine_masks(norm, examples, layer_call.path))
-        is_frozen = _is_frozen(norm)
-        if by_call and not is_frozen:
+        if by_call and not norm.is_frozen:
             # Not layer_call.index, which is counted on the host: nn.jit may reuse the trace of an earlier call, but
             # only if as many calls were recorded before it.
             index = len(layer_call.earlier)
-            norm = norm._replace(stats=jax.tree.map(lambda rows: rows[index], norm.stats))
+            mean, var = norm.stats
+            norm = norm._replace(stats=BatchStats(mean[index], var[index]))
         options = {"axis": norm.options["axis"], "mask": norm.mask, "axis_name": axis_name}
-        if use_running_average or is_frozen:
+        if use_running_average or norm.is_frozen:
             return evaluated(norm), moments(norm.x, **options)
         # As the layer trains, which may be with a variant of batch norm; Flax's layers have no method.
         normalize = norm.options.get("method", batch_normalize)
         options |= {"epsilon": norm.options["epsilon"], "stats": norm.stats}
         y, batch_moments = normalize(norm.x, norm.scale, norm.bias, **options)
-        dtype = norm.options["dtype"]
-        return y if dtype is None else y.astype(dtype), batch_moments
+        return norm.cast(y), batch_moments
 
-    return run(Model(definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)[1]
+    _, recorded = run(Model(definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
+    return recorded
 
 
 def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
@@ -105,8 +109,9 @@ def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches
     Returns:
       The moments, and the number of batches.
     """
-    # Pairwise summation, so that rounding grows with the logarithm of the number of batches.  Entries stand for 2^k
-    # batches, with k from large to small: after n batches there is one for each 1 in the binary digits of n.
+    # Pairwise summation, whose rounding grows with the logarithm of the number of batches (Higham 1993, The accuracy of
+    # floating point summation).  Each entry stands for 2^k batches, the first for the most: after n batches there is
+    # one for each 1 among the binary digits of n.
     partial: list[CallMoments] = []
     number = 0
     for number, batch in enumerate(batches, start=1):
@@ -126,17 +131,19 @@ def _combine_calls(a: CallMoments, b: CallMoments) -> CallMoments:
     return jax.tree.map(combine, a, b, is_leaf=lambda node: isinstance(node, Moments))
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["features", "dtype", "unbiased", "level"]
+)
 @dataclasses.dataclass(frozen=True)
 class CallToMeasure:
     """A call of a batch norm whose running statistics are to be replaced.
 
-    A call leaves a transformed block (remat, nn.jit) as a variable of the model, so only arrays may be its leaves: all
-    but ``x`` is static.
+    A record leaves a transformed block (remat, nn.jit) as a variable of the model.  Such a block returns arrays only,
+    so all but ``x`` is static.
 
     Attributes:
       x: inputs, while the model is traced; None afterwards.
-      features: shape of the statistics.
+      features: shape of the running mean.
       dtype: of the running mean.
       unbiased: whether the running variance is multiplied by m/(m - 1).
       level: number of batch norms on the longest path from the model's inputs to this call, itself included; None in a
@@ -144,28 +151,29 @@ class CallToMeasure:
     """
 
     x: Any
-    features: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    unbiased: bool = dataclasses.field(metadata={"static": True})
-    level: int | None = dataclasses.field(default=None, metadata={"static": True})
+    features: tuple[int, ...]
+    dtype: Any
+    unbiased: bool
+    level: int | None = None
 
 
-def find_calls(model: Model, batch: Any, call: Callable[[Any, Any], Any]) -> dict[str, tuple[CallToMeasure, ...]]:
+def find_calls(model: Model, batch: Any, call: CallModel) -> dict[str, tuple[CallToMeasure, ...]]:
     """Finds the calls of the batch norms whose statistics are to be replaced, by path of the layer."""
     calls: dict[str, tuple[CallToMeasure, ...]] = {}
     frozen = set()
 
     def handle(layer_call: Call) -> tuple[jax.Array, CallToMeasure | None]:
         norm = norm_of(layer_call)
-        if _is_frozen(norm):
+        if norm.is_frozen:
             frozen.add(layer_call.path)
             return evaluated(norm), None
-        norm = norm._replace(x=dataflow.mark(norm.x, "batch norm"))
-        features = tuple(norm.x.shape[axis] for axis in checks.feature_axes(norm.x.shape, norm.options["axis"]))
-        unbiased = norm.options.get("unbiased", False)
-        return evaluated(norm), CallToMeasure(norm.x, features, norm.stats.mean.dtype, unbiased)
+        # Both the output and the record depend on the marked value: the levels count it, and its level is the record's.
+        x = dataflow.mark(norm.x, "batch norm")
+        mean, unbiased = norm.stats.mean, norm.options.get("unbiased", False)
+        return evaluated(norm._replace(x=x)), CallToMeasure(x, mean.shape, mean.dtype, unbiased)
 
     def marked_inputs(arrays: Any, batch: Any) -> list[jax.Array]:
+        # The output of the model is not returned, so that the graph holds only what leads to a batch norm.
         _, recorded = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
         calls.update(jax.tree.map(lambda x: None, recorded))  # tracers must not outlive their trace
         return [layer_call.x for path in calls for layer_call in recorded[path]]
@@ -174,12 +182,13 @@ def find_calls(model: Model, batch: Any, call: Callable[[Any, Any], Any]) -> dic
     if not calls:
         raise nothing_to_measure(frozen=bool(frozen))
     levels = _levels(graph)
-    # The graph knows the marked inputs by number, in the order in which they were returned.
-    values = iter(graph.outputs)
-    return {
-        path: tuple(dataclasses.replace(layer_call, level=levels.get(next(values))) for layer_call in layer_calls)
-        for path, layer_calls in calls.items()
-    }
+    values = iter(graph.outputs)  # the numbers of the marked inputs, in the order in which they were returned
+    for path, layer_calls in calls.items():
+        # The value that a loop returns is not the marked one, and so has no level.
+        calls[path] = tuple(
+            dataclasses.replace(layer_call, level=levels.get(next(values))) for layer_call in layer_calls
+        )
+    return calls
 
 
 def _levels(graph: dataflow.Graph) -> dict[int, int]:
@@ -194,10 +203,6 @@ def _levels(graph: dataflow.Graph) -> dict[int, int]:
     return marked
 
 
-def _is_frozen(norm: NormCall) -> bool:
-    return norm.options.get("frozen", False)
-
-
 def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
     """Returns the mask of a layer's inputs: True where the layer's own mask and that of the examples are.
 
@@ -209,13 +214,15 @@ def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
     if examples is None:
         return norm.mask
     x, examples = norm.x, jnp.asarray(examples)
-    if examples.shape != x.shape[:1] or 0 in checks.feature_axes(x.shape, norm.options["axis"]):
+    features = checks.feature_axes(x.shape, norm.options["axis"])
+    if examples.shape != x.shape[:1] or 0 in features:
         raise ValueError(
             f"mask must return a boolean for each example, on the first axis of the inputs, but it returned an array "
             f"of shape {examples.shape}, and the inputs of {path} have shape {x.shape}; return one value for each "
             "example, or let the model pass masks to its layers if it moves the examples to another axis."
         )
-    masks = (checks.mask(mask, x) for mask in (examples.reshape(-1, *[1] * (x.ndim - 1)), norm.mask))
+    by_example = examples.reshape(-1, *[1] * (x.ndim - 1))
+    masks = [checks.mask(mask, x) for mask in (by_example, norm.mask)]
     return functools.reduce(jnp.logical_and, (mask for mask in masks if mask is not None))
 
 
