@@ -75,6 +75,22 @@ def test_data_that_change_from_pass_to_pass_are_refused():
         calibrate.layer_by_layer(CHAIN, CHAIN_VARIABLES, lambda: next(reads))
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer, state = nn.BatchNorm(True), 0
+        for step in range(x.shape[1]):
+            state = layer(x[:, step] + state)
+        return state
+
+
+def test_batches_with_other_calls_are_refused():
+    sequences = np.zeros((2, 3, FEATURES), np.float32)
+    variables = {collection: {"BatchNorm_0": arrays} for collection, arrays in layer_variables().items()}
+    with pytest.raises(ValueError, match="batch 2 calls layers more or less often than the first batch"):
+        calibrate.one_pass(Recurrent(), variables, [sequences[:, :1], sequences])
+
+
 # How the model is called.
 
 
