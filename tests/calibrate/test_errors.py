@@ -143,7 +143,7 @@ def test_an_error_of_the_model_on_a_batch_of_several_arrays_mentions_call():
     with pytest.raises(TypeError) as error:
         calibrate.one_pass(WithFlag(), FLAG_VARIABLES, [(X, X)], call=lambda model, batch: model(batch, train=False))
     note, *_ = error.value.__notes__
-    assert "A batch is a tuple" in note and "call=lambda module, batch: module(batch[0])." in note
+    assert "batch is a tuple" in note and "call=lambda module, batch: module(batch[0])." in note
 
 
 # Loops.
