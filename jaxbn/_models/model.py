@@ -1,7 +1,11 @@
 """One record for linen and nnx models, and their layers' arrays by path.
 
-A layer's path is its place in the model, as in "Block_0/BatchNorm_0".  A model is split into a definition, which is
-static, and a pytree of arrays, so that everything computed with a model is a pure function of arrays.
+A model is split into a definition, which is static, and a pytree of arrays, so that everything computed with a model is
+a pure function of arrays.
+
+A layer's path is its place in the model, as in "Block_0/BatchNorm_0".  In linen it is the path of the layer's scope,
+which is the same in all collections of variables, and for all calls of a layer that is shared; in nnx, the attributes
+that lead to the layer.
 """
 
 import collections
@@ -29,7 +33,7 @@ class Model(NamedTuple):
     """A linen or nnx model in two parts.
 
     Attributes:
-      definition: the linen module, or the GraphDef of the nnx module; static.
+      definition: the linen module, or the GraphDef of the nnx module; static, and hashable unless it holds arrays.
       arrays: the variables of the linen module, as nested dicts, or the State of the nnx module; a pytree.
     """
 
@@ -132,7 +136,7 @@ def sharing(model: Model) -> dict[str, str]:
     for path, layer in modules(model).items():
         for variable in vars(layer).values():
             if isinstance(variable, nnx.Variable):
-                owner = owners.setdefault(id(variable), path)
+                owner = owners.setdefault(id(variable), path)  # modules may differ, and share a Variable only
                 if owner != path:
                     shared |= {path: owner, owner: path}
     return shared
