@@ -1,18 +1,18 @@
 """Population statistics of a trained model, measured on data: precise batch norm, and AdaBN on another domain.
 
-Running averages lag behind the weights, and know nothing of weights that were averaged or of data that have shifted.
-The functions here measure the statistics anew and change nothing else.
+Running averages lag behind the weights, and are wrong for weights that were averaged and for data that have shifted.
+The functions here measure the statistics again, and change nothing else.
 
 ``model`` is a linen module with its ``variables``, or an nnx module with None in their place.  ``call(module, batch)``
-says how it evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``; only its batch norms
-(Flax's or ours, at any depth, under remat and jit) do something else meanwhile.  ``mask(batch)`` returns booleans [n],
-the examples that count, for models that hand no mask to their layers; where both say something, a position needs the
-consent of both.  Programs are compiled once for each ``call`` and ``mask``: define them once, outside of loops.  A
-layer that is ``frozen`` normalises with the statistics it has, and keeps them.
+evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``; only the batch norms (Flax's or
+ours, at any depth, under remat and jit) compute something else in it.  ``mask(batch)`` returns booleans [n], the
+examples that count, for models that do not pass masks to their layers; if a model does, a position counts if both masks
+are True there.  Programs are compiled once for each ``call`` and ``mask``, so define these once, outside of loops.  A
+``frozen`` layer normalizes with its running statistics, and keeps them.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,19 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import unfreeze
-from jax.typing import ArrayLike
 
 from jaxbn._core.checks import AxisNames
 from jaxbn._core.stats import BatchStats, Moments, combine, init_stats
 from jaxbn._models.intercept import call_model
-from jaxbn._models.model import join, split, with_stats
-from jaxbn._models.passes import find_layers, measure_all, measure_calls, nothing_to_measure, opened
+from jaxbn._models.model import Model, join, split, with_stats
+from jaxbn._models.passes import (
+    CallModel,
+    CallMoments,
+    CallToMeasure,
+    Mask,
+    compiled,
+    find_calls,
+    measure_all,
+    measure_calls,
+    nothing_to_measure,
+    opened,
+)
 
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-CallModel = Callable[[Any, Any], Any]
-Mask = Callable[[Any], ArrayLike]
+Calls = Mapping[str, Sequence[CallToMeasure]]  # those of each layer, by path
 
 
 def measure(
@@ -45,7 +54,7 @@ def measure(
     axis_name: AxisNames | None = None,
     use_running_average: bool = True,
 ) -> dict[str, Moments]:
-    """Measures the inputs of each batch norm in one batch; pure, and fit for jit, vmap and shard_map.
+    """Measures the inputs of each batch norm in one batch; a pure function, for jit, vmap and shard_map.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> batch = jnp.array([[1., 2.], [3., 5.]])
@@ -56,26 +65,26 @@ def measure(
     Args:
       model: a linen or nnx module.
       variables: of a linen module, with ``batch_stats``; None for an nnx module.
-      batch: handed on to ``call`` and ``mask``.
+      batch: passed to ``call`` and ``mask``.
       call: how the model evaluates a batch.
       mask: which examples of a batch count; None: all.
-      axis_name: name or names of the device axes that the batch is spread over, under shard_map, pmap or vmap; what the
-        layers say of it does not count.  Under jit a sharded batch needs none.
-      use_running_average: True: each layer normalises with its running statistics, so that deeper layers see what they
+      axis_name: name or names of the device axes that the batch is spread over, under shard_map, pmap or vmap; those of
+        the layers are ignored.  Under jit a sharded batch needs none.
+      use_running_average: True: each layer normalizes with its running statistics, so that deeper layers see what they
         see in evaluation; False: with this batch, as in training.
 
     Returns:
-      The moments, shape [C], by path of the layer, as in "Block_0/BatchNorm_0"; several calls of a layer combined.
+      The moments, shape [C], by path of the layer, as in "Block_0/BatchNorm_0"; several calls of a layer are combined.
 
     Raises:
       ValueError: for a model without batch norm, variables without statistics, or a mask that does not fit.
     """
-    found = measure_calls(
-        split(model, variables), batch, call, mask, axis_name=axis_name, use_running_average=use_running_average
-    )
-    if not found:
+    definition, arrays = split(model, variables)
+    options = {"axis_name": axis_name, "use_running_average": use_running_average}
+    moments = measure_calls(definition, call, mask, arrays, batch, **options)
+    if not moments:
         raise nothing_to_measure(frozen=False)
-    return _per_layer(found)
+    return _combine_by_layer(moments)
 
 
 def one_pass(
@@ -91,11 +100,11 @@ def one_pass(
 
     mean = sum_i n_i mean_i / n,  var = sum_i n_i (var_i + (mean_i - mean)^2) / n, with n_i values in batch i.
 
-    Each layer normalises a batch with the moments of that batch, as training does, so that the statistics of deeper
-    layers are those of batches of this size.  With ``use_running_average=True`` it normalises with the statistics it
-    has: the result does not depend on how the data are split, and is exact for layers with no batch norm before them.
+    Each layer normalizes a batch with the moments of that batch, as in training, so that deeper layers get the
+    statistics of batches of this size.  With ``use_running_average=True`` it normalizes with its running statistics:
+    the result does not depend on how the data are split, and is exact for layers with no batch norm before them.
 
-    After averaging weights (SWA, EMA), whose statistics nobody has measured:
+    After averaging weights (SWA, EMA), whose statistics were never measured:
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> batches = [jnp.array([[1., 2.], [3., 5.]]), jnp.array([[0., 1.], [2., 2.], [4., 0.]])]
@@ -104,17 +113,17 @@ def one_pass(
     >>> variables = jaxbn.calibrate.one_pass(model, variables | {'params': averaged}, batches)
 
     Differs from torch.optim.swa_utils.update_bn in:
-      1. Batches are weighted by their counts, and the spread of their means belongs to the variance.
-      2. Everything else evaluates meanwhile: dropout stays off.
+      1. Batches are weighted by their counts, and the variance includes the spread of their means.
+      2. Everything else is in evaluation mode: dropout is off.
 
     Args:
       model: a linen or nnx module.
       variables: of a linen module, with ``batch_stats``; None for an nnx module.
-      batches: an iterable of batches, or a function that returns one.  Each shape of a batch is compiled for itself:
+      batches: an iterable of batches, or a function that returns one.  Each new shape of a batch is compiled:
         :func:`jaxbn.pad_batch` fills up a smaller last one, and ``mask`` leaves out the padding.
       call: how the model evaluates a batch.
       mask: which examples of a batch count; None: all.
-      use_running_average: whether layers normalise with the statistics they have, and not with the batch.
+      use_running_average: whether layers normalize with their running statistics instead of the batch.
 
     Returns:
       The variables with new ``mean`` and ``var`` in ``batch_stats``, or a copy of the nnx module with them.
@@ -126,17 +135,21 @@ def one_pass(
     References:
       Wu and Johnson 2021, arXiv:2105.07576, section 3; Izmailov et al. 2018, arXiv:1803.05407 (SWA).
     """
-    given = split(model, variables)
+    before = split(model, variables)
     first, data = opened(batches)
-    layers = find_layers(given, first, call)
+    calls = find_calls(before, first, call)
+    measure_batch = compiled(measure_calls, before.definition, call, mask, use_running_average=use_running_average)
     try:
-        found, _ = measure_all(given, data, call, mask, use_running_average=use_running_average)
+        moments, _ = measure_all(measure_batch, before.arrays, data)
     except jax.errors.UnexpectedTracerError:
-        _refuse_loops(layers)
+        # Calls under a bare jax.vmap or jax.lax.scan record tracers of the loop.  Under nn.scan over layers they record
+        # moments with an axis for the layers, which can be stored, so that not every loop is an error.
+        _check_no_loops(calls)
         raise
-    for path in sorted(layers, key=lambda path: layers[path][0].x or 0):  # the first that fails is the cause
-        _refuse_useless(path, *jax.device_get(found[path]))
-    return _stored(given, layers, found)
+    # In the order of the levels, since NaN spread: the first layer that fails is the cause.
+    for path in sorted(calls, key=lambda path: calls[path][0].level or 0):
+        _check_usable(path, *jax.device_get(moments[path]))
+    return _with_moments(before, calls, moments)
 
 
 def layer_by_layer(
@@ -150,12 +163,12 @@ def layer_by_layer(
     """Replaces the running statistics by those of the data, so that deeper layers see calibrated inputs: exact.
 
     The result is what a training-mode forward pass of all the data as one batch would measure, however they are split.
-    Each call of a layer is normalised with the moments of its own inputs over all the data while deeper ones are
+    Each call of a layer is normalized with the moments of its own inputs over all the data while deeper ones are
     measured; a layer that is called several times stores the combination of its calls.  Calls that do not depend on
-    each other are measured in the same pass: the data are read as often as there are batch norms on the longest way
+    each other are measured in the same pass: the data are read as often as there are batch norms on the longest path
     through the model, 19 times for ResNet-20.
 
-    On data of another domain this is AdaBN, and :func:`blend` goes a part of the way:
+    On data of another domain this is AdaBN, and :func:`blend` goes part of the way:
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> target = [jnp.array([[1., 2.], [3., 5.]]), jnp.array([[0., 1.]])]
@@ -181,33 +194,39 @@ def layer_by_layer(
     References:
       Li et al. 2016, arXiv:1603.04779 (AdaBN); Wu and Johnson 2021, arXiv:2105.07576, section 3.
     """
-    given = split(model, variables)
+    before = split(model, variables)
     if isinstance(batches, Iterator):
         raise ValueError(
             f"batches is a {type(batches).__name__}, which can be read only once, but layer_by_layer reads the data "
-            "once for each level of layers; pass a list, or a function that returns an iterator; or use one_pass."
+            "once for each level of layers; pass a list or a function that returns an iterator, or use one_pass."
         )
     first, data = opened(batches)
-    layers = find_layers(given, first, call)
-    _refuse_loops(layers)
-    known = {path: [_start(one) for one in calls] for path, calls in layers.items()}
-    found, reads = {}, []
-    for level in range(1, 1 + max(one.x for calls in layers.values() for one in calls)):
-        data = data if level == 1 else opened(batches)[1]
-        stats = {path: jax.tree.map(lambda *rows: np.stack(rows), *calls) for path, calls in known.items()}
-        found, read = measure_all(with_stats(given, stats), data, call, mask, use_running_average=True, by_call=True)
-        reads.append(read)
-        if read != reads[0]:
+    calls = find_calls(before, first, call)
+    _check_no_loops(calls)
+    levels = max(layer_call.level or 0 for layer_calls in calls.values() for layer_call in layer_calls)
+    measure_batch = compiled(measure_calls, before.definition, call, mask, use_running_average=True, by_call=True)
+    # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
+    # wrong until all levels before them are measured, and are not used.
+    stats = {path: [_initial_stats(layer_call) for layer_call in layer_calls] for path, layer_calls in calls.items()}
+    moments, number = {}, 0
+    for level in range(1, levels + 1):
+        if level > 1:
+            _, data = opened(batches)
+        rows = {path: jax.tree.map(lambda *by_call: np.stack(by_call), *stats[path]) for path in calls}
+        moments, number_read = measure_all(measure_batch, with_stats(before, rows).arrays, data)
+        number = number or number_read
+        if number_read != number:
             raise ValueError(
-                f"batches gave {reads[0]} batches at first and {read} when read again, but the data must be the same "
-                "each time; pass a list, or a function that returns a new iterator."
+                f"batches gave {number} batches at first and {number_read} when read again, but the data must be the "
+                "same each time; pass a list, or a function that returns a new iterator."
             )
-        for path, index in ((p, i) for p, calls in layers.items() for i, one in enumerate(calls) if one.x == level):
-            # By way of the host: where the arrays lie is a part of what a program is compiled for.
-            measured = jax.device_get(found[path][index])
-            _refuse_useless(path, measured)
-            known[path][index] = BatchStats(measured.mean, measured.var)
-    return _stored(given, layers, found)
+        for path, index in _calls_at(level, calls):
+            # By way of the host: a jitted function is compiled again for arrays on other devices.
+            measured = jax.device_get(moments[path][index])
+            _check_usable(path, measured)
+            stats[path][index] = BatchStats(measured.mean, measured.var)
+    # The last pass measured the inputs of all levels, with the statistics of those before them.
+    return _with_moments(before, calls, moments)
 
 
 def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
@@ -237,22 +256,23 @@ def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
     """
     if not isinstance(source_weight, jax.core.Tracer) and not 0 <= source_weight <= 1:
         raise ValueError(
-            f"source_weight={source_weight} is outside [0, 1]; it is the weight of the source's statistics; "
-            "use N / (N + n) for n target examples and a source that is worth N."
+            f"source_weight must be in [0, 1], got {source_weight}; it is the weight of the source's statistics: pass "
+            "N / (N + n) for n target examples and a source that is worth N."
         )
-    stats = [_batch_stats(one) for one in (source, target)]
-    shapes = [jax.tree.map(jnp.shape, one) for one in stats]
-    if shapes[0] != shapes[1] or isinstance(source, nnx.Module) != isinstance(target, nnx.Module):
+    source_stats, target_stats = _batch_stats(source), _batch_stats(target)
+    source_shapes, target_shapes = jax.tree.map(jnp.shape, source_stats), jax.tree.map(jnp.shape, target_stats)
+    if source_shapes != target_shapes or isinstance(source, nnx.Module) != isinstance(target, nnx.Module):
         raise ValueError(
-            f"source has statistics of shapes {shapes[0]}, and target of shapes {shapes[1]}; accepted are two states "
-            "of one model; calibrate the source on target data, and blend the source with what that returns."
+            f"source and target must be two states of one model, got statistics of shapes {source_shapes} and "
+            f"{target_shapes}; calibrate the source on target data, and blend the source with the result."
         )
 
-    def mix(path, s, t):
+    def mix(path: tuple, s: jax.Array, t: jax.Array) -> jax.Array:
+        # The last key is the variable's name; in nnx, indices of lists have none.  Counters stay those of the target.
         *_, name = (step.key for step in path if hasattr(step, "key"))
         return (source_weight * s + (1 - source_weight) * t).astype(t.dtype) if name in BatchStats._fields else t
 
-    mixed = jax.tree_util.tree_map_with_path(mix, *stats)
+    mixed = jax.tree_util.tree_map_with_path(mix, source_stats, target_stats)
     if not isinstance(target, nnx.Module):
         return {**target, "batch_stats": mixed}
     blended, _ = join(split(target, None))
@@ -260,61 +280,71 @@ def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
     return blended
 
 
-def _batch_stats(one):
-    """Returns the running statistics of a model by name."""
-    if isinstance(one, nnx.Module):
-        return nnx.to_pure_dict(nnx.state(one, nnx.BatchStat))
-    if isinstance(one, Mapping) and "batch_stats" in one:
-        return unfreeze(one["batch_stats"])
+def _batch_stats(state: Any) -> Any:
+    """Returns the running statistics in the variables of a linen model, or in an nnx module."""
+    if isinstance(state, nnx.Module):
+        return nnx.to_pure_dict(nnx.state(state, nnx.BatchStat))
+    if isinstance(state, Mapping) and "batch_stats" in state:
+        return unfreeze(state["batch_stats"])
     raise ValueError(
-        f"a {type(one).__name__} was given; accepted are two nnx modules, or the variables of a linen module twice, "
-        "with 'batch_stats' in them; pass what was calibrated, and what it was before."
+        f"source and target must be two nnx modules, or the variables of a linen module with 'batch_stats', got a "
+        f"{type(state).__name__}; pass the model before and after calibration."
     )
 
 
-def _start(call):
-    """Returns the statistics of a call that is not measured yet; what it hands on is not looked at."""
-    return jax.device_get(init_stats(call.features, dtype=jnp.promote_types(call.dtype, jnp.float32)))
+def _initial_stats(layer_call: CallToMeasure) -> BatchStats:
+    """Returns mean 0 and variance 1, for a call that is not measured yet."""
+    # In float32 at least, as measured statistics are, so that a program of all levels sees the same dtypes.
+    dtype = jnp.promote_types(layer_call.dtype, jnp.float32)
+    return jax.device_get(init_stats(layer_call.features, dtype=dtype))
 
 
-def _per_layer(found):
-    return {path: functools.reduce(combine, calls) for path, calls in found.items()}
+def _combine_by_layer(moments: CallMoments) -> dict[str, Moments]:
+    return {path: functools.reduce(combine, of_calls) for path, of_calls in moments.items()}
 
 
-def _stored(model, layers, found):
-    """Returns the linen variables, or the nnx module, with what was found in place of the running statistics."""
+def _with_moments(model: Model, calls: Calls, moments: CallMoments) -> Any:
+    """Returns the linen variables, or the nnx module, with measured moments as running statistics."""
     stats = {}
-    for path, (mean, var, count) in _per_layer({path: found[path] for path in layers}).items():
-        layer = layers[path][0]
-        if layer.unbiased:
+    for path, (mean, var, count) in _combine_by_layer({path: moments[path] for path in calls}).items():
+        layer_call, *_ = calls[path]
+        if layer_call.unbiased:
             var = var * (count / jnp.maximum(count - 1, 1))
-        dtype = mean.dtype if jnp.iscomplexobj(mean) else layer.dtype
+        dtype = mean.dtype if jnp.iscomplexobj(mean) else layer_call.dtype
         stats[path] = BatchStats(mean.astype(dtype), var.astype(jnp.finfo(dtype).dtype))
     module, variables = join(with_stats(model, stats))
     return module if variables is None else variables
 
 
-def _refuse_useless(path, *calls):
-    """Refuses moments that nothing can be normalised with."""
-    for mean, var, count in calls:
+def _check_usable(path: str, *moments: Moments) -> None:
+    """Raises an error for moments that cannot be normalized with."""
+    for mean, var, count in moments:
         if not (count > 0).all():
             raise ValueError(
-                f"{(count == 0).sum()} of the {count.size} features of {path} have no value behind them; "
-                "at least one example must count; check the mask, or give more batches."
+                f"{(count == 0).sum()} of the {count.size} features of {path} have no value behind them, but at least "
+                "one example must count; check the mask, or pass more batches."
             )
         wrong = ~(np.isfinite(mean) & np.isfinite(var))
         if wrong.any():
             raise ValueError(
-                f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features; statistics of them "
+                f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features, so their statistics "
                 "would not be either; look for NaN in the data and the parameters, or mask those examples out."
             )
 
 
-def _refuse_loops(layers):
-    for path, calls in layers.items():
-        if any(one.x is None for one in calls):
+def _check_no_loops(calls: Calls) -> None:
+    """Raises an error for calls in a loop, which have no level."""
+    for path, layer_calls in calls.items():
+        if any(layer_call.level is None for layer_call in layer_calls):
             raise ValueError(
-                f"{path} is called inside of a loop or a branch, such as nn.scan, jax.vmap or nn.cond, out of which "
-                "the moments of a single call cannot be had; accepted are layers called outside of these, under remat "
-                "and jit too; unroll the loop."
+                f"{path} is called inside of a loop or a branch, such as nn.scan, jax.vmap or nn.cond, where its calls "
+                "cannot be measured one by one; unroll the loop, or use layers outside of it (remat and jit are fine)."
             )
+
+
+def _calls_at(level: int, calls: Calls) -> Iterator[tuple[str, int]]:
+    """Yields path of the layer and index of each call at this level."""
+    for path, layer_calls in calls.items():
+        for index, layer_call in enumerate(layer_calls):
+            if layer_call.level == level:
+                yield path, index

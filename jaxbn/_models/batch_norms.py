@@ -1,4 +1,4 @@
-"""What an intercepted call of a batch norm or a linear layer has: inputs, arrays and settings."""
+"""Intercepted calls of batch norms and linear layers: their inputs, arrays and options, alike for linen and nnx."""
 
 import inspect
 from typing import Any, NamedTuple, Self
@@ -14,23 +14,23 @@ from jaxbn._core.stats import BatchStats
 from jaxbn._models.intercept import Call
 from jaxbn._models.model import shapes
 
+# A clause of the messages about models in which no batch norm is called.
 WITH_BATCH_NORM = (
-    "accepted are models that call flax.linen.BatchNorm, flax.nnx.BatchNorm or those of jaxbn, or subclasses with the "
-    "same __call__"
+    "the model must call flax.linen.BatchNorm, flax.nnx.BatchNorm, one of jaxbn's, or a subclass with the same __call__"
 )
 
 
-class Norm(NamedTuple):
-    """What a call gives to a batch norm, and what the layer has.
+class NormCall(NamedTuple):
+    """One call of a batch norm.
 
     Attributes:
       x: inputs, shape [..., C].
       mask: booleans that broadcast to ``x``, or None.
-      use_running_average: whether this call evaluates; None where nobody says.
+      use_running_average: whether this call evaluates; None if neither the layer nor the call says.
       stats: running statistics, shape [C].
       scale: shape [C], or None.
       bias: shape [C], or None.
-      options: as :func:`settings_of` returns them.
+      options: constructor arguments, see :func:`settings_of`.
     """
 
     x: jax.Array
@@ -41,47 +41,72 @@ class Norm(NamedTuple):
     bias: jax.Array | None
     options: dict[str, Any]
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the layer always evaluates and keeps its statistics, which Flax's layers cannot."""
+        return self.options.get("frozen", False)
+
+    def cast(self, y: jax.Array) -> jax.Array:
+        """Casts an output to the layer's dtype, if it has one."""
+        dtype = self.options["dtype"]
+        return y if dtype is None else y.astype(dtype)
+
     def without_arrays(self) -> Self:
-        """Returns it with shapes and dtypes for its arrays, which are tracers."""
+        """Replaces the arrays, which are tracers and must not outlive their trace, by shapes and dtypes."""
+        # The options are not arrays, but some have a shape, as NumPy dtypes do.
         return shapes(self._replace(options={}))._replace(options=self.options)
 
 
-def norm_of(call: Call) -> Norm:
-    """Returns the inputs, arrays and settings of a batch norm that is called."""
+def norm_of(call: Call) -> NormCall:
+    """Reads inputs, arrays and options of a batch norm that is being called."""
 
-    def given(x, use_running_average=None, *, mask=None):
+    # The signature of all four layers, which binds the arguments.
+    def bind(x, use_running_average=None, *, mask=None):
         return x, use_running_average, mask
 
     layer = call.layer
-    x, use_running_average, mask = given(*call.args, **call.kwargs)
-    mode = layer.use_running_average if use_running_average is None else use_running_average
-    if isinstance(layer, flax.linen.Module):
-        mean, var = (unbox(layer.get_variable("batch_stats", name)) for name in BatchStats._fields)
-        scale, bias = (unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
-    else:
-        mean, var = (getattr(layer, name)[...] for name in BatchStats._fields)
-        scale, bias = (None if v is None else v[...] for v in (layer.scale, layer.bias))
-    needed = {"mean": mean, "var": var}
-    needed |= {"scale": scale} if layer.use_scale else {}
-    needed |= {"bias": bias} if layer.use_bias else {}
-    if missing := [name for name, value in needed.items() if value is None]:
+    x, use_running_average, mask = bind(*call.args, **call.kwargs)
+    if use_running_average is None:
+        use_running_average = layer.use_running_average
+    # A frozen layer evaluates even where the call asks it to train.
+    use_running_average = getattr(layer, "frozen", False) or use_running_average
+    required = {"mean": True, "var": True, "scale": layer.use_scale, "bias": layer.use_bias}
+    arrays = {name: _array_of(layer, name) for name in required}
+    if missing := [name for name, array in arrays.items() if required[name] and array is None]:
         raise ValueError(
-            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; accepted are those of "
-            "this model, in 'params' and 'batch_stats'; pass what model.init returns, or what training has made of it."
+            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; they must be those of "
+            "this model, with 'params' and 'batch_stats'; pass the result of model.init, or of training."
         )
-    frozen = getattr(layer, "frozen", False)
-    return Norm(x, mask, frozen or mode, BatchStats(mean, var), scale, bias, settings_of(layer))
+    stats = BatchStats(arrays["mean"], arrays["var"])
+    return NormCall(x, mask, use_running_average, stats, arrays["scale"], arrays["bias"], settings_of(layer))
+
+
+def kernel_of(layer: Any) -> jax.Array:
+    """Returns the kernel that a linear layer uses in this call."""
+    return _array_of(layer, "kernel")
+
+
+def _array_of(layer: Any, name: str) -> Any:
+    """Returns an array of a layer that is being called, or None if the layer has none of this name."""
+    if isinstance(layer, flax.linen.Module):
+        # Read as a variable, not as an attribute: inside of the layer's own call it would be declared first, but that
+        # call may never happen.
+        collection = "batch_stats" if name in BatchStats._fields else "params"
+        return unbox(layer.get_variable(collection, name))
+    variable = getattr(layer, name)
+    return None if variable is None else variable[...]
 
 
 def settings_of(layer: Any) -> dict[str, Any]:
-    """Returns the arguments with which our batch norm of the same framework does what this one does."""
+    """Returns constructor arguments with which jaxbn's layer of the same framework computes what this layer does."""
     ours = jaxbn.linen.BatchNorm if isinstance(layer, flax.linen.Module) else jaxbn.nnx.BatchNorm
     names = [name for name in inspect.signature(ours.__init__).parameters if name not in ("parent", "name")]
+    # Flax's layers lack some, whose defaults do what Flax does.
     return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
-def evaluated(norm: Norm) -> jax.Array:
-    """Returns the inputs of a batch norm, normalised with its running statistics."""
+def evaluated(norm: NormCall) -> jax.Array:
+    """Normalizes the inputs of a batch norm with its running statistics."""
     y, _ = batch_norm(
         norm.x,
         norm.stats,
@@ -92,11 +117,4 @@ def evaluated(norm: Norm) -> jax.Array:
         axis=norm.options["axis"],
         mask=norm.mask,
     )
-    return y if norm.options["dtype"] is None else y.astype(norm.options["dtype"])
-
-
-def kernel_of(layer: Any) -> jax.Array:
-    """Returns the kernel that a linear layer uses in this call."""
-    if isinstance(layer, flax.linen.Module):
-        return unbox(layer.get_variable("params", "kernel"))
-    return layer.kernel[...]
+    return norm.cast(y)

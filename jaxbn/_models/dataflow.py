@@ -1,35 +1,41 @@
-"""What flows where in a traced program: its operations in one flat list, those of nested functions among them.
+"""The data flow of a traced program: which operation makes each value, and which operations read it.
 
-Values are marked with :func:`mark` while the program is traced, and found again by their names.  Loops and branches
-(scan, while, cond) stay single operations; what is marked inside of them is not found.
+The operations of nested functions (jit, remat, custom_jvp) are inlined, so that a path through the graph does not stop
+at their borders.  Values of interest are marked with :func:`mark` while the program is traced, and found by name in
+the graph.  Loops and branches (scan, while, cond) stay single operations, because what happens inside of them happens
+any number of times; marks inside of them are not found.
 """
 
 import collections
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# Operations that hand on the value they get, in another dtype or place at most.
+# Primitives with one input that return its values, perhaps in another dtype or on other devices.
 _HAND_ON = {"convert_element_type", "sharding_constraint", "copy", "name", "optimization_barrier", "pvary"}
+# Primitives that call a function once, and do nothing else.  Their names differ between versions of JAX.
 _CALLS = {"jit", "pjit", "closed_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-_LONGEST_NAMED = 8  # operations of a function that is spoken of by its name; longer ones are parts of the model
-_MARK = "jaxbn "
+# Functions of at most so many equations, such as relu or softmax, lend their name to their operations.  A longer one is
+# a block of the model, whose name would not tell the user which operation is meant.
+_LONGEST_NAMED = 8
+# Tells our names apart from those that the model gives with checkpoint_name.
+_PREFIX = "jaxbn "
 
 
 class Operation(NamedTuple):
-    """One operation.
+    """One operation of a traced program.
 
     Attributes:
-      name: what it does, as users know it: the nearest function with a name, such as relu, or the primitive.
+      name: for messages: the innermost short function around it, such as relu, or the primitive.
       primitive: name of the primitive.
       inputs: numbers of the values that it reads.
       outputs: numbers of the values that it makes.
-      mark: what :func:`mark` called its value, or None.
-      effects: whether it does something besides.
+      mark: the name that :func:`mark` gave to its value, or None.
+      effects: whether it has side effects, such as printing.
     """
 
     name: str
@@ -41,10 +47,10 @@ class Operation(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A program.
+    """A traced program.
 
     Attributes:
-      operations: in an order in which they can be computed.
+      operations: each after those whose values it reads.
       outputs: numbers of the values that the program returns.
     """
 
@@ -52,7 +58,7 @@ class Graph(NamedTuple):
     outputs: tuple[int, ...]
 
     def marked(self) -> dict[str, Operation]:
-        """Returns the marks that can be found, by name."""
+        """Returns the operations that carry a mark, by its name."""
         return {operation.mark: operation for operation in self.operations if operation.mark is not None}
 
     def maker(self, value: int) -> Operation | None:
@@ -60,60 +66,99 @@ class Graph(NamedTuple):
         return next((operation for operation in self.operations if value in operation.outputs), None)
 
     def readers(self, value: int) -> list[Operation | None]:
-        """Returns the operations that read a value, and None for each time that the program returns it."""
-        found = [operation for operation in self.operations for read in operation.inputs if read == value]
-        return [*found, *[None] * self.outputs.count(value)]
+        """Returns the operation for each time that a value is read, and None for each time that it is returned."""
+        reading = [operation for operation in self.operations for read in operation.inputs if read == value]
+        return [*reading, *[None] * self.outputs.count(value)]
 
 
 def mark(x: jax.Array, name: str) -> jax.Array:
-    """Returns ``x``, to be found in the graph by this name."""
-    return checkpoint_name(x, _MARK + name)
+    """Returns ``x`` unchanged; in the graph of the program, the operation that makes it has this name."""
+    # checkpoint_name is the one identity that JAX offers with a name in the jaxpr.  It costs nothing in a compiled
+    # program, and survives vmap and grad.
+    return checkpoint_name(x, _PREFIX + name)
 
 
 def hands_on(operation: Operation) -> bool:
-    """Says whether an operation returns the one value that it gets, in another dtype or place at most."""
+    """Tests whether an operation returns its only input, perhaps in another dtype or on other devices."""
     return operation.mark is None and operation.primitive in _HAND_ON and len(operation.inputs) == 1
 
 
 def trace(function: Callable, *arguments: Any) -> Graph:
-    """Returns the graph of a function of arrays, without operations that nobody reads."""
+    """Traces a function of arrays, and leaves out operations on which neither result nor side effect depends."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     fresh = itertools.count()
-    operations = []
-    outputs = _flatten(jaxpr, [next(fresh) for _ in jaxpr.invars], operations, fresh, None)
-    read, alive = set(outputs), []
+    operations: list[Operation] = []
+    inputs = [next(fresh) for _ in jaxpr.invars]
+    outputs = _inline(jaxpr, inputs, operations, fresh, name=None)
+    # Dead code must go: a model may compute what it then drops, which would look like a second reader of a value.
+    needed, alive = set(outputs), []
     for operation in reversed(operations):
-        if read & {*operation.outputs} or operation.effects:
-            read |= {*operation.inputs}
+        if operation.effects or not needed.isdisjoint(operation.outputs):
+            needed.update(operation.inputs)
             alive.append(operation)
     return Graph(alive[::-1], tuple(outputs))
 
 
-def _flatten(jaxpr, arguments, operations, fresh, name):
-    """Appends the operations of a jaxpr that gets the values of these numbers; returns the numbers of its results."""
+def _inline(
+    jaxpr: Jaxpr,
+    arguments: Sequence[int],
+    operations: list[Operation],
+    fresh: Iterator[int],
+    name: str | None,
+) -> list[int]:
+    """Appends the operations of a function to a list.
+
+    Args:
+      jaxpr: the function.
+      arguments: numbers of the values it is called with.
+      operations: the list.
+      fresh: yields numbers of new values.
+      name: that of the short function around it, if any.
+
+    Returns:
+      The numbers of its results.
+    """
+    # JAX traces a function once and reuses the jaxpr, and so its variables, in every call: a variable is known by a
+    # number only within this call.  Variables without one so far are results of operations, or constants.
     numbers = collections.defaultdict(lambda: next(fresh), zip(jaxpr.invars, arguments, strict=True))
 
     def number(atom):
-        return next(fresh) if isinstance(atom, Literal) else numbers[atom]
+        return next(fresh) if isinstance(atom, Literal) else numbers[atom]  # a literal is a new constant each time
 
     for eqn in jaxpr.eqns:
-        inputs, inner = [number(atom) for atom in eqn.invars], _function_called(eqn)
-        if inner is None:
-            mark = eqn.params["name"] if eqn.primitive.name == "name" else ""
-            mark = mark.removeprefix(_MARK) if mark.startswith(_MARK) else None
-            outputs = [number(var) for var in eqn.outvars]
-            what = (name or eqn.primitive.name, eqn.primitive.name)
-            operations.append(Operation(*what, tuple(inputs), tuple(outputs), mark, bool(eqn.effects)))
+        inputs = [number(atom) for atom in eqn.invars]
+        called = _called_function(eqn)
+        if called is None:
+            operation = Operation(
+                name=name or eqn.primitive.name,
+                primitive=eqn.primitive.name,
+                inputs=tuple(inputs),
+                outputs=tuple(number(var) for var in eqn.outvars),
+                mark=_mark_of(eqn),
+                effects=bool(eqn.effects),
+            )
+            operations.append(operation)
         else:
-            given = eqn.params.get("name", "")
-            named = given if given.isidentifier() and len(inner.eqns) <= _LONGEST_NAMED else None
-            numbers.update(zip(eqn.outvars, _flatten(inner, inputs, operations, fresh, named or name), strict=True))
+            function_name = eqn.params.get("name", "")
+            # A lambda is called "<lambda>", which is no name.
+            is_short = function_name.isidentifier() and len(called.eqns) <= _LONGEST_NAMED
+            results = _inline(called, inputs, operations, fresh, function_name if is_short else name)
+            numbers.update(zip(eqn.outvars, results, strict=True))
     return [number(atom) for atom in jaxpr.outvars]
 
 
-def _function_called(eqn):
-    """Returns the function that an operation only calls, or None."""
+def _mark_of(eqn: JaxprEqn) -> str | None:
+    """Returns the name that :func:`mark` gave to the value of an equation, or None."""
+    if eqn.primitive.name != "name" or not eqn.params["name"].startswith(_PREFIX):
+        return None
+    return eqn.params["name"].removeprefix(_PREFIX)
+
+
+def _called_function(eqn: JaxprEqn) -> Jaxpr | None:
+    """Returns the function that an equation only calls, or None if it does something else."""
     if eqn.primitive.name not in _CALLS:
         return None
-    (inner,) = (value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr))
-    return inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+    # The parameter is called jaxpr or call_jaxpr.  The derivatives of custom_jvp_call and custom_vjp_call are no jaxprs
+    # yet, but functions that wait to be traced.
+    (called,) = (value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr))
+    return called.jaxpr if isinstance(called, ClosedJaxpr) else called

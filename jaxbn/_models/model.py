@@ -1,8 +1,11 @@
-"""A linen or nnx model in two parts, a definition and its arrays, and the arrays of its layers by path.
+"""One record for linen and nnx models, and their layers' arrays by path.
 
-A layer's path is its place in the model, as in "Block_0/BatchNorm_0".  The definition is a linen module, or the
-GraphDef of an nnx module; the arrays are the variables, or the State.  So whatever is computed with a model is a pure
-function of arrays.
+A model is split into a definition, which is static, and a pytree of arrays, so that everything computed with a model is
+a pure function of arrays.
+
+A layer's path is its place in the model, as in "Block_0/BatchNorm_0".  In linen it is the path of the layer's scope,
+which is the same in all collections of variables, and for all calls of a layer that is shared; in nnx, the attributes
+that lead to the layer.
 """
 
 import collections
@@ -20,7 +23,6 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._core.stats import BatchStats
 
-# A subclass that overrides __call__ is another layer: see is_one_of.
 BATCH_NORMS = (flax.linen.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn.nnx.BatchNorm)
 CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
 DENSE = (flax.linen.Dense, flax.linen.DenseGeneral, nnx.Linear, nnx.LinearGeneral)
@@ -28,76 +30,82 @@ LINEAR = (*CONVOLUTIONS, *DENSE)
 
 
 class Model(NamedTuple):
-    """A model in two parts: ``definition`` is static and hashable, ``arrays`` is a pytree."""
+    """A linen or nnx model in two parts.
+
+    Attributes:
+      definition: the linen module, or the GraphDef of the nnx module; static, and hashable unless it holds arrays.
+      arrays: the variables of the linen module, as nested dicts, or the State of the nnx module; a pytree.
+    """
 
     definition: Any
     arrays: Any
 
 
 def split(model: Any, variables: Mapping | None) -> Model:
-    """Takes a linen module with its variables, or an nnx module with None, apart."""
+    """Splits a linen module with its variables, or an nnx module with None, into definition and arrays."""
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise ValueError(
-                "variables are given beside an nnx model, which holds its own; pass None in their place, "
-                "or nnx.update(model, ...) first."
+                "variables must be None for an nnx model, which holds its own; pass None, or nnx.update(model, ...) "
+                "first."
             )
         return Model(*nnx.split(model))
     if not isinstance(model, flax.linen.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(
-            f"the model is {given}; accepted are a flax.linen.Module and an nnx.Module; "
-            "pass the module itself, not its class, and not its apply function."
+            f"the model must be a flax.linen.Module or an nnx.Module, got {got}; pass the module itself, not its "
+            "class, and not its apply function."
         )
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
-        given = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
-            f"variables of a linen model with batch norm have the collection 'batch_stats', but {given} was given; "
-            "pass what model.init returns, or {'params': params, 'batch_stats': batch_stats}; "
-            "for a model without batch norm there is nothing to do."
+            f"variables must have the collection 'batch_stats', as those of a linen model with batch norm do, got "
+            f"{got}; pass the result of model.init, or {{'params': params, 'batch_stats': batch_stats}}; a model "
+            "without batch norm needs no change."
         )
+    # Copies all dicts, so that nothing here can change the caller's; takes FrozenDicts and other mappings too.
     return Model(model, unfreeze({**variables}))
 
 
 def join(model: Model) -> tuple[Any, Any]:
-    """Undoes :func:`split`: the linen module and its variables, or an nnx module and None."""
+    """Undoes :func:`split`: returns the linen module and its variables, or an nnx module and None."""
     if isinstance(model.definition, flax.linen.Module):
         return model.definition, model.arrays
     return merged(model), None
 
 
 def merged(model: Model) -> nnx.Module:
-    """Returns an nnx module with variables of its own: those of the one that was split stay as they are."""
+    """Rebuilds an nnx module, with copies of the variables."""
+    # nnx.split and nnx.merge pass on the Variable objects themselves: without a copy, the user's module would see every
+    # update of this one.
     return nnx.merge(*model, copy=True)
 
 
 def with_stats(model: Model, stats: Mapping[str, BatchStats]) -> Model:
-    """Returns the model with other running statistics in the layers at these paths."""
+    """Returns the model with new running statistics in the layers at these paths."""
     if isinstance(model.definition, flax.linen.Module):
-        arrays = jax.tree.map(lambda leaf: leaf, model.arrays)
+        arrays = jax.tree.map(lambda leaf: leaf, model.arrays)  # new dicts, same leaves
         for path, new in stats.items():
-            _at(arrays["batch_stats"], path).update(new._asdict())
+            layer = arrays["batch_stats"]
+            for name in path.split("/") if path else ():  # the path of a model that is itself a batch norm is ""
+                layer = layer[name]
+            layer.update(new._asdict())
         return Model(model.definition, arrays)
-    changed = merged(model)
-    for path, layer in modules_in(changed):
-        for name, value in stats[path]._asdict().items() if path in stats else ():
-            getattr(layer, name).set_value(value)
-    return Model(*nnx.split(changed))
-
-
-def _at(tree, path):
-    """Returns what nested dicts hold at a path, or nothing."""
-    for step in path.split("/") if path else ():
-        tree = tree.get(step, {})
-    return tree
+    module = merged(model)
+    for path, layer in modules_in(module):
+        if path in stats:
+            for name, value in stats[path]._asdict().items():
+                getattr(layer, name).set_value(value)
+    return Model(*nnx.split(module))
 
 
 def arrays_of(model: Model) -> dict[str, dict[str, Any]]:
-    """Returns the parameters and statistics of each layer by name, by its path."""
+    """Collects the parameters and statistics of each layer, by path and then by name."""
     arrays = collections.defaultdict(dict)
     if isinstance(model.definition, flax.linen.Module):
         for collection in ("params", "batch_stats"):
             for (*path, name), value in flatten_dict(model.arrays.get(collection, {})).items():
+                # Initializers under nn.with_partitioning put their arrays in boxes that carry the axis names.
                 arrays["/".join(path)][name] = unbox(value)
         return arrays
     for path, layer in modules(model).items():
@@ -106,32 +114,46 @@ def arrays_of(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def modules(model: Model) -> dict[str, nnx.Module]:
-    """Returns the modules in an nnx model by path; none of a linen model, whose modules exist while it is called."""
-    return {} if isinstance(model.definition, flax.linen.Module) else dict(modules_in(nnx.merge(*model)))
+    """Returns the modules of an nnx model by path; none of a linen model, whose submodules exist only in a call."""
+    if isinstance(model.definition, flax.linen.Module):
+        return {}
+    return dict(modules_in(nnx.merge(*model)))  # without copies: only to be read
 
 
 def modules_in(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yields the path and the object of an nnx module and of all in it, each once."""
+    """Yields the path and the object of an nnx module and of each module in it.
+
+    An nnx model is a graph: a module that is reachable on several paths is one object, and comes once, with the first.
+    """
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             yield "/".join(map(str, path)), node
 
 
 def sharing(model: Model) -> dict[str, str]:
-    """Returns the modules of an nnx model that have a variable of another module, with the path of that."""
+    """Finds modules of an nnx model that hold the same Variable, such as tied weights: path to the other's path."""
     owners, shared = {}, {}
     for path, layer in modules(model).items():
-        for value in vars(layer).values():
-            if isinstance(value, nnx.Variable) and owners.setdefault(id(value), path) != path:
-                shared |= {path: owners[id(value)], owners[id(value)]: path}
+        for variable in vars(layer).values():
+            if isinstance(variable, nnx.Variable):
+                owner = owners.setdefault(id(variable), path)  # modules may differ, and share a Variable only
+                if owner != path:
+                    shared |= {path: owner, owner: path}
     return shared
 
 
 def is_one_of(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Says whether a layer is of one of these classes, and computes what they do."""
+    """Tests whether a layer is of one of these classes, or of a subclass that leaves ``__call__`` as it is.
+
+    A subclass that overrides ``__call__`` may compute something else, so nothing is known of its output.
+    """
     return any(isinstance(layer, kind) and type(layer).__call__ is kind.__call__ for kind in kinds)
 
 
 def shapes(tree: Any) -> Any:
-    """Returns a pytree with shapes and dtypes for its arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, tree)
+    """Replaces the arrays of a pytree by their shapes and dtypes."""
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+
+    return jax.tree.map(shape, tree)

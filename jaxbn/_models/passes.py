@@ -1,188 +1,252 @@
-"""Passes over data: the moments of the inputs of every batch norm of a model, and which of them hang on which.
+"""Passes over data: the moments of the inputs of each batch norm, and which batch norms depend on which.
 
-``model`` is what :func:`jaxbn._models.model.split` returns; ``call`` and ``mask`` are as in :mod:`jaxbn.calibrate`.
+``call(module, batch)`` and ``mask(batch)`` are the arguments of the same names in :mod:`jaxbn.calibrate`.  Moments are
+returned by path of the layer, as a tuple with one entry for each call of the layer.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn._core import checks
+from jaxbn._core.checks import AxisNames
 from jaxbn._core.functional import batch_normalize
-from jaxbn._core.stats import Moments, combine, moments
+from jaxbn._core.stats import BatchStats, Moments, combine, moments
 from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import WITH_BATCH_NORM, evaluated, norm_of
-from jaxbn._models.intercept import evaluating, run
+from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
+from jaxbn._models.intercept import Call, evaluating, run
 from jaxbn._models.model import BATCH_NORMS, Model
 
+CallModel = Callable[[Any, Any], Any]
+Mask = Callable[[Any], ArrayLike]
+CallMoments = dict[str, tuple[Moments, ...]]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class ToMeasure:
-    """A call of a layer whose statistics are to be replaced.
 
-    All but ``x`` is static: a block under nn.jit shares its trace with others of its kind, and what is known of its
-    layers is what it returns.
+def compiled(function: Callable, *static: Any, **options: Any) -> Callable:
+    """Returns ``function(*static, ..., **options)``, compiled; equal static arguments give the same program.
 
-    Attributes:
-      x: inputs; afterwards the level: the number of batch norms on the longest way that ends here, None in a loop.
-      features: shape of the statistics.
-      dtype: of the running mean.
-      unbiased: whether the running variance is multiplied by m/(m - 1).
+    Differs from ``static_argnums`` of jax.jit in:
+      1. Arguments that cannot be hashed are allowed, such as modules with arrays as attributes.  They get a program for
+         themselves in each call of ``compiled``: keep the result for as long as it is needed.
+      2. Such a program is freed with its last reference, and not kept in a cache in which it could never be found.
     """
-
-    x: Any
-    features: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    unbiased: bool = dataclasses.field(metadata={"static": True})
-
-
-class _Itself(tuple):
-    """A static argument that cannot be hashed, and is equal to itself alone."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
-def as_static(*values):
-    """Returns values as one static argument of a compiled function, also where some of them cannot be hashed."""
     try:
-        hash(values)
+        hash((static, *options.values()))
     except TypeError:
-        return _Itself(values)
-    return values
+        # Not looked up by identity: an array may have been changed in place since the program was compiled.
+        return _compiled.__wrapped__(function, *static, **options)
+    return _compiled(function, *static, **options)
 
 
-def measure_calls(model, batch, call, mask, *, axis_name=None, use_running_average, by_call=False):
-    """Returns the moments of each layer's calls; with ``by_call``, statistics hold a row for each of them."""
+@functools.lru_cache
+def _compiled(function: Callable, *static: Any, **options: Any) -> Callable:
+    return jax.jit(functools.partial(function, *static, **options))
+
+
+def measure_calls(
+    definition: Any,
+    call: CallModel,
+    mask: Mask | None,
+    arrays: Any,
+    batch: Any,
+    *,
+    axis_name: AxisNames | None = None,
+    use_running_average: bool,
+    by_call: bool = False,
+) -> CallMoments:
+    """Measures the inputs of each call of a batch norm in one batch.
+
+    Args:
+      definition: that of a :class:`Model`.
+      call: how the model evaluates a batch.
+      mask: which examples count, or None.
+      arrays: those of the model.
+      batch: passed on to ``call`` and ``mask``.
+      axis_name: axes of devices that the batch is spread over.
+      use_running_average: whether layers normalize with their running statistics, or with the batch.
+      by_call: whether running statistics have a row for each call of a layer, shape [calls, C]; not those of frozen
+        layers.
+    """
     examples = None if mask is None else mask(batch)
 
-    def handle(one):
-        norm = norm_of(one)
-        norm = norm._replace(mask=in_common(norm, examples, one.path))
+    def handle(layer_call: Call) -> tuple[jax.Array, Moments]:
+        norm = norm_of(layer_call)
+        norm = norm._replace(mask=combine_masks(norm, examples, layer_call.path))
+        if by_call and not norm.is_frozen:
+            # Not layer_call.index, which is counted on the host: nn.jit may reuse the trace of an earlier call, but
+            # only if as many calls were recorded before it.
+            index = len(layer_call.earlier)
+            mean, var = norm.stats
+            norm = norm._replace(stats=BatchStats(mean[index], var[index]))
         options = {"axis": norm.options["axis"], "mask": norm.mask, "axis_name": axis_name}
-        if by_call and not _is_frozen(norm):
-            norm = norm._replace(stats=jax.tree.map(lambda rows: rows[len(one.earlier)], norm.stats))
-        if use_running_average or _is_frozen(norm):
+        if use_running_average or norm.is_frozen:
             return evaluated(norm), moments(norm.x, **options)
+        # As the layer trains, which may be with a variant of batch norm; Flax's layers have no method.
+        normalize = norm.options.get("method", batch_normalize)
         options |= {"epsilon": norm.options["epsilon"], "stats": norm.stats}
-        y, found = norm.options.get("method", batch_normalize)(norm.x, norm.scale, norm.bias, **options)
-        return y if norm.options["dtype"] is None else y.astype(norm.options["dtype"]), found
+        y, batch_moments = normalize(norm.x, norm.scale, norm.bias, **options)
+        return norm.cast(y), batch_moments
 
-    return run(model, batch, evaluating(call), handle, BATCH_NORMS)[1]
+    _, recorded = run(Model(definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
+    return recorded
 
 
-@functools.partial(jax.jit, static_argnames=("static", "use_running_average", "by_call"))
-def _measured(arrays, batch, *, static, use_running_average, by_call):
-    definition, call, mask = static
-    model = Model(definition, arrays)
-    return measure_calls(model, batch, call, mask, use_running_average=use_running_average, by_call=by_call)
+def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
+    """Measures the inputs of each call of a batch norm in all batches.
+
+    Args:
+      measure: :func:`measure_calls`, :func:`compiled`: a function of the arrays and a batch.
+      arrays: those of the model.
+      batches: read once.
+
+    Returns:
+      The moments, and the number of batches.
+    """
+    # Pairwise summation, whose rounding grows with the logarithm of the number of batches (Higham 1993, The accuracy of
+    # floating point summation).  Each entry stands for 2^k batches, the first for the most: after n batches there is
+    # one for each 1 among the binary digits of n.
+    partial: list[CallMoments] = []
+    number = 0
+    for number, batch in enumerate(batches, start=1):
+        partial.append(measure(arrays, batch))
+        if jax.tree.structure(partial[-1]) != jax.tree.structure(partial[0]):
+            raise ValueError(
+                f"batch {number} calls layers more or less often than the first batch, but each call of a layer is "
+                "measured by itself, so that all batches must make the same calls; cut sequences to one length."
+            )
+        while len(partial) > number.bit_count():
+            partial[-2:] = [_combine_calls(*partial[-2:])]
+    return functools.reduce(_combine_calls, reversed(partial)), number
 
 
 @jax.jit
-def _combined(a, b):
+def _combine_calls(a: CallMoments, b: CallMoments) -> CallMoments:
     return jax.tree.map(combine, a, b, is_leaf=lambda node: isinstance(node, Moments))
 
 
-def measure_all(model, batches, call, mask, *, use_running_average, by_call=False):
-    """Returns the moments of each layer's calls in all batches, and the number of batches."""
-    static = as_static(model.definition, call, mask)
-    options = {"static": static, "use_running_average": use_running_average, "by_call": by_call}
-    sums, number = [], 0
-    for number, batch in enumerate(batches, start=1):
-        sums.append(_measured(model.arrays, batch, **options))
-        if jax.tree.structure(sums[-1]) != jax.tree.structure(sums[0]):
-            raise ValueError(
-                f"batch {number} calls layers more or less often than the first, but the calls of a layer are measured "
-                "one by one; accepted are batches for which the model does the same; cut sequences to one length."
-            )
-        # In pairs that stand for as many batches each, so that rounding grows with the logarithm of their number.
-        while len(sums) > number.bit_count():
-            sums[-2:] = [_combined(*sums[-2:])]
-    return functools.reduce(_combined, reversed(sums)), number
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["features", "dtype", "unbiased", "level"]
+)
+@dataclasses.dataclass(frozen=True)
+class CallToMeasure:
+    """A call of a batch norm whose running statistics are to be replaced.
+
+    A record leaves a transformed block (remat, nn.jit) as a variable of the model.  Such a block returns arrays only,
+    so all but ``x`` is static.
+
+    Attributes:
+      x: inputs, while the model is traced; None afterwards.
+      features: shape of the running mean.
+      dtype: of the running mean.
+      unbiased: whether the running variance is multiplied by m/(m - 1).
+      level: number of batch norms on the longest path from the model's inputs to this call, itself included; None in a
+        loop.  Known after the model is traced.
+    """
+
+    x: Any
+    features: tuple[int, ...]
+    dtype: Any
+    unbiased: bool
+    level: int | None = None
 
 
-def find_layers(model, batch, call):
-    """Returns, by path, the calls of the layers whose statistics are to be replaced, with their levels."""
-    structure, any_frozen = jax.tree.structure({}), False
+def find_calls(model: Model, batch: Any, call: CallModel) -> dict[str, tuple[CallToMeasure, ...]]:
+    """Finds the calls of the batch norms whose statistics are to be replaced, by path of the layer."""
+    calls: dict[str, tuple[CallToMeasure, ...]] = {}
+    frozen = set()
 
-    def handle(one):
-        nonlocal any_frozen
-        norm = norm_of(one)
-        if _is_frozen(norm):
-            any_frozen = True
+    def handle(layer_call: Call) -> tuple[jax.Array, CallToMeasure | None]:
+        norm = norm_of(layer_call)
+        if norm.is_frozen:
+            frozen.add(layer_call.path)
             return evaluated(norm), None
-        norm = norm._replace(x=dataflow.mark(norm.x, "batch norm"))
-        features = tuple(norm.x.shape[axis] for axis in checks.feature_axes(norm.x.shape, norm.options["axis"]))
-        found = ToMeasure(norm.x, features, norm.stats.mean.dtype, norm.options.get("unbiased", False))
-        return evaluated(norm), found
+        # Both the output and the record depend on the marked value: the levels count it, and its level is the record's.
+        x = dataflow.mark(norm.x, "batch norm")
+        mean, unbiased = norm.stats.mean, norm.options.get("unbiased", False)
+        return evaluated(norm._replace(x=x)), CallToMeasure(x, mean.shape, mean.dtype, unbiased)
 
-    def function(arrays, batch):
-        nonlocal structure
-        _, found = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
-        structure = jax.tree.structure(found)
-        return found
+    def marked_inputs(arrays: Any, batch: Any) -> list[jax.Array]:
+        # The output of the model is not returned, so that the graph holds only what leads to a batch norm.
+        _, recorded = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
+        calls.update(jax.tree.map(lambda x: None, recorded))  # tracers must not outlive their trace
+        return [layer_call.x for path in calls for layer_call in recorded[path]]
 
-    graph = dataflow.trace(function, model.arrays, batch)
-    if not graph.outputs:
-        raise nothing_to_measure(frozen=any_frozen)
-    levels, inputs = {}, {}
-    for operation in graph.operations:
+    graph = dataflow.trace(marked_inputs, model.arrays, batch)
+    if not calls:
+        raise nothing_to_measure(frozen=bool(frozen))
+    levels = _levels(graph)
+    values = iter(graph.outputs)  # the numbers of the marked inputs, in the order in which they were returned
+    for path, layer_calls in calls.items():
+        # The value that a loop returns is not the marked one, and so has no level.
+        calls[path] = tuple(
+            dataclasses.replace(layer_call, level=levels.get(next(values))) for layer_call in layer_calls
+        )
+    return calls
+
+
+def _levels(graph: dataflow.Graph) -> dict[int, int]:
+    """Returns the number of marks on the longest path to each marked value, itself included."""
+    levels, marked = {}, {}
+    for operation in graph.operations:  # each after those that it depends on
         level = max((levels.get(value, 0) for value in operation.inputs), default=0)
-        level += operation.mark is not None
+        if operation.mark is not None:
+            level += 1
+            marked |= dict.fromkeys(operation.outputs, level)
         levels |= dict.fromkeys(operation.outputs, level)
-        inputs |= dict.fromkeys(operation.outputs if operation.mark is not None else (), level)
-    return structure.unflatten([inputs.get(value) for value in graph.outputs])
+    return marked
 
 
-def _is_frozen(norm):
-    return norm.options.get("frozen", False)
+def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
+    """Returns the mask of a layer's inputs: True where the layer's own mask and that of the examples are.
 
-
-def in_common(norm, examples, path):
-    """Returns the mask that a layer is given and that of the examples, taken together."""
+    Args:
+      norm: the call of the layer at ``path``.
+      examples: the result of ``mask(batch)``, shape [n], or None.
+      path: of the layer.
+    """
     if examples is None:
         return norm.mask
     x, examples = norm.x, jnp.asarray(examples)
-    if examples.shape != x.shape[:1] or 0 in checks.feature_axes(x.shape, norm.options["axis"]):
+    features = checks.feature_axes(x.shape, norm.options["axis"])
+    if examples.shape != x.shape[:1] or 0 in features:
         raise ValueError(
-            f"mask returned an array of shape {examples.shape}, but the inputs of {path} have shape {x.shape}; "
-            "accepted are booleans for the examples, which are on the first axis; return one for each, or, where the "
-            "model moves the examples elsewhere, let it hand masks to its layers."
+            f"mask must return a boolean for each example, on the first axis of the inputs, but it returned an array "
+            f"of shape {examples.shape}, and the inputs of {path} have shape {x.shape}; return one value for each "
+            "example, or let the model pass masks to its layers if it moves the examples to another axis."
         )
-    masks = (checks.mask(mask, x) for mask in (examples.reshape(-1, *[1] * (x.ndim - 1)), norm.mask))
+    by_example = examples.reshape(-1, *[1] * (x.ndim - 1))
+    masks = [checks.mask(mask, x) for mask in (by_example, norm.mask)]
     return functools.reduce(jnp.logical_and, (mask for mask in masks if mask is not None))
 
 
-def opened(batches):
-    """Returns the first batch, and an iterator over all."""
+def opened(batches: Iterable | Callable[[], Iterable]) -> tuple[Any, Iterator]:
+    """Returns the first batch, and an iterator over all of them, the first included."""
     if isinstance(batches, Mapping | jax.Array | np.ndarray):
-        given = "a dict" if isinstance(batches, Mapping) else f"an array of shape {batches.shape}"
+        got = "a dict" if isinstance(batches, Mapping) else f"an array of shape {batches.shape}"
         raise ValueError(
-            f"batches is {given}, which looks like a single batch; accepted are an iterable of batches, and a function "
-            "that returns one; pass [batch], or list(batches) where its first axis is that of the batches."
+            f"batches is {got}, which looks like a single batch; pass [batch], or list(batches) if its first axis is "
+            "that of the batches."
         )
     if not isinstance(batches, Iterable) and not callable(batches):
         raise ValueError(
-            f"batches is a {type(batches).__name__}; accepted are an iterable of batches, and a function without "
-            "arguments that returns one; pass for example a list."
+            f"batches must be an iterable of batches or a function without arguments that returns one, got a "
+            f"{type(batches).__name__}; pass for example a list."
         )
     iterator = iter(batches if isinstance(batches, Iterable) else batches())
     for first in iterator:
         return first, itertools.chain([first], iterator)
-    raise ValueError(
-        "batches is empty; statistics are measured on at least one batch; "
-        "if it is an iterator that has been read already, make a new one."
-    )
+    raise ValueError("batches is empty; pass at least one batch; an iterator can be read only once, so make a new one.")
 
 
-def nothing_to_measure(frozen):
+def nothing_to_measure(frozen: bool) -> ValueError:
+    """Returns the error for a model without a batch norm to measure; ``frozen`` if it has some, all frozen."""
     what = "every batch norm that was called is frozen" if frozen else "no batch norm was called"
     remedy = "check that call runs the whole model" + (", or thaw the layers." if frozen else ".")
-    return ValueError(f"{what}, so that there is nothing to measure; {WITH_BATCH_NORM}; {remedy}")
+    return ValueError(f"{what}, so there is nothing to measure; {WITH_BATCH_NORM}; {remedy}")

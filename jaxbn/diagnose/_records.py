@@ -22,10 +22,10 @@ from jaxbn._core.measure import fill
 from jaxbn._core.stats import BatchStats
 from jaxbn._core.variants import batch_renormalize, ghost_normalize
 from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import Norm, evaluated, norm_of
+from jaxbn._models.batch_norms import NormCall, evaluated, norm_of
 from jaxbn._models.intercept import run
 from jaxbn._models.model import BATCH_NORMS, Model
-from jaxbn._models.passes import as_static, in_common, nothing_to_measure, opened
+from jaxbn._models.passes import combine_masks, compiled, nothing_to_measure, opened
 from jaxbn.diagnose._anova import Groups
 
 
@@ -138,7 +138,7 @@ def usable(stats: BatchStats) -> Any:
 
 def record_layers(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     """Returns what the layers of a model see, by path in the order in which they are called first."""
-    static = as_static(model.definition, call, mask)
+    summed = compiled(_summed, model.definition, call, mask)
     first, batches = opened(batches)
     order = _order(model, first, call, mask)
     if not order:
@@ -146,7 +146,7 @@ def record_layers(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     number, layers, evaluation, training = 0, {}, {}, {}
     for batch in batches:
         number += 1
-        layers, *modes = _summed(model.arrays, batch, static=static)
+        layers, *modes = summed(model.arrays, batch)
         for sums, of_batch in zip((evaluation, training), jax.device_get(modes), strict=True):
             for path, new in of_batch.items():
                 new = _on_host(new)
@@ -154,10 +154,8 @@ def record_layers(model: Model, batches: Any, call, mask) -> dict[str, Record]:
     return {path: _record(layers[path], evaluation[path], training[path], number) for path in order}
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def _summed(arrays, batch, *, static):
+def _summed(definition, call, mask, arrays, batch):
     """Returns the layers, and the sums over their calls in evaluation and in training, each by path."""
-    definition, call, mask = static
     model = Model(definition, arrays)
     evaluation, training = (_calls(model, batch, call, mask, train=train) for train in (False, True))
     layers = {
@@ -174,7 +172,7 @@ def _calls(model, batch, call, mask, *, train, mark=False):
 
     def handle(one):
         norm = norm_of(one)
-        norm = norm._replace(mask=in_common(norm, examples, one.path))
+        norm = norm._replace(mask=combine_masks(norm, examples, one.path))
         if norm.use_running_average is None:
             raise ValueError(
                 f"use_running_average of {one.path or 'the model'} is given neither by the model nor by call; accepted "
@@ -206,7 +204,7 @@ def _order(model, batch, call, mask):
     return sorted(paths, key=lambda path: places[path])
 
 
-def _record_call(norm: Norm, sizes):
+def _record_call(norm: NormCall, sizes):
     """Returns the record of a call, and the moments of the batch."""
     x, axes, reduced = checks.inputs(norm.x, norm.options["axis"])
     mask = checks.mask(norm.mask, x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn._core import checks
 from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import Norm, evaluated, kernel_of, norm_of
+from jaxbn._models.batch_norms import NormCall, evaluated, kernel_of, norm_of
 from jaxbn._models.intercept import call_model, evaluation
 from jaxbn._models.model import BATCH_NORMS, LINEAR, Model, arrays_of, modules, shapes, sharing, split
 from jaxbn.surgery import _kernels
@@ -119,7 +119,7 @@ class Finder:
         self._by_mark = {one.mark: one for one in self.calls}
         self._sharing = sharing(model)
 
-    def norms(self) -> dict[str, Norm]:
+    def norms(self) -> dict[str, NormCall]:
         """Returns what the batch norms have, by path, as their first calls show it."""
         norms = {}
         for one in self.calls:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbn._core.dtypes import in_float64
-from jaxbn._models.batch_norms import Norm
+from jaxbn._models.batch_norms import NormCall
 from jaxbn._models.model import CONVOLUTIONS
 from jaxbn.surgery import _exchange
 from jaxbn.surgery._affine import affine_of
@@ -41,7 +41,7 @@ class LayerCall(NamedTuple):
     path: str
     index: int
     layer: Any
-    norm: Norm | None
+    norm: NormCall | None
     kernel: jax.ShapeDtypeStruct | None
     x: jax.ShapeDtypeStruct
     y: jax.ShapeDtypeStruct

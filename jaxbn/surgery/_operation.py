@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._models.batch_norms import WITH_BATCH_NORM, Norm, evaluated, norm_of
+from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
 from jaxbn._models.model import BATCH_NORMS, Model, join, split
 from jaxbn.surgery._exchange import NewLayer, exchange
@@ -18,7 +18,7 @@ from jaxbn.surgery._exchange import NewLayer, exchange
 _ONCE = {"xla_backend_optimization_level": 0}
 Layers = str | Sequence[str]
 Evaluate = Callable[[Any, Any], Any]
-Found = dict[str, Norm]
+Found = dict[str, NormCall]
 
 
 class Surgery(NamedTuple):

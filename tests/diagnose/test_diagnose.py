@@ -627,8 +627,8 @@ class NoNorm(nn.Module):
             r"batches is an array of shape .*, which looks like a single batch; .*pass \[batch\]",
         ),
         (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices=0 is below 1"),
-        (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', but .* was given; pass what model.init returns"),
-        (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model is a method; accepted are"),
+        (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', .* got .*; pass the result of model.init"),
+        (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model must be .* or an nnx.Module, got a method"),
         (nn.BatchNorm(), STANDARD, [normal(32, 3)], {}, "use_running_average of the model is given neither by"),
         (NoNorm(), {"params": {}, "batch_stats": {}}, [normal(32, 3)], {}, "no batch norm was called"),
     ],
@@ -642,5 +642,5 @@ def test_what_cannot_be_diagnosed_is_refused(model, variables, batches, options,
 
 
 def test_variables_beside_an_nnx_model_are_refused():
-    with pytest.raises(ValueError, match="variables are given beside an nnx model"):
+    with pytest.raises(ValueError, match="variables must be None for an nnx model"):
         diagnose(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {}, [normal(32, 3)])

@@ -1,6 +1,7 @@
-"""Nets of other people go through every operation on trained models unchanged, and go on training after it."""
+"""Models as others write them pass through every operation on trained models, and train on afterwards."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -30,19 +31,15 @@ OPERATIONS = {
     "group norm": functools.partial(surgery.replace_by_group_norm, num_groups=2),
     "fold": surgery.fold,
 }
-FAST = {("resnet", "fold"), ("densenet", "fold"), ("mobilenet", "freeze"), ("generator", "replace")}
-SLOW = pytest.mark.slow
 
 
 def each(*operations):
-    """Parametrizes a test by net and operation; most pairs are slow."""
-    pairs = [(net, operation) for net in NETS for operation in operations]
-    marked = [pytest.param(*pair, marks=() if pair in FAST else SLOW) for pair in pairs]
-    return pytest.mark.parametrize(("name", "operation"), marked)
+    """Parametrizes a test by model and operation."""
+    return pytest.mark.parametrize(("name", "operation"), [*itertools.product(NETS, operations)])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
+def compile_quickly():
     """Compiles several times faster, to slower programs."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -56,7 +53,7 @@ def net_named(name):
 
 @functools.cache
 def operated(name, operation):
-    """Returns a net and what an operation made of it, with a description and a copy of the net from before."""
+    """Returns a model, its description and arrays before an operation, and the result of the operation."""
     net = net_named(name)
     before = described(net), arrays(net.model, net.variables)
     done = OPERATIONS[operation](net.model, net.variables, net.x, call=net.evaluate)
@@ -75,7 +72,7 @@ def arrays(model, variables):
 
 
 def parameters(model, variables):
-    """Returns the parameters, the other arrays, and what makes a function of both and a call of the model."""
+    """Returns the parameters, the other arrays, and ``apply(params, rest, x, call)``: outputs and new statistics."""
     if variables is None:
         definition, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -94,7 +91,7 @@ def parameters(model, variables):
 
 
 def run(model, variables, x, call, parts=1):
-    """Returns the outputs, and the statistics afterwards, of a batch in so many parts on an axis named "batch"."""
+    """Returns outputs and new statistics for a batch that is split into parts on an axis named "batch"."""
     params, rest, apply = parameters(model, variables)
 
     @jax.jit
@@ -108,38 +105,38 @@ def run(model, variables, x, call, parts=1):
 
 @functools.cache
 def evaluated(name):
-    """Returns what a net gives in evaluation."""
+    """Returns the outputs of a model in evaluation."""
     net = net_named(name)
     return np.asarray(run(net.model, net.variables, net.x, net.evaluate)[0])
 
 
 @functools.cache
 def trained(name, operation, parts):
-    """Returns the outputs and statistics of a step of training after an operation; None for the net as it was."""
+    """Returns outputs and new statistics in training after an operation, or of the original model for None."""
     net = net_named(name)
     model, variables = net[:2] if operation is None else operated(name, operation).done[:2]
     return run(model, variables, net.x, net.train, parts)
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    # float32 in other orders: some roundings in each of ten layers, at the scale of the largest value.
+def assert_close(actual, desired, tolerance=1e-5):
+    # float32 in another order: some roundings in each of ten layers, relative to the largest value.
     def close(a, b):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
-    jax.tree.map(close, found, expected)
+    jax.tree.map(close, actual, desired)
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_outputs_hang_on_the_batch(name):
+def test_outputs_depend_on_the_batch(name):
     assert np.ptp(evaluated(name), axis=0).min() > 0.01
 
 
 @each(*OPERATIONS)
-def test_the_net_that_is_given_stays_as_it_is(name, operation):
-    found = operated(name, operation)
-    description, before = found.before
-    assert described(found.net) == description
-    after = arrays(found.net.model, found.net.variables)
+def test_the_original_model_stays_as_it_is(name, operation):
+    net = operated(name, operation).net
+    description, before = operated(name, operation).before
+    assert described(net) == description
+    after = arrays(net.model, net.variables)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
 
@@ -154,22 +151,22 @@ def test_every_batch_norm_is_operated_on_or_listed_with_the_reason(name, operati
 @each(*OPERATIONS)
 def test_outputs_in_evaluation_stay_except_with_group_norm(name, operation):
     net, done = operated(name, operation).net, operated(name, operation).done
-    found, expected = run(*done[:2], net.x, net.evaluate)[0], evaluated(name)
+    outputs, before = run(*done[:2], net.x, net.evaluate)[0], evaluated(name)
     if operation == "group norm":
-        assert np.isfinite(found).all() and abs(found - expected).max() > 0.01 * abs(expected).max()
+        assert np.isfinite(outputs).all() and abs(outputs - before).max() > 0.01 * abs(before).max()
         assert done.difference > 0.01 * done.scale
     else:
-        assert_close(found, expected)
+        assert_close(outputs, before)
         assert done.difference <= 1e-5 * done.scale
 
 
 @each("replace")
-def test_replaced_layers_train_as_those_before_them(name, operation):
+def test_replaced_layers_train_as_the_original_ones(name, operation):
     assert_close(trained(name, operation, 2), trained(name, None, 2))
 
 
 @each("freeze")
-def test_a_frozen_net_gives_in_training_what_it_gives_in_evaluation_and_keeps_its_statistics(name, operation):
+def test_a_frozen_model_trains_on_its_outputs_in_evaluation_and_keeps_its_statistics(name, operation):
     outputs, stats = trained(name, operation, 1)
     assert_close(outputs, evaluated(name))
     model, variables = operated(name, operation).done[:2]
@@ -188,7 +185,7 @@ def test_ghost_groups_train_as_parts_alone(name, operation):
 
 
 @each("renorm")
-def test_renorm_within_its_limits_trains_on_what_evaluation_gives(name, operation):
+def test_renorm_within_its_limits_trains_on_the_outputs_in_evaluation(name, operation):
     assert_close(trained(name, operation, 1)[0], evaluated(name))
 
 
@@ -209,14 +206,14 @@ def test_a_step_of_training_moves_every_kernel_and_scale_and_lowers_the_loss(nam
     loss, moved = step(params)
     assert step(moved)[0] < loss
     leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(moved), strict=True)
-    # A bias that a batch norm takes away again has no gradient.
+    # A bias before a batch norm is subtracted with the mean, and so has no gradient.
     still = {jax.tree_util.keystr(path) for (path, old), new in leaves if jnp.array_equal(new, old)}
     assert all("bias" in path for path in still)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "generator" else SLOW) for name in NETS])
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("way", ["layer by layer", "one pass"])
-def test_a_calibrated_net_gives_in_evaluation_what_training_on_all_the_data_gives(name, way):
+def test_a_calibrated_model_evaluates_as_it_trains_on_all_the_data(name, way):
     net = net_named(name)
     if way == "one pass":
         calibrated = calibrate.one_pass(net.model, net.variables, [net.x], call=net.evaluate)
@@ -228,7 +225,7 @@ def test_a_calibrated_net_gives_in_evaluation_what_training_on_all_the_data_give
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares on the CPU")
 @each("fold")
-def test_a_folded_net_comes_back_from_an_export_for_every_platform(name, operation):
+def test_a_folded_model_survives_an_export_for_every_platform(name, operation):
     net, done = operated(name, operation).net, operated(name, operation).done
     params, rest, apply = parameters(*done[:2])
     function = jax.jit(lambda x: apply(params, rest, x, net.evaluate)[0])

@@ -1,7 +1,7 @@
-"""Nets as other people write them, with Flax's batch norm: what the tools for whole models must take unchanged.
+"""Models as others write them, with Flax's batch norm, which the tools for whole models must accept unchanged.
 
-Each follows a public model in how it is built, and is small: the residual net of Flax's ImageNet example and the
-generator of DCGAN in linen, MobileNet and DenseNet in nnx.
+Each is built like a public model, but small: the ResNet of Flax's ImageNet example and the generator of DCGAN in linen,
+MobileNet and DenseNet in nnx.
 """
 
 import functools
@@ -17,16 +17,16 @@ from flax import nnx
 
 
 class Net(NamedTuple):
-    """A net with random variables, and what is to be expected of it.
+    """A model with random variables, and the expected results.
 
     Attributes:
       model: a linen or nnx module.
       variables: of the linen module; None for nnx.
       x: a batch.
       evaluate: how the model evaluates a batch.
-      train: how it treats one in training.
+      train: how it is called in training.
       batch_norms: their number.
-      kept: those that cannot be folded, with the reason.
+      kept: paths of those that cannot be folded, with the reason.
     """
 
     model: Any
@@ -38,8 +38,8 @@ class Net(NamedTuple):
     kept: dict[str, str]
 
 
-# The residual net of Flax's ImageNet example: layers come as partials, batch norm is synchronised over "batch", the
-# last scale of a block starts at zero, and a projection stands in the shortcut where shapes change.
+# The ResNet of Flax's ImageNet example: layers are passed as partials, batch norm is synchronized over "batch", the
+# last scale of a block starts at zero, and a projection is in the shortcut where shapes change.
 
 
 class Bottleneck(nn.Module):
@@ -89,7 +89,7 @@ class ResNet(nn.Module):
 
 
 def resnet(dtype=jnp.float32) -> Net:
-    """The residual net; ``dtype`` is what it computes in."""
+    """Builds the ResNet, which computes in ``dtype``."""
     x = _normal((6, 16, 16, 3))
     model = ResNet(stage_sizes=(1, 1), num_classes=5, num_filters=4, dtype=dtype)
     evaluate, train = (functools.partial(_with_train_flag, train=train) for train in (False, True))
@@ -114,7 +114,7 @@ class Generator(nn.Module):
 
 
 def generator() -> Net:
-    """The generator, on random vectors."""
+    """Builds the generator, for random vectors."""
     z = _normal((6, 8))
     evaluate, train = (functools.partial(_with_train_flag, train=train) for train in (False, True))
     model = Generator(features=16)
@@ -123,7 +123,7 @@ def generator() -> Net:
     return Net(model, variables, z, evaluate, train, batch_norms=3, kept=kept)
 
 
-# MobileNet with the gates of later ones: blocks that widen, convolve each channel alone, weigh the channels and narrow.
+# MobileNet with the gates of its later versions: blocks widen, convolve depthwise, weight the channels and narrow.
 
 
 def conv_norm(inputs, outputs, kernel_size, strides=1, groups=1, act=nnx.relu6, *, rngs):
@@ -174,12 +174,12 @@ class MobileNet(nnx.Module):
 
 
 def mobilenet() -> Net:
-    """The net of inverted residuals."""
+    """Builds MobileNet."""
     model = _filled(MobileNet(5, rngs=nnx.Rngs(0)))
     return Net(model, None, _normal((6, 16, 16, 3)), _evaluating, _training, batch_norms=7, kept={})
 
 
-# DenseNet: batch norm stands before the ReLU and the convolution, and every layer reads all that came before it.
+# DenseNet: batch norm comes before the ReLU and the convolution, and every layer reads all outputs before it.
 
 
 class DenseLayer(nnx.Module):
@@ -223,7 +223,7 @@ class DenseNet(nnx.Module):
 
 
 def densenet() -> Net:
-    """The net whose layers read all that came before."""
+    """Builds DenseNet."""
     model = _filled(DenseNet((2,), 4, 5, rngs=nnx.Rngs(0)))
     relu = "; after it, relu follows"
     kept = {
@@ -249,7 +249,7 @@ def _evaluating(model, x):
 
 def _training(model, x):
     model.train()
-    model.set_attributes(nnx.Dropout, deterministic=True, raise_if_not_found=False)  # so that outputs can be compared
+    model.set_attributes(nnx.Dropout, deterministic=True, raise_if_not_found=False)  # makes outputs comparable
     return model(x)
 
 
@@ -263,13 +263,13 @@ def _variables(model, x, evaluate):
 
 
 def _filled(model):
-    """Returns an nnx model after giving it random variables."""
+    """Gives an nnx model random variables."""
     nnx.update(model, _random(nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))))
     return model
 
 
 def _random(tree):
-    """Returns variables far from those of a new net, with which values keep their magnitude from layer to layer."""
+    """Returns variables far from the initial ones, with which values keep their magnitude from layer to layer."""
     rng = np.random.default_rng(0)
 
     def variable(path, leaf):

@@ -71,5 +71,5 @@ def test_wrecked_statistics_are_far_off():
 def test_branches_of_a_net_are_measured_in_the_same_pass(net, levels, layers):
     module = linen_nets.build(Config(net=net, width=0.125), num_classes=2)
     variables = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), IMAGES / 255)
-    found = passes.find_layers(model.split(module, variables), IMAGES, evaluation.call)
-    assert {one.x for calls in found.values() for one in calls} == {*range(1, levels + 1)} and len(found) == layers
+    found = passes.find_calls(model.split(module, variables), IMAGES, evaluation.call)
+    assert {one.level for calls in found.values() for one in calls} == {*range(1, levels + 1)} and len(found) == layers
