@@ -548,7 +548,7 @@ def test_a_call_that_does_not_call_the_model_it_is_given_is_refused():
     def call(module, batch):
         return net.apply(variables, batch, train=False)
 
-    message = "call did not call the WithFlag that it was given; accepted is a function of that module and a batch"
+    message = "call did not call the WithFlag that it was given; pass a function of that module and a batch"
     for function in (calibrate.measure, surgery.fold):
         with pytest.raises(ValueError, match=message):
             function(net, variables, X, call=call)
@@ -577,7 +577,7 @@ def test_an_error_of_the_model_on_a_batch_of_several_arrays_names_call():
     with pytest.raises(TypeError) as error:
         calibrate.one_pass(WithFlag(), variables, [(X, X)], call=lambda model, batch: model(batch, train=False))
     assert (
-        "A batch is a tuple here, and not an array. Where the model takes a part of it, call= says which, as in "
+        "The batch is a tuple, not an array. If the model takes a part of it, say which with call=, as in "
         "call=lambda module, batch: module(batch[0])."
     ) in error.value.__notes__
 
