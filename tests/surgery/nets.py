@@ -1,6 +1,7 @@
 """The nets on which operations are tested, in linen and nnx, and what each operation makes of them."""
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,25 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import surgery
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4, 4, 3)), jnp.float32)
+# Initial kernels, which random values replace: they take less time to trace and to compile.
+ZEROS = nn.initializers.zeros
+GHOST = functools.partial(jaxbn.ghost_normalize, group_size=4)
+OPERATIONS = {
+    "replace": surgery.replace,
+    "synchronised": functools.partial(surgery.replace, axis_name="data"),
+    "ghost": functools.partial(surgery.replace, method=GHOST),
+    "renorm": functools.partial(surgery.replace, method=jaxbn.batch_renormalize),
+    "debias": functools.partial(surgery.replace, debias=True, steps=100),
+    "freeze": surgery.freeze,
+    "to_affine": surgery.to_affine,
+    "to_affine, fixed": functools.partial(surgery.to_affine, learnable=False),
+    "fold": surgery.fold,
+    "group norm": functools.partial(surgery.replace_by_group_norm, num_groups=2),
+}
+FAST = {"replace", "freeze", "to_affine", "fold"}  # the others go the same ways
+EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPERATIONS]
 
 
 def randomized(tree):
@@ -25,17 +45,8 @@ def randomized(tree):
 
 
 def variables_of(net, x):
-    """Returns random variables of a linen net, without running it."""
+    """Returns random variables of a linen net."""
     return randomized(jax.eval_shape(net.init, jax.random.key(0), x))
-
-
-X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4, 4, 3)), jnp.float32)
-
-
-GHOST = functools.partial(jaxbn.ghost_normalize, group_size=4)
-
-
-ZEROS = nn.initializers.zeros  # random values are put in later
 
 
 class LinenNet(nn.Module):
@@ -43,7 +54,7 @@ class LinenNet(nn.Module):
 
     def setup(self):
         self.conv = nn.Conv(4, (3, 3))
-        self.dense = nn.Dense(6)
+        self.dense = nn.Dense(6, kernel_init=ZEROS)
         self.second = nn.BatchNorm(momentum=0.9, epsilon=1e-3)
 
     @nn.compact
@@ -56,14 +67,15 @@ class LinenNet(nn.Module):
 
 
 class NnxNet(nnx.Module):
+    """The same, with one batch norm in two places."""
+
     def __init__(self):
-        options = {"kernel_init": ZEROS, "rngs": nnx.Rngs(0)}
-        self.conv = nnx.Conv(3, 4, (3, 3), **options)
-        self.first = nnx.BatchNorm(4, rngs=options["rngs"])
-        self.rest = nnx.Sequential(
-            nnx.Linear(4, 6, **options), nnx.BatchNorm(6, momentum=0.9, epsilon=1e-3, rngs=options["rngs"])
-        )
-        self.again = nnx.Dict(first=self.first)  # the same object, kept in another place
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 4, (3, 3), kernel_init=ZEROS, rngs=rngs)
+        self.first = nnx.BatchNorm(4, rngs=rngs)
+        dense = nnx.Linear(4, 6, kernel_init=ZEROS, rngs=rngs)
+        self.rest = nnx.Sequential(dense, nnx.BatchNorm(6, momentum=0.9, epsilon=1e-3, rngs=rngs))
+        self.again = nnx.Dict(first=self.first)
 
     def __call__(self, x):
         return self.rest(nnx.relu(self.again["first"](self.conv(x)))).mean((1, 2))
@@ -77,7 +89,8 @@ class LayersInALoop(nn.Module):
         class Block(nn.Module):
             @nn.compact
             def __call__(self, x, _):
-                return nn.relu(nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(3)(x))), None
+                x = nn.Dense(3, kernel_init=ZEROS)(x)
+                return nn.relu(nn.BatchNorm(use_running_average=False, name="norm")(x)), None
 
         lifted = {"params": 0, "batch_stats": 0}
         loop = nn.scan(Block, lifted, length=2, split_rngs={"params": True}, in_axes=nn.broadcast)
@@ -96,23 +109,33 @@ def nnx_net():
 
 
 NETS = {"linen": linen_net, "nnx": nnx_net}
-
-
 PATHS = {"linen": ("first", "second"), "nnx": ("again/first", "rest/layers/1")}
 
 
-OPERATIONS = {
-    "replace": surgery.replace,
-    "synchronised": functools.partial(surgery.replace, axis_name="data"),
-    "ghost": functools.partial(surgery.replace, method=GHOST),
-    "renorm": functools.partial(surgery.replace, method=jaxbn.batch_renormalize),
-    "debias": functools.partial(surgery.replace, debias=True, steps=100),
-    "freeze": surgery.freeze,
-    "to_affine": surgery.to_affine,
-    "to_affine, fixed": functools.partial(surgery.to_affine, learnable=False),
-    "fold": surgery.fold,
-    "group norm": functools.partial(surgery.replace_by_group_norm, num_groups=2),
-}
+class Operated(NamedTuple):
+    """A net, its description and a copy of its arrays from before an operation, and the result of that."""
+
+    net: Any
+    variables: Any
+    description: Any
+    copy: Any
+    done: surgery.Surgery
+
+
+@functools.cache
+def operated(framework, operation):
+    """Returns an operation on a net of a framework, which several tests look at."""
+    net, variables = NETS[framework]()
+    description, copy = describe(net, variables), arrays(net, variables)
+    return Operated(net, variables, description, copy, OPERATIONS[operation](net, variables, X))
+
+
+def describe(net, variables):
+    return nnx.graphdef(net) if variables is None else repr(net)
+
+
+def arrays(net, variables):
+    return jax.tree.map(np.array, nnx.state(net) if variables is None else variables)
 
 
 def output(net, variables, train=False):
@@ -134,31 +157,9 @@ def output(net, variables, train=False):
     return jax.jit(apply)(variables)
 
 
-def arrays(net, variables):
-    return jax.tree.map(np.array, nnx.state(net) if variables is None else variables)
-
-
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b))
-
-
-FAST = {"replace", "freeze", "to_affine", "fold"}  # the others go the same ways
-
-
-EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPERATIONS]
-
-
-def describe(net, variables):
-    return nnx.graphdef(net) if variables is None else repr(net)
-
-
-@functools.cache
-def operated(framework, operation):
-    """Returns a net, its variables, a description and a copy of both from before an operation, and what it returned."""
-    net, variables = NETS[framework]()
-    description, copy = describe(net, variables), arrays(net, variables)
-    return net, variables, description, copy, OPERATIONS[operation](net, variables, X)
 
 
 def refused(message, operation, net, variables, x=X, **options):

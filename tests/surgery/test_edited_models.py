@@ -25,7 +25,7 @@ from tests.surgery.nets import (
 
 
 def test_an_edited_linen_model_has_the_variables_and_methods_of_the_model():
-    net, variables, _, _, done = operated("linen", "replace")
+    net, variables, *_, done = operated("linen", "replace")
     ours, original = jax.jit(lambda key: (done.model.init(key, X), net.init(key, X)))(jax.random.key(0))
     assert_equal(ours, original)
     y = jnp.ones((2, 4, 4, 6))
@@ -61,7 +61,7 @@ class Twice(nn.Module):
     ],
 )
 def test_an_edited_linen_model_is_a_part_of_another_that_is_operated_on(operation):
-    net, variables, _, _, frozen = operated("linen", "freeze")
+    net, variables, *_, frozen = operated("linen", "freeze")
     nested = {collection: {"net": tree} for collection, tree in frozen.variables.items()}
     done = OPERATIONS[operation](Twice(frozen.model), nested, X)
     assert done.layers == ("net/first", "net/second")
@@ -73,7 +73,7 @@ def test_an_edited_linen_model_is_a_part_of_another_that_is_operated_on(operatio
 
 
 def test_the_outer_of_two_edits_of_a_layer_comes_last():
-    _, _, _, _, frozen = operated("linen", "freeze")
+    *_, frozen = operated("linen", "freeze")
     nested = {collection: {"net": tree} for collection, tree in frozen.variables.items()}
     thawed = surgery.replace(Twice(frozen.model), nested, X, frozen=False)
     _, after = output(thawed.model, thawed.variables, train=True)
@@ -82,7 +82,7 @@ def test_the_outer_of_two_edits_of_a_layer_comes_last():
 
 
 def test_another_thread_sees_nothing_of_an_edited_model_that_is_called():
-    net, variables, _, _, frozen = operated("linen", "freeze")
+    net, variables, *_, frozen = operated("linen", "freeze")
     inside, finish = threading.Event(), threading.Event()
 
     def wait(module, x):

@@ -1,6 +1,7 @@
 """Each kind of linear layer takes in a batch norm on either side, where that is exact."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flax import nnx
 
 import jaxbn.linen
 from jaxbn import surgery
-from tests.surgery.nets import randomized, variables_of
+from tests.surgery.nets import ZEROS, randomized, variables_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "inference.md"
 
@@ -55,6 +56,19 @@ KINDS = {
 }
 
 
+# Kinds of which one case is in the fast suite.
+FAST_KINDS = {
+    "convolution",
+    "without padding",
+    "circular padding",
+    "grouped",
+    "masked kernel",
+    "transposed",
+    "transposed, `transpose_kernel=True`",
+    "dense",
+    "dense, several axes of features",
+    "dense, over several axes",
+}
 IN_NNX = {
     nn.Conv: nnx.Conv,
     nn.ConvTranspose: nnx.ConvTranspose,
@@ -78,14 +92,14 @@ class LinenNet(nn.Module):
         layer, options, _ = KINDS[self.kind]
         norm = functools.partial(nn.BatchNorm, use_running_average=True)
         x = x if self.before else norm()(nn.relu(x))
-        x = layer(**options, use_bias=self.use_bias)(x)
+        x = layer(**options, use_bias=self.use_bias, kernel_init=ZEROS)(x)
         return nn.relu(norm()(x) if self.before else x)
 
 
 class NnxNet(nnx.Module):
     def __init__(self, kind, before, use_bias):
         layer, options, _ = KINDS[kind]
-        options = options | {"kernel_init": nnx.initializers.zeros_init()}  # compiles in no time
+        options = options | {"kernel_init": ZEROS}
         features = options.pop("features")
         axes = np.atleast_1d(options.get("axis", -1))
         inputs_of = tuple(inputs(kind).shape[axis] for axis in axes) if "axis" in options else FEATURES
@@ -110,31 +124,35 @@ def make(framework, kind, before, use_bias):
     return net, None, x
 
 
-def settings(*fast):
-    """Returns the frameworks, with and without a bias; all but one is slow."""
-    pairs = [(framework, use_bias) for framework in ("linen", "nnx") for use_bias in (True, False)]
-    return [pytest.param(*pair, marks=() if pair == fast else pytest.mark.slow) for pair in pairs]
+def cases(kinds, fast):
+    """Returns kinds, frameworks, and whether there is a bias; all are slow but some kinds with ``fast`` settings."""
+    return [
+        pytest.param(kind, *settings, marks=() if kind in FAST_KINDS and settings == fast else pytest.mark.slow)
+        for kind in kinds
+        for settings in itertools.product(("linen", "nnx"), (True, False))
+    ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("framework", "use_bias"), settings("nnx", False))
-def test_a_layer_takes_in_the_batch_norm_behind_it(framework, kind, use_bias):
+@pytest.mark.parametrize(("kind", "framework", "use_bias"), cases(KINDS, fast=("nnx", False)))
+def test_a_layer_takes_in_the_batch_norm_behind_it(kind, framework, use_bias):
     net, variables, x = make(framework, kind, True, use_bias)
     done = surgery.fold(net, variables, x)
     assert len(done.layers) == 1 and not done.kept
     assert done.scale > 0.1 and done.difference <= 1e-5 * done.scale
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (_, _, after) in KINDS.items() if after])
-@pytest.mark.parametrize(("framework", "use_bias"), settings("linen", True))
-def test_a_layer_that_pads_with_no_zeros_takes_in_the_batch_norm_in_front_of_it(framework, kind, use_bias):
+EXACT_IN_FRONT = [kind for kind, (_, _, is_exact) in KINDS.items() if is_exact]
+
+
+@pytest.mark.parametrize(("kind", "framework", "use_bias"), cases(EXACT_IN_FRONT, fast=("linen", True)))
+def test_a_layer_that_pads_with_no_zeros_takes_in_the_batch_norm_in_front_of_it(kind, framework, use_bias):
     net, variables, x = make(framework, kind, False, use_bias)
     done = surgery.fold(net, variables, x)
     assert len(done.layers) == 1 and not done.kept
     assert done.scale > 0.1 and done.difference <= 1e-5 * done.scale
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (_, _, after) in KINDS.items() if not after])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXACT_IN_FRONT])
 def test_a_layer_that_would_not_be_exact_is_refused(kind):
     net, variables, x = make("linen", kind, False, True)
     with pytest.raises(ValueError, match=r"pads with zeros, which its shift would change|along other axes"):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxbn import surgery
-from tests.surgery.nets import variables_of
+from tests.surgery.nets import ZEROS, variables_of
 
 FEATURES = 6
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, FEATURES)), jnp.float32)
@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
-        return nn.BatchNorm(use_running_average=True)(nn.Dense(FEATURES)(x))
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(FEATURES, kernel_init=ZEROS)(x))
 
 
 def net_of(function):
@@ -34,7 +34,7 @@ def net_of(function):
             def norm(x, name, **options):
                 return nn.BatchNorm(use_running_average=True, name=name, **options)(x)
 
-            return function(SimpleNamespace(dense=nn.Dense(FEATURES, name="dense"), norm=norm), x)
+            return function(SimpleNamespace(dense=nn.Dense(FEATURES, kernel_init=ZEROS, name="dense"), norm=norm), x)
 
     return Net()
 

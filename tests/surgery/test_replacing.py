@@ -60,8 +60,8 @@ def test_added_statistics_start_as_they_would():
     ("message", "options"),
     [
         ("steps=5 has no use, because first does not count batches", {"steps": 5}),
-        ("steps=-3 is below 0", {"steps": -3, "debias": True}),
-        (r"momentum=2.0 is outside \[0, 1\]", {"momentum": 2.0}),
+        (r"steps.*-3", {"steps": -3, "debias": True}),
+        (r"momentum.*2\.0", {"momentum": 2.0}),
         ("layers must name at least one batch norm of 'first', 'second'; pass None for all of them", {"layers": []}),
     ],
 )
