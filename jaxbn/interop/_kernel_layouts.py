@@ -63,6 +63,7 @@ def depthwise_conv_layout(*, multiplier: int = 1) -> Layout:
                 f"a depthwise kernel of shape {kernel.shape} in Keras has the multiplier {kernel.shape[-1]}, "
                 f"not {multiplier}; use depthwise_conv_layout(multiplier={kernel.shape[-1]})."
             )
+        # Flax orders the outputs by their input feature, and so does Keras, which has two axes for them.
         return kernel.reshape(*kernel.shape[:-2], 1, -1)
 
     def to_keras(kernel: np.ndarray) -> np.ndarray:
@@ -111,6 +112,7 @@ def conv_transpose_layout(*, transpose_kernel: bool = False) -> Layout:
         """From Keras's kernel to Flax's, and back."""
         if transpose_kernel:
             return kernel
+        # The transpose of a convolution is a convolution with the reversed kernel, inputs and outputs exchanged.
         spatial_axes = tuple(range(kernel.ndim - 2))
         return np.flip(kernel, spatial_axes).swapaxes(-1, -2)
 

@@ -49,13 +49,17 @@ def to_flax_order(array: np.ndarray, shape: Sequence[int] | None, option: str, *
     Returns:
       The array with its features in the new order.
     """
-    return array if shape is None else np.take(array, _torch_places(array, shape, option, axis), axis)
+    if shape is None:
+        return array
+    return np.take(array, _torch_places(array, shape, option, axis), axis)
 
 
 def to_torch_order(array: np.ndarray, shape: Sequence[int] | None, option: str, *, axis: int = 0) -> np.ndarray:
     """Undoes :func:`to_flax_order`."""
-    # argsort inverts a permutation.
-    return array if shape is None else np.take(array, np.argsort(_torch_places(array, shape, option, axis)), axis)
+    if shape is None:
+        return array
+    inverse = np.argsort(_torch_places(array, shape, option, axis))
+    return np.take(array, inverse, axis)
 
 
 def _torch_places(array: np.ndarray, shape: Sequence[int], option: str, axis: int) -> np.ndarray:

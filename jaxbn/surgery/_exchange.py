@@ -63,9 +63,9 @@ def _variables(layer: nnx.Module, *, statistics: bool) -> dict[str, nnx.Variable
 def _become(old: nnx.Module, new: nnx.Module) -> None:
     """Turns the object ``old`` into the layer ``new``.
 
-    Any number of attributes, lists and dicts of a model may refer to one layer, and nnx keeps no record of them.  So
-    the references stay, and the object behind them changes.  (``nnx.recursive_map`` builds a model from new objects,
-    but not where its modules refer to each other in a cycle.)
+    A model may refer to one layer from any number of attributes, lists and dicts, and nnx keeps no record of these
+    references.  So they stay, and the object behind them changes.  (``nnx.recursive_map`` would build a model of new
+    objects, but it refuses modules that refer to each other in a cycle.)
     """
     old.__dict__.clear()
     old.__dict__.update(vars(new))
@@ -131,25 +131,26 @@ class Edited(flax.linen.Module):
     @contextlib.contextmanager
     def _replacing_layers(self, prefix: tuple[str, ...]) -> Generator[None]:
         """Replaces the layers of this model that are called in this context; ``prefix`` is the model's own path."""
-        edit = _Edit({"/".join((*prefix, path)).strip("/"): make for path, make in self.edits}, [])
+        makers = {"/".join(filter(None, (*prefix, path))): make for path, make in self.edits}
+        edit = _Edit(makers, new_layers=[])
 
         def call_new_layer(proceed, args, kwargs, context):
             old = context.module
             if context.method_name != "__call__" or not is_one_of(old, (*BATCH_NORMS, *LINEAR)):
                 return proceed(*args, **kwargs)
             path = "/".join(old.path)
-            if _next_edit(old, path) is not edit:  # all edits under way see this call
+            if _next_edit(old, path) is not edit:  # all edits in progress see this call
                 return proceed(*args, **kwargs)
             new = edit.makers[path](old, parent=old.scope)
             edit.new_layers.append(new)
-            return new(*args, **kwargs)  # which all edits under way see too
+            return new(*args, **kwargs)  # which all edits in progress see too
 
-        _under_way.edits.append(edit)
+        _in_progress.edits.append(edit)
         try:
             with flax.linen.intercept_methods(call_new_layer):
                 yield
         finally:
-            _under_way.edits.pop()
+            _in_progress.edits.pop()
 
 
 class _Edit(NamedTuple):
@@ -164,17 +165,17 @@ class _Edit(NamedTuple):
     new_layers: list[flax.linen.Module]
 
 
-class _UnderWay(threading.local):
-    """The edited models that are being called in this thread, each inside the one before.
+class _InProgress(threading.local):
+    """The edits of the models that are being called, each inside the one before.
 
-    Thread-local because Flax's interceptors are: another thread may be calling a model at the same time.
+    One list for each thread, as Flax has its interceptors: other threads may be calling models at the same time.
     """
 
     def __init__(self):
         self.edits: list[_Edit] = []
 
 
-_under_way = _UnderWay()
+_in_progress = _InProgress()
 
 
 def _next_edit(layer: flax.linen.Module, path: str) -> _Edit | None:
@@ -184,7 +185,7 @@ def _next_edit(layer: flax.linen.Module, path: str) -> _Edit | None:
     made first; its new layer, at the same path, is what the outer one then replaces.
     """
     next_edit = None
-    for edit in _under_way.edits:  # from the outermost model to the innermost, so that the innermost wins
+    for edit in _in_progress.edits:  # from the outermost model to the innermost, so that the innermost wins
         if any(layer is new for new in edit.new_layers):
             break  # this edit has made the layer: it is done with it, and so are all inside it
         if path in edit.makers:

@@ -109,9 +109,11 @@ class Finder:
           CannotFold: if a call has none.
         """
         calls = [traced for traced in self.calls if traced.path == path]
+        # nn.share_scope gives two layers one path.
         if any(isinstance(traced, TracedLinear) for traced in calls):
             raise CannotFold("it has the same path as a linear layer, and so the same arrays")
         matches = [self._match(traced) for traced in calls if isinstance(traced, TracedNorm)]
+        # Two calls next to one layer would scale its kernel twice.
         if len({match.linear.path for match in matches}) < len(matches):
             raise CannotFold("it is called more than once next to the same layer")
         return matches
@@ -140,8 +142,9 @@ class Finder:
         while True:
             operation = self._graph.maker(value)
             is_shared = len(self._graph.readers(value)) > 1
-            if operation is None:
+            if operation is None:  # an argument of the model, or a constant
                 raise CannotFold("its input is the model's input, with no layer before it")
+            # Goes past casts and the like, if no one else reads their result.
             if dataflow.hands_on(operation) and not is_shared:
                 (value,) = operation.inputs
                 continue
@@ -167,7 +170,7 @@ class Finder:
             operation, *others = self._graph.readers(value)
             if others:
                 raise CannotFold("its output is used more than once")
-            if operation is None:
+            if operation is None:  # the model returns it
                 raise CannotFold("its output is the model's")
             if dataflow.hands_on(operation):
                 (value,) = operation.outputs
@@ -194,6 +197,7 @@ class Finder:
             raise CannotFold(f"{linear.path} shares its arrays with {self._sharing[linear.path]}")
         if getattr(linear.layer, "batch_dims", None) or getattr(linear.layer, "batch_axis", None):
             raise CannotFold(f"{linear.path} has a kernel for each entry of an axis")
+        # In a loop over layers, the stored arrays have one more axis than those of a call.
         if linear.kernel.shape != self.arrays[linear.path]["kernel"].shape:
             raise CannotFold(f"{linear.path} runs in a loop or under vmap, with a kernel for each turn")
         if not self._uses_stored_kernel(linear):
@@ -211,7 +215,8 @@ class Finder:
         while (operation := self._graph.maker(kernel)) is not None and dataflow.hands_on(operation):
             (kernel,) = operation.inputs
         is_argument = operation is None
-        return is_argument and len(self._graph.readers(kernel)) == 2  # the layer and the barrier
+        readers = self._graph.readers(kernel)  # the layer and the barrier, if no one else
+        return is_argument and len(readers) == 2
 
     def _nearest_layer(self, operation: dataflow.Operation | None) -> str | None:
         """Returns the path of the nearest layer before an operation, for messages."""

@@ -69,7 +69,7 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(reason):
     assert jax.tree.all(jax.tree.map(np.array_equal, before, variables))
 
 
-def test_what_cannot_be_folded_is_listed_beside_what_can():
+def test_kept_lists_what_cannot_be_folded():
     net = net_of(lambda net, x: net.norm(nn.relu(net.norm(net.dense(x), "first")), "second"))
     variables = variables_of(net, X)
     done = surgery.fold(net, variables, X)
@@ -94,7 +94,7 @@ def test_a_batch_norm_folds_into_each_of_the_layers_that_it_follows():
     assert done.layers == ("norm",) and done.difference <= 1e-5 * done.scale
 
 
-def test_a_cast_between_a_layer_and_its_batch_norm_does_no_harm():
+def test_a_cast_may_stand_between_a_layer_and_its_batch_norm():
     net = net_of(lambda net, x: net.norm(net.dense(x).astype(jnp.float32), "norm"))
     x = X.astype(jnp.bfloat16)
     done = surgery.fold(net, variables_of(net, x), x)
@@ -113,7 +113,7 @@ def test_a_block_that_is_recomputed_folds(wrap):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_kernel_that_is_not_used_as_it_is_stored_is_found_out(dtype):
+def test_a_kernel_that_is_not_used_as_it_is_stored_is_refused(dtype):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -124,7 +124,7 @@ def test_a_kernel_that_is_not_used_as_it_is_stored_is_found_out(dtype):
         surgery.fold(Net(), variables_of(Net(), X), X)
 
 
-def test_a_kernel_that_is_used_elsewhere_too_is_found_out():
+def test_a_kernel_that_is_also_used_elsewhere_is_refused():
     class Net(nnx.Module):
         def __init__(self):
             self.dense = nnx.Linear(FEATURES, 4, rngs=nnx.Rngs(0))
@@ -137,7 +137,7 @@ def test_a_kernel_that_is_used_elsewhere_too_is_found_out():
         surgery.fold(Net(), None, X)
 
 
-def test_several_values_in_one_operation_are_not_handed_on():
+def test_an_operation_with_several_inputs_stands_in_between():
     def function(net, x):
         first, _ = jax.lax.optimization_barrier((nn.Dense(FEATURES, name="other")(x), net.dense(x)))
         return net.norm(first, "norm")
@@ -173,13 +173,13 @@ def test_a_batch_norm_in_a_branch_is_refused():
         surgery.fold(net, variables_of(net, X), X)
 
 
-def test_inputs_may_be_given_by_name_in_any_order():
+def test_inputs_may_be_keyword_arguments_in_any_order():
     net = net_of(lambda net, x: nn.BatchNorm(name="norm")(use_running_average=True, x=net.dense(inputs=x)))
     done = surgery.fold(net, variables_of(net, X), X)
     assert done.layers == ("norm",) and done.difference <= 1e-5 * done.scale
 
 
-def test_layers_with_one_kernel_between_them_are_refused():
+def test_layers_that_share_a_kernel_are_refused():
     class Net(nnx.Module):
         def __init__(self):
             rngs = nnx.Rngs(0)

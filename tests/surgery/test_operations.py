@@ -30,7 +30,7 @@ from tests.surgery.nets import (
 
 @pytest.mark.parametrize("operation", EACH)
 @pytest.mark.parametrize("framework", NETS)
-def test_the_model_that_is_given_stays_as_it_is(framework, operation):
+def test_an_operation_does_not_change_its_arguments(framework, operation):
     net, variables, description, copy, done = operated(framework, operation)
     assert_equal(arrays(net, variables), copy)
     assert describe(net, variables) == description
@@ -51,7 +51,7 @@ def test_the_difference_is_that_of_the_outputs_in_evaluation(framework, operatio
 
 
 @pytest.mark.parametrize("operation", ["replace", "to_affine", "fold"])
-def test_what_a_variable_knows_besides_its_value_survives(operation):
+def test_class_and_metadata_of_nnx_variables_survive(operation):
     class Fixed(nnx.Param):
         pass
 
@@ -79,7 +79,7 @@ def test_sharding_of_linen_variables_survives(operation):
     assert operation == "fold" or after["layers_1"]["scale"] == jax.P("model")
 
 
-def test_an_nnx_model_is_looked_at_in_evaluation():
+def test_an_nnx_model_is_traced_in_evaluation_and_stays_in_training():
     class Net(nnx.Module):
         def __init__(self):
             rngs = nnx.Rngs(0)
@@ -114,7 +114,7 @@ def test_operations_follow_one_another(framework):
     assert abs(before - after).max() <= 1e-5 * abs(before).max()
 
 
-def test_a_module_in_the_scope_of_its_batch_norm_is_not_taken_for_it():
+def test_a_module_that_shares_the_scope_of_its_batch_norm_is_not_taken_for_it():
     class Loud(nn.Module):
         def setup(self):
             self.norm = nn.BatchNorm(use_running_average=True)
@@ -174,7 +174,7 @@ def test_a_subclass_is_a_batch_norm_unless_it_computes_something_else():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["freeze", "replace", "to_affine"])
-def test_layers_in_a_loop_are_exchanged_as_any_other(operation):
+def test_layers_in_a_loop_are_exchanged_like_any_other(operation):
     done = OPERATIONS[operation](LayersInALoop(), LayersInALoop().init(jax.random.key(0), X), X)
     assert done.layers == ("blocks/norm",) and done.difference <= 1e-5 * done.scale
     if operation == "freeze":

@@ -13,7 +13,7 @@ from tests.surgery.nets import GHOST, NETS, LayersInALoop, X, linen_net, nnx_net
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", NETS)
-def test_ghost_groups_normalise_separately_in_training(framework):
+def test_ghost_groups_are_normalized_separately_in_training(framework):
     net, variables = NETS[framework]()
     done = surgery.replace(net, variables, X, method=GHOST)
     parts = [X[:4], X[4:]]
@@ -65,7 +65,7 @@ def test_added_statistics_start_as_they_would():
         ("layers must name at least one batch norm of 'first', 'second'; pass None for all of them", {"layers": []}),
     ],
 )
-def test_options_that_make_no_sense_are_refused(message, options):
+def test_options_that_do_not_fit_are_refused(message, options):
     refused(message, surgery.replace, *linen_net(), **options)
 
 
@@ -73,7 +73,7 @@ def test_an_option_that_would_change_the_arrays_is_refused():
     refused("axis=1 cannot change in a trained model, unlike acc", surgery.replace, *linen_net(), axis=1)
 
 
-def test_counting_needs_to_be_told_the_number_of_batches():
+def test_counting_needs_the_number_of_batches_so_far():
     message = r"first will count batches .* pass their number as steps=, or 0 to restart"
     refused(message, surgery.replace, *linen_net(), momentum=None)
 
