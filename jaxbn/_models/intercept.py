@@ -1,13 +1,12 @@
-"""Any linen or nnx model, run with the calls of its layers intercepted.
+"""Runs any linen or nnx model, and hands the calls of its layers to a function.
 
-``call(module, batch)`` says how the model is called, as in :mod:`jaxbn.calibrate`.  Edited linen models
-(:mod:`jaxbn.surgery._exchange`) intercept calls too, and what is under way here keeps the two apart.
+``call(module, batch)`` says how the model is called, as in :mod:`jaxbn.calibrate`.
 """
 
+import collections
 import functools
 import inspect
 import itertools
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,17 +20,18 @@ from flax.traverse_util import flatten_dict
 
 from jaxbn._models.model import Model, is_one_of, merged, modules_in
 
-_RUN = itertools.count()  # numbers the runs
+_RECORDS = "jaxbn_records"  # the collection of what a run records in a linen model
+_run_numbers = itertools.count()
 
 
 class Call(NamedTuple):
-    """One call of a layer, as it is intercepted.
+    """An intercepted call of a layer.
 
     Attributes:
       path: of the layer.
-      index: number of this call among those of the same layer.
-      earlier: records of earlier calls of the same layer.
-      layer: the bound linen module or the nnx module.
+      index: number of this call among those of the layer.
+      earlier: records of the layer's earlier calls.
+      layer: the bound linen module, or the nnx module.
       args: positional arguments.
       kwargs: keyword arguments.
       proceed: makes the call, with these or other arguments.
@@ -46,46 +46,25 @@ class Call(NamedTuple):
     proceed: Callable[..., Any]
 
 
-Handler = Callable[[Call], tuple[Any, Any]]  # returns the output of a call, and what to record of it or None
+# Answers a call: returns its output, and a record of it or None.
+Handler = Callable[[Call], tuple[Any, Any]]
+
+# Predicates of a linen layer and its path.  One that is True says that another layer is about to be called in place of
+# this one, and so it is the other layer's call that counts.
+_ignored: list[Callable[[Any, str], bool]] = []
 
 
-class Level(NamedTuple):
-    """An edited linen model that is being called.
+def ignore_layers(predicate: Callable[[Any, str], bool]) -> Callable[[Any, str], bool]:
+    """Makes :func:`run` ignore the linen layers for which ``predicate(layer, path)`` is True; a decorator.
 
-    Attributes:
-      edits: what makes the new layer, by path of the old.
-      put_in: the new layers that were made so far.
+    :mod:`jaxbn.surgery` registers a predicate, since its edited models intercept the calls of layers too.
     """
-
-    edits: Mapping[str, Callable]
-    put_in: list
-
-
-class _UnderWay(threading.local):
-    """The edited models that are being called in this thread, each inside of the one before."""
-
-    def __init__(self):
-        self.levels: list[Level] = []
-
-
-under_way = _UnderWay()
-
-
-def exchanging(layer: Any, path: str) -> list[int]:
-    """Returns the numbers of the edited models under way that will put another layer in the place of this one.
-
-    The innermost comes first, and the outer ones exchange what it puts in; it leaves alone what they put in.
-    """
-    return [
-        number
-        for number, level in enumerate(under_way.levels)
-        if path in level.edits
-        and not any(layer is new for outer in under_way.levels[: number + 1] for new in outer.put_in)
-    ]
+    _ignored.append(predicate)
+    return predicate
 
 
 def call_model(model: Any, batch: Any) -> Any:
-    """Returns ``model(batch)``: how a model is called if nothing else is said."""
+    """Returns ``model(batch)``: the default of ``call``."""
     if not callable(model):
         raise ValueError(
             f"{type(model).__name__} has no __call__; say with call= which method evaluates a batch, as in "
@@ -102,7 +81,7 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def evaluating(call: Callable) -> Callable:
-    """Returns ``call``, with an nnx module evaluating; of a linen module, ``call`` itself says that it should."""
+    """Returns ``call`` for evaluation: switches an nnx module to it; with a linen module, ``call`` itself says so."""
 
     def evaluate(module, batch):
         if isinstance(module, nnx.Module):
@@ -113,44 +92,47 @@ def evaluating(call: Callable) -> Callable:
 
 
 def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> tuple[Any, dict]:
-    """Calls a model, and lets ``handle`` make the calls of its layers of these kinds.
+    """Calls a model, and lets ``handle`` answer the calls of its layers of these kinds.
 
-    Records leave transformed blocks (remat, jit) as variables; a loop (scan, vmap) would need to know of them.
+    Records are stored as variables of their layers, because only variables can leave transformed blocks such as remat
+    and jit.  They cannot leave loops (scan, vmap), which must be told of all variables beforehand.
 
     Args:
       model: the model.
       batch: passed on to ``call``.
       call: ``call(module, batch)`` returns the output.
-      handle: makes the calls.
+      handle: answers the calls.
       kinds: classes of layers; subclasses that override ``__call__`` are other layers.
 
     Returns:
-      The output, and the records of each layer's calls, a tuple by path.
+      The output, and a tuple of records for each layer, by path.
 
     Raises:
-      ValueError: for a layer inside of a loop, or a linen model that ``call`` does not call.
+      ValueError: if a layer is in a loop, or ``call`` does not call the linen model.
     """
-    numbers = {}
+    counters = collections.defaultdict(itertools.count)
 
-    def handled(path, *rest):
-        number = numbers.setdefault(path, itertools.count())
-        return handle(Call(path, next(number), *rest))
+    def handle_next(path, *rest):
+        return handle(Call(path, next(counters[path]), *rest))
 
     run_either = _run_linen if isinstance(model.definition, flax.linen.Module) else _run_nnx
     try:
-        return run_either(model, batch, call, handled, kinds)
-    except (TypeError, LookupError, AttributeError) as error:
+        return run_either(model, batch, call, handle_next, kinds)
+    except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
         if not isinstance(batch, jax.Array | np.ndarray):
             part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
             error.add_note(
-                f"A batch is a {type(batch).__name__} here, and not an array. Where the model takes a part of it, "
-                f"call= says which, as in call=lambda module, batch: module({part})."
+                f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
+                f"call=, as in call=lambda module, batch: module({part})."
             )
         raise
 
 
 def evaluation(model: Model, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> Callable[[Any, Any], Any]:
-    """Returns a function of the arrays of a model and a batch: its output in evaluation, as ``handle`` makes it."""
+    """Returns a function of a model's arrays and a batch: the output in evaluation, with calls that ``handle`` answers.
+
+    Pure, so that it can be traced and compiled.
+    """
 
     def run_once(arrays, batch):
         return run(model._replace(arrays=arrays), batch, evaluating(call), handle, kinds)[0]
@@ -158,68 +140,85 @@ def evaluation(model: Model, call: Callable, handle: Handler, kinds: tuple[type,
     return run_once
 
 
-def _run_linen(model, batch, call, handled, kinds):
-    # Blocks under nn.jit are not traced again, and so not intercepted, if nothing about the call has changed.  Two of
-    # one kind share their trace even within a run: what is recorded must be a function of the layer's arrays.
-    collection = f"intercepted_{next(_RUN)}"
-    # Whatever else a model writes in evaluation it may; some tell from batch_stats whether to train.
-    mutable = DenyList(("batch_stats", f"not_{collection}"))
-    given, was_called = None, False
+def _run_linen(
+    model: Model, batch: Any, call: Callable, handle_next: Callable, kinds: tuple[type, ...]
+) -> tuple[Any, dict]:
+    bound, was_called = None, False  # the bound model that `call` gets, and whether it or a part of it has been called
 
-    def call_given(module, batch):
-        nonlocal given
-        given = module
+    def call_bound(module, batch):
+        nonlocal bound
+        bound = module
         return call(module, batch)
 
     def intercept(proceed, args, kwargs, context):
         nonlocal was_called
         layer = context.module
-        was_called = was_called or _is_in(layer, given)
+        was_called = was_called or _is_in(layer, bound)
         if context.method_name != "__call__" or not is_one_of(layer, kinds):
             return proceed(*args, **kwargs)
         path = "/".join(layer.path)
-        if exchanging(layer, path):
+        if any(is_ignored(layer, path) for is_ignored in _ignored):
             return proceed(*args, **kwargs)
-        y, record = handled(path, layer.get_variable(collection, "calls", ()), layer, args, kwargs, proceed)
-        if record is not None and not layer.sow(collection, "calls", record):
-            raise _in_a_loop(path) if was_called else _called_another(given)
+        earlier = layer.get_variable(_RECORDS, "calls", ())
+        y, record = handle_next(path, earlier, layer, args, kwargs, proceed)
+        if record is not None and not layer.sow(_RECORDS, "calls", record):
+            raise _in_a_loop(path) if was_called else _called_another(bound)
         return y
 
+    # Interceptors nest: this one comes first, so it sees all calls, before an edited model answers any of them.
     with flax.linen.intercept_methods(intercept):
-        y, recorded = model.definition.apply(model.arrays, batch, method=call_given, mutable=mutable)
+        y, variables = model.definition.apply(model.arrays, batch, method=call_bound, mutable=_traced_again())
     if not was_called:
-        raise _called_another(given)
-    calls = flatten_dict(recorded.get(collection, {}))
+        raise _called_another(bound)
+    calls = flatten_dict(variables.get(_RECORDS, {}))
     return y, {"/".join(path): records for (*path, _), records in calls.items()}
 
 
-def _run_nnx(model, batch, call, handled, kinds):
+def _traced_again() -> DenyList:
+    """Returns a filter of the collections that a run may write, which makes nn.jit trace its blocks again.
+
+    Calls can be intercepted only while a block is traced, and nn.jit keeps a trace for each "fingerprint": the fields
+    of the module and this filter (see flax.core.lift.jit).  So each run denies a collection that no model has, with a
+    name that no other run has, which changes the fingerprint and nothing else.
+
+    Within a run, equal blocks still share a fingerprint, and a trace.  Therefore a record may depend on nothing but the
+    arrays of its layer and the inputs of its call.
+    """
+    never_written = f"jaxbn_run_{next(_run_numbers)}"
+    # batch_stats is denied because some models take it for a sign of training that they may write there.
+    return DenyList(("batch_stats", never_written))
+
+
+def _run_nnx(
+    model: Model, batch: Any, call: Callable, handle_next: Callable, kinds: tuple[type, ...]
+) -> tuple[Any, dict]:
+    # nnx has no interceptors, so the layers of a copy get classes whose calls are intercepted.
     module = merged(model)
     layers = [(path, layer) for path, layer in modules_in(module) if is_one_of(layer, kinds)]
     for path, layer in layers:
-        layer.__class__ = _intercepted_class(type(layer), path, handled)
+        layer.__class__ = _intercepted(type(layer), path, handle_next)
     y = call(module, batch)
     return y, {path: layer.calls.get_value() for path, layer in layers if hasattr(layer, "calls")}
 
 
-def _intercepted_class(cls, path, handled):
-    """Returns a class that is ``cls`` but for its call; nnx offers no interceptors."""
+def _intercepted(cls: type, path: str, handle_next: Callable) -> type:
+    """Returns a subclass whose calls are answered by ``handle_next``."""
 
     def __call__(self, *args, **kwargs):
         earlier = self.calls.get_value() if hasattr(self, "calls") else ()
-        y, record = handled(path, earlier, self, args, kwargs, functools.partial(cls.__call__, self))
+        y, record = handle_next(path, earlier, self, args, kwargs, functools.partial(cls.__call__, self))
         if record is not None:
             try:
                 self.calls = nnx.Intermediate((*earlier, record))
-            except flax.errors.TraceContextError:
+            except flax.errors.TraceContextError:  # a layer from outside of a loop cannot change in it
                 raise _in_a_loop(path) from None
         return y
 
     return type(cls.__name__, (cls,), {"__call__": __call__})
 
 
-def _is_in(layer, model):
-    """Says whether a bound linen module is another one, or a part of it."""
+def _is_in(layer: Any, model: flax.linen.Module | None) -> bool:
+    """Tests whether a bound linen module is a model or a part of it."""
     while isinstance(layer, flax.linen.Module):
         if layer is model:
             return True
@@ -227,15 +226,15 @@ def _is_in(layer, model):
     return False
 
 
-def _called_another(model):
+def _called_another(model: Any) -> ValueError:
     return ValueError(
-        f"call did not call the {type(model).__name__} that it was given; accepted is a function of that module and a "
-        "batch, as in call=lambda module, batch: module(batch, train=False), not one that calls model.apply itself."
+        f"call did not call the {type(model).__name__} that it was given; pass a function of that module and a batch "
+        "that does not call model.apply itself, as in call=lambda module, batch: module(batch, train=False)."
     )
 
 
-def _in_a_loop(path):
+def _in_a_loop(path: str) -> ValueError:
     return ValueError(
         f"{path} is called inside of nn.scan, nn.vmap or another transformation that does not let new variables out; "
-        "accepted are layers called outside of loops, under remat and jit; unroll the loop over layers."
+        "layers may be called under remat and jit, but not in loops: unroll the loop over layers."
     )

@@ -1,4 +1,4 @@
-"""PyTorch and Keras weights to and from Flax variables: batch norm, and the convolution and dense layers beside it.
+"""Converts weights of PyTorch and Keras to Flax variables and back: batch norms, convolutions and dense layers.
 
 ``from_torch``, ``to_torch``, ``from_keras`` and ``to_keras`` convert models; a :class:`Layout` converts one layer:
 
@@ -14,10 +14,11 @@ layout                     Flax                        PyTorch                  
 ``dense_layout``           ``[in, out]``               ``[out, in]``                  ``[in, out]``
 =========================  ==========================  =============================  =============================
 
-Values are moved, not computed, so gradients and momenta of parameters convert as the parameters do; the scale of 1, or
-bias of 0, that PyTorch has and Flax's batch norm lacks is written for those with statistics alone, which momenta have
-not.  Leaves of Flax may be in boxes, such as ``nn.Partitioned``; results are new NumPy arrays without boxes, and
-bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they differ:
+Values are moved, not computed, so gradients and momenta convert like the parameters they belong to.  PyTorch's batch
+norm has a scale of 1, or a bias of 0, where Flax's lacks one; it is written only for layers with statistics, because
+momenta and gradients have no such value.  Flax variables may be in boxes, such as ``nn.Partitioned``.  Results are new
+NumPy arrays without boxes, and bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they
+differ:
 
 =======================  =====================  =========================================  =====================
 setting                  Flax                   PyTorch                                    Keras 3
@@ -25,21 +26,15 @@ setting                  Flax                   PyTorch                         
 momentum                 0.99 of the old value  0.1 of the NEW value                       0.99 of the old value
 epsilon                  1e-5                   1e-5                                       1e-3
 running variance         biased                 unbiased                                   biased
-padding where strided    "SAME", ``padding=1``  ``padding=1`` is Flax's, and not "SAME"    "same" is Flax's "SAME"
+padding with strides     "SAME", ``padding=1``  ``padding=1`` is Flax's, and not "SAME"    "same" is Flax's "SAME"
 =======================  =====================  =========================================  =====================
 
 TensorFlow 2's fused kernel, for images, kept the unbiased variance (github.com/tensorflow/tensorflow/issues/55545).
-Where every batch has m values per feature, an average of biased variances times m/(m - 1) is that of unbiased ones.
+If every batch has m values per feature, an average of biased variances times m/(m - 1) is that of unbiased ones.
 """
 
-from jaxbn.interop._layouts import (
-    Layout,
-    batch_norm_layout,
-    conv_layout,
-    conv_transpose_layout,
-    dense_layout,
-    depthwise_conv_layout,
-)
+from jaxbn.interop._kernel_layouts import conv_layout, conv_transpose_layout, dense_layout, depthwise_conv_layout
+from jaxbn.interop._layout import Layout
 from jaxbn.interop._models import (
     batch_norm_options_from_torch,
     batch_norm_options_to_torch,
@@ -48,6 +43,7 @@ from jaxbn.interop._models import (
     to_keras,
     to_torch,
 )
+from jaxbn.interop._norm_layout import batch_norm_layout
 
 __all__ = [
     "Layout",

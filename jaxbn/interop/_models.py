@@ -1,4 +1,4 @@
-"""Weights of whole models, layer by layer, and the settings that are not in them."""
+"""Converts whole models, and the settings that are not in their weights."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,22 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.interop._conversion import entry, fill, refuse_others, take
-from jaxbn.interop._layouts import (
-    Layout,
-)
+from jaxbn.interop._conversion import check_mappings, entry, from_flax, to_flax
+from jaxbn.interop._layout import Layout
 from jaxbn.interop._weights import Arrays, Variables
 
 
 def batch_norm_options_from_torch(*, momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str, Any]:
-    """Returns the options with which jaxbn's ``BatchNorm``, linen or nnx, does what PyTorch's does.
+    """Converts the options of PyTorch's batch norm to those of jaxbn's, linen or nnx.
 
     >>> layer = jaxbn.linen.BatchNorm(**jaxbn.interop.batch_norm_options_from_torch(momentum=0.1))
     >>> layer.momentum, layer.epsilon, layer.unbiased
     (0.9, 1e-05, True)
 
     Args:
-      momentum: weight of the NEW value; None averages all batches alike, there and here.
+      momentum: weight of the NEW value; None gives all batches the same weight, there and here.
       eps: added to the variance.
 
     Returns:
@@ -36,15 +34,15 @@ def batch_norm_options_from_torch(*, momentum: float | None = 0.1, eps: float = 
 def batch_norm_options_to_torch(
     *, momentum: float | None = 0.99, epsilon: float = 1e-5, unbiased: bool = True
 ) -> dict[str, Any]:
-    """Returns the options of PyTorch's batch norm for those of ours.
+    """Converts the options of jaxbn's batch norm to those of PyTorch's.
 
     >>> jaxbn.interop.batch_norm_options_to_torch(momentum=0.99, epsilon=1e-3)
     {'momentum': 0.01, 'eps': 0.001}
 
     Args:
-      momentum: weight of the old value; None averages all batches alike.
+      momentum: weight of the old value; None gives all batches the same weight.
       epsilon: added to the variance.
-      unbiased: True, as PyTorch's running variance always is.
+      unbiased: must be True, because PyTorch's running variance always is unbiased.
 
     Returns:
       ``momentum`` and ``eps``.
@@ -54,8 +52,8 @@ def batch_norm_options_to_torch(
     """
     if not unbiased:
         raise ValueError(
-            "unbiased=False: PyTorch's running variance is always unbiased; multiply that of the weights by m/(m - 1), "
-            "with m values per feature and batch, and leave unbiased out."
+            "unbiased must be True, because PyTorch's running variance always is, got False; multiply the variance in "
+            "the weights by m/(m - 1), with m values per feature and batch, and leave unbiased out."
         )
     return {"momentum": _complement(momentum), "eps": epsilon}
 
@@ -67,9 +65,9 @@ def from_torch(
     *,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Variables:
-    """Returns the variables of a Flax model with the values of a PyTorch model's ``state_dict``.
+    """Converts the ``state_dict`` of a PyTorch model to variables of a Flax model.
 
-    Every entry and every variable must be used; to leave a layer out, take it out of both.
+    All entries and all variables must be used; to leave a layer out, remove it from both.
 
     >>> import numpy as np
     >>> state_dict = {'fc.weight': np.ones((2, 3)), 'fc.bias': np.zeros(2)}
@@ -77,54 +75,54 @@ def from_torch(
     >>> variables = jaxbn.interop.from_torch(state_dict, shapes, {'fc': ''})
     >>> y = nn.Dense(2).apply(variables, jnp.ones((1, 3)))
 
-    An nnx model gives and takes them by its states:
+    The variables of an nnx model are its states:
 
     >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     >>> states = {'params': nnx.state(model, nnx.Param), 'batch_stats': nnx.state(model, nnx.BatchStat)}
     >>> state_dict = {'weight': np.ones(2), 'bias': np.ones(2), 'running_mean': np.ones(2), 'running_var': np.ones(2)}
     >>> nnx.update(model, *jaxbn.interop.from_torch(state_dict, states, {'': ''}).values())
 
-    The momentum of SGD goes the same way, to the ``trace`` of ``optax.sgd``: the ``state_dict`` is then
+    The momentum of SGD converts in the same way, to the ``trace`` of ``optax.sgd``.  The ``state_dict`` is then
     ``{name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}``, and ``variables`` has
-    ``params`` alone.
+    only ``params``.
 
     Args:
       state_dict: arrays or tensors by the name of a layer, a dot and their own name.
-      variables: of the Flax model, ``{"params": {...}, "batch_stats": {...}}``; of the leaves, arrays or those of
-        ``jax.eval_shape``, only shape and dtype are read.
+      variables: of the Flax model, ``{"params": {...}, "batch_stats": {...}}``, for their shapes and dtypes; those of
+        ``jax.eval_shape`` will do.
       names: from each layer in ``state_dict`` to its path in ``variables``: ``{"layer1.0.conv1": "Block_0/Conv_0"}``.
-      layouts: of the layers, by their names in ``state_dict``, whose variables do not show it.  Others with a kernel of
-        two axes have :func:`dense_layout`, of more :func:`conv_layout`.  Here must be transposed convolutions, and
-        dense layers and norms whose features come from a flattening or go to an unflattening: read as the others, they
+      layouts: layouts of some layers, by their names in ``state_dict``.  The default for a kernel with two axes is
+        :func:`dense_layout`, with more :func:`conv_layout`.  Transposed convolutions need a layout here, and so do
+        dense layers and norms whose features come from a flattening or go to an unflattening: with the default they
         may fit by chance.  Compare one output after converting.
 
     Returns:
       The variables, as nested dicts of arrays with the shapes and dtypes of ``variables``.
 
     Raises:
-      ValueError: if entries or variables are missing, left over or of wrong shapes, or if values would become infinite
-        or lose an imaginary part; the message lists all of them.
+      ValueError: if entries or variables are missing, left over or of the wrong shape, or if values would become
+        infinite or lose an imaginary part; the message lists all of them.
     """
-    refuse_others(state_dict=(state_dict, "model.state_dict()"))
+    check_mappings(state_dict=(state_dict, "model.state_dict()"))
     entries = defaultdict(dict)
     for key, value in state_dict.items():
         if isinstance(value, Mapping):
             raise ValueError(f"state_dict[{key!r}] is itself a mapping; of a checkpoint, pass the state_dict in it.")
         prefix, _, name = key.rpartition(".")
         entries[prefix][name] = value
-    return fill(variables, entries, names, layouts or {}, lambda layout: layout.from_torch)
+    return to_flax(variables, entries, names, layouts or {}, lambda layout: layout.from_torch)
 
 
 def to_torch(
     variables: Mapping[str, Any], names: Mapping[str, str], *, layouts: Mapping[str, Layout] | None = None
 ) -> Arrays:
-    """Returns the ``state_dict`` of a PyTorch model with the values of a Flax model: the inverse of :func:`from_torch`.
+    """Converts variables of a Flax model to the ``state_dict`` of a PyTorch model: the inverse of :func:`from_torch`.
 
     >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
     >>> {name: array.shape for name, array in jaxbn.interop.to_torch(variables, {'fc': ''}).items()}
     {'fc.weight': (2, 3), 'fc.bias': (2,)}
 
-    ``model.load_state_dict({name: torch.from_numpy(array) for name, array in entries.items()})`` takes it.
+    Load it with ``model.load_state_dict({name: torch.from_numpy(array) for name, array in entries.items()})``.
 
     Args:
       variables: as in :func:`from_torch`, with values.
@@ -135,9 +133,9 @@ def to_torch(
       Arrays by the names of ``state_dict``.
 
     Raises:
-      ValueError: if a layer is missing, left over or not of its layout; the message lists all of them.
+      ValueError: if a layer is missing, left over or does not have its layout; the message lists all of them.
     """
-    layers = take(variables, names, layouts or {}, lambda layout: layout.to_torch)
+    layers = from_flax(variables, names, layouts or {}, lambda layout: layout.to_torch)
     return {entry(prefix, name): array for prefix, layer in layers.items() for name, array in layer.items()}
 
 
@@ -148,7 +146,7 @@ def from_keras(
     *,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Variables:
-    """Returns the variables of a Flax model with the weights of a Keras model.
+    """Converts the weights of a Keras model to variables of a Flax model.
 
     >>> import numpy as np
     >>> weights = {'dense': {'kernel': np.ones((3, 2)), 'bias': np.zeros(2)}}
@@ -156,28 +154,28 @@ def from_keras(
     >>> variables = jaxbn.interop.from_keras(weights, variables, {'dense': ''})
 
     Args:
-      weights: ``{layer.name: layer.weights for layer in model.layers if layer.weights}``, whose names are checked, or
-        arrays by such names.  ``layer.get_weights()`` does too, but has no names: a gamma without beta
-        (``center=False``) is then read as the beta of a Flax layer with ``use_scale=False``.
+      weights: ``{layer.name: layer.weights for layer in model.layers if layer.weights}``, or arrays by the names of
+        weights.  ``layer.get_weights()`` works too, but has no names to check: a gamma without beta (``center=False``)
+        is then taken for the beta of a Flax layer with ``use_scale=False``.
       variables: as in :func:`from_torch`.
       names: from each layer in ``weights`` to its path in ``variables``.
-      layouts: as in :func:`from_torch`, with depthwise convolutions; dense layers need none.
+      layouts: as in :func:`from_torch`, and also for depthwise convolutions; dense layers need none.
 
     Returns:
       The variables, as nested dicts of arrays with the shapes and dtypes of ``variables``.
 
     Raises:
-      ValueError: if weights or variables are missing, left over or of wrong shapes, or if values would become infinite
-        or lose an imaginary part; the message lists all of them.
+      ValueError: if weights or variables are missing, left over or of the wrong shape, or if values would become
+        infinite or lose an imaginary part; the message lists all of them.
     """
-    refuse_others(weights=(weights, "{layer.name: layer.weights for layer in model.layers if layer.weights}"))
-    return fill(variables, weights, names, layouts or {}, lambda layout: layout.from_keras)
+    check_mappings(weights=(weights, "{layer.name: layer.weights for layer in model.layers if layer.weights}"))
+    return to_flax(variables, weights, names, layouts or {}, lambda layout: layout.from_keras)
 
 
 def to_keras(
     variables: Mapping[str, Any], names: Mapping[str, str], *, layouts: Mapping[str, Layout] | None = None
 ) -> dict[str, list[np.ndarray]]:
-    """Returns the weights of a Keras model with the values of a Flax model: the inverse of :func:`from_keras`.
+    """Converts variables of a Flax model to the weights of a Keras model: the inverse of :func:`from_keras`.
 
     >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
     >>> [array.shape for array in jaxbn.interop.to_keras(variables, {'dense': ''})['dense']]
@@ -189,18 +187,20 @@ def to_keras(
       layouts: as in :func:`from_keras`.
 
     Returns:
-      By the names of layers, what ``layer.set_weights`` takes.
+      The list for ``layer.set_weights`` of each layer, by its name.
 
     Raises:
-      ValueError: if a layer is missing, left over or not of its layout; the message lists all of them.
+      ValueError: if a layer is missing, left over or does not have its layout; the message lists all of them.
     """
-    return take(variables, names, layouts or {}, lambda layout: layout.to_keras)
+    return from_flax(variables, names, layouts or {}, lambda layout: layout.to_keras)
 
 
-def _complement(momentum):
-    """Returns 1 - momentum, of as many digits as people write: 0.1 of 0.9, not 0.09999999999999998."""
-    if momentum is not None and not 0 <= momentum <= 1:
+def _complement(momentum: float | None) -> float | None:
+    """Returns 1 - momentum with the digits that people write: 0.1 for 0.9, not 0.09999999999999998."""
+    if momentum is None:
+        return None
+    if not 0 <= momentum <= 1:
         raise ValueError(
-            f"momentum={momentum} is outside [0, 1]; it is the weight of a value in an average; pass such, or None."
+            f"momentum must be from 0 to 1, or None, got {momentum}; it is the weight of a value in an average."
         )
-    return None if momentum is None else round(1 - momentum, 15)
+    return round(1 - momentum, 15)

@@ -1,10 +1,10 @@
 """Surgery on the batch norms of a whole model: freeze them, make them affine, fold them away, replace them.
 
-Every operation takes a linen module with its variables, or an nnx module with None, and a sample batch on which the
-model is tried.  ``call(module, batch)`` says how the model evaluates a batch; by default ``module(batch)``.  Layers are
-found by running the model, whatever they are called in it; Flax's batch norms and ours are.  Nothing that is given
-changes: what comes back is a new model, with the largest difference of its outputs in evaluation.  An operation that
-cannot be done raises a ValueError with the reason.
+Each operation takes a linen module with its variables, or an nnx module with None, and a sample batch to run the
+model on.  ``call(module, batch)`` says how the model evaluates a batch; the default is ``module(batch)``.  Batch norms,
+Flax's and jaxbn's, are found by running the model, whatever their names are.  The arguments do not change: an
+operation returns a new model, and the largest change of its outputs in evaluation.  One that is not possible raises a
+ValueError with the reason.
 """
 
 from jaxbn.surgery._affine import to_affine

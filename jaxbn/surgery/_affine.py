@@ -1,4 +1,4 @@
-"""A batch norm in evaluation as a scale and a bias."""
+"""Turns batch norms into what they are in evaluation: a scale and a bias."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from jaxbn._core.dtypes import in_float64
 from jaxbn._core.functional import result_dtype
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import arrays_of
-from jaxbn.surgery._exchange import NewLayer, make_affine
-from jaxbn.surgery._operation import Layers, Surgery, find_batch_norms, operate, select
+from jaxbn.surgery._new_layers import NewLayer, make_affine
+from jaxbn.surgery._operation import LayerPaths, Surgery, find_batch_norms, operate, select
 
 
 def to_affine(
@@ -21,10 +21,10 @@ def to_affine(
     sample: Any,
     *,
     call: Callable[[Any, Any], Any] = call_model,
-    layers: Layers | None = None,
+    layers: LayerPaths | None = None,
     learnable: bool = True,
 ) -> Surgery:
-    """Turns batch norms into y = scale' * x + bias', with their statistics in two arrays: for fine-tuning.
+    """Turns batch norms into y = scale' * x + bias', which takes the statistics into both arrays: for fine-tuning.
 
     scale' = scale / sqrt(var + epsilon),  bias' = bias - mean scale'.
 
@@ -40,8 +40,8 @@ def to_affine(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
-      learnable: False keeps both arrays with the statistics (``batch_stats``, ``BatchStat``), out of an optimizer's
-        sight.
+      learnable: whether both arrays are parameters; False puts them with the statistics (``batch_stats``,
+        ``BatchStat``), where an optimizer does not see them.
 
     Returns:
       The new model, with :class:`jaxbn.linen.Affine` or :class:`jaxbn.nnx.Affine` layers.
@@ -49,23 +49,27 @@ def to_affine(
     Raises:
       ValueError: for a layer that the model does not have.
     """
-    before, found = find_batch_norms(model, variables, sample, call)
-    stored, new = arrays_of(before), {}
-    for path, norm in select(found, layers).items():
-        arrays = zip(("scale", "bias"), affine_of(stored[path], norm.options["epsilon"]), strict=True)
+    before, norms = find_batch_norms(model, variables, sample, call)
+    stored = arrays_of(before)
+    new_layers = {}
+    for path, norm in select(norms, layers).items():
+        scale, bias = affine_of(stored[path], norm.options["epsilon"])
+        # Statistics may be wider than parameters, and both arrays hold statistics now.
         dtype = jnp.promote_types(norm.options["param_dtype"], norm.stats.mean.dtype)
-        arrays = {name: jnp.asarray(value.astype(dtype)) for name, value in arrays}
-        make = functools.partial(make_affine, {"dtype": result_dtype_of(norm), "fixed": not learnable})
-        new[path] = NewLayer(make, arrays if learnable else {}, {} if learnable else arrays)
-    return operate(before, new, [*new], {}, sample, call)
-
-
-def result_dtype_of(norm):
-    return norm.options["dtype"] or result_dtype(norm.x, norm.scale, norm.bias)
+        arrays = {"scale": jnp.asarray(scale.astype(dtype)), "bias": jnp.asarray(bias.astype(dtype))}
+        # The output keeps its dtype, which the dtypes of the new arrays might promote.
+        output_dtype = norm.options["dtype"] or result_dtype(norm.x, norm.scale, norm.bias)
+        make = functools.partial(make_affine, {"dtype": output_dtype, "fixed": not learnable})
+        if learnable:
+            new_layers[path] = NewLayer(make, params=arrays, batch_stats={})
+        else:
+            new_layers[path] = NewLayer(make, params={}, batch_stats=arrays)
+    return operate(before, new_layers, [*new_layers], {}, sample, call)
 
 
 def affine_of(arrays: Mapping[str, Any], epsilon: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scale a and the shift s that a batch norm is in evaluation, in float64, shape [C]."""
-    arrays = {name: in_float64(value) for name, value in arrays.items()}
-    a = arrays.get("scale", 1.0) / np.sqrt(arrays["var"] + epsilon)
-    return a, arrays.get("bias", 0.0) - arrays["mean"] * a
+    """Returns a and s of a batch norm y = a x + s in evaluation, in float64, shape [C]."""
+    wide = {name: in_float64(array) for name, array in arrays.items()}
+    a = wide.get("scale", 1.0) / np.sqrt(wide["var"] + epsilon)
+    s = wide.get("bias", 0.0) - wide["mean"] * a
+    return a, s

@@ -1,221 +1,235 @@
-"""A linen or nnx model with some of its layers exchanged for others, and the layers that come in question.
+"""Replaces layers of a linen or nnx model.
 
-An nnx model is copied and changed.  A linen model makes its layers while it is called, so it is wrapped in one that
-intercepts them; its methods and its variable tree stay.
+The layers of an nnx model are objects in it, and are replaced in a copy.  A linen model makes its layers anew in every
+call, so there is nothing to replace in it: :class:`Edited` wraps the model and intercepts the calls of the layers.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen
-import jax
 from flax import nnx
 from flax.core.meta import replace_boxed
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import jaxbn.linen
-import jaxbn.nnx
-from jaxbn._models.batch_norms import settings_of
-from jaxbn._models.intercept import Level, exchanging, under_way
+from jaxbn._models import intercept
 from jaxbn._models.model import BATCH_NORMS, LINEAR, Model, is_one_of, modules_in
-
-
-class NewLayer(NamedTuple):
-    """A layer to put in the place of another.
-
-    Attributes:
-      make: ``make(old)`` returns it, for a linen module with ``parent=`` besides; what the old one says at that moment
-        counts, since a linen layer is made anew, with other settings perhaps, whenever the model is called.
-      params: its parameters by name; None for those that are there.
-      batch_stats: its statistics by name; None for those that are there.
-    """
-
-    make: Callable[..., Any]
-    params: dict[str, Any] | None = None
-    batch_stats: dict[str, Any] | None = None
+from jaxbn.surgery._new_layers import NewLayer
 
 
 def exchange(model: Model, layers: Mapping[str, NewLayer]) -> Model:
-    """Returns the model with other layers at these paths; the one that was given stays as it is."""
+    """Returns the model with new layers at these paths; the given model does not change."""
     if isinstance(model.definition, flax.linen.Module):
-        definition, before = model.definition, {}
-        if isinstance(definition, Edited):
-            definition, before = definition.original.model, dict(definition.edits)
-        after = before | {path: _after(before.get(path), layer.make) for path, layer in layers.items()}
-        return Model(Edited(Original(definition), tuple(after.items())), _with_arrays(model, layers))
-    edited = nnx.merge(*model)  # its variables are the model's own: replaced in it, never written to
-    for path, old in modules_in(edited):
-        if path in layers:
-            new = layers[path].make(old)
-            for name, value in _variables(old, new, layers[path]).items():
-                setattr(new, name, value)
-            # The object itself changes, so that all that refer to it see the new layer, wherever they keep it.
-            old.__dict__.clear()
-            old.__dict__.update(vars(new))
-            old.__class__ = type(new)
-    return Model(*nnx.split(edited))
+        return Model(_edited(model.definition, layers), _with_arrays(model.arrays, layers))
+    # The copy shares the variables of the original, so they are replaced in it and never written to.
+    copy = nnx.merge(*model)
+    old_layers = dict(modules_in(copy))
+    for path, layer in layers.items():
+        old = old_layers[path]
+        new = layer.make(old)
+        _set_variables(new, old, layer)
+        _become(old, new)
+    return Model(*nnx.split(copy))
 
 
-def _variables(old, new, layer):
-    """Returns the variables of a new nnx layer; where they have the name of an old one, with its kind and metadata."""
-    variables = {}
-    for kind, values in ((nnx.Param, layer.params), (nnx.BatchStat, layer.batch_stats)):
-        before = {
-            name: variable
-            for name, variable in vars(old).items()
-            if isinstance(variable, nnx.Variable) and isinstance(variable, nnx.BatchStat) == (kind is nnx.BatchStat)
-        }
-        if values is None:
-            variables |= {name: variable for name, variable in before.items() if hasattr(new, name)}
+# nnx
+
+
+def _set_variables(new: nnx.Module, old: nnx.Module, layer: NewLayer) -> None:
+    """Gives a new nnx layer the arrays of ``layer``, or the old layer's variables where ``layer`` has None."""
+    for kind, arrays in ((nnx.Param, layer.params), (nnx.BatchStat, layer.batch_stats)):
+        old_variables = _variables(old, statistics=kind is nnx.BatchStat)
+        if arrays is None:
+            variables = {name: variable for name, variable in old_variables.items() if hasattr(new, name)}
         else:
-            variables |= {n: before[n].replace(value) if n in before else kind(value) for n, value in values.items()}
-    return variables
+            variables: dict[str, nnx.Variable] = {name: kind(array) for name, array in arrays.items()}
+            # A variable that the old layer had too keeps its class and its metadata, such as a sharding.
+            for name in variables.keys() & old_variables.keys():
+                variables[name] = old_variables[name].replace(arrays[name])
+        for name, variable in variables.items():
+            setattr(new, name, variable)
+
+
+def _variables(layer: nnx.Module, *, statistics: bool) -> dict[str, nnx.Variable]:
+    """Returns the statistics of an nnx layer by name, or all its other variables."""
+    variables = {name: value for name, value in vars(layer).items() if isinstance(value, nnx.Variable)}
+    return {name: value for name, value in variables.items() if isinstance(value, nnx.BatchStat) == statistics}
+
+
+def _become(old: nnx.Module, new: nnx.Module) -> None:
+    """Turns the object ``old`` into the layer ``new``.
+
+    A model may refer to one layer from any number of attributes, lists and dicts, and nnx keeps no record of these
+    references.  So they stay, and the object behind them changes.  (``nnx.recursive_map`` would build a model of new
+    objects, but it refuses modules that refer to each other in a cycle.)
+    """
+    old.__dict__.clear()
+    old.__dict__.update(vars(new))
+    old.__class__ = type(new)
+
+
+# linen
 
 
 @dataclasses.dataclass(frozen=True)
-class Original:
-    """A linen model that is not to become a submodule of the module that holds it."""
+class NotASubmodule:
+    """Holds a linen module where Flax does not see it.
 
-    model: flax.linen.Module
+    Flax makes a submodule of each module that is an attribute of another, and the submodule's variables go one level
+    deeper, under the attribute's name.  The variables of an edited model stay where they were.
+    """
+
+    module: flax.linen.Module
 
 
 class Edited(flax.linen.Module):
-    """A linen model with other layers at some paths, and the variable tree of the model.
+    """A linen model with new layers at some paths; its other layers, methods and variables are those of the model.
 
     Attributes:
       original: the model as it was.
       edits: pairs of a path and a function that makes the layer there, as in NewLayer.
     """
 
-    original: Original
+    original: NotASubmodule
     edits: tuple[tuple[str, Callable], ...]
+
+    # These three replace Flax's own, so that a method can be named as in `apply(..., method="encode")`: it is a method
+    # of the original model, which this class does not have.
 
     @flax.linen.nowrap
     def apply(self, *args, **kwargs):
         """Applies the model, or any of its methods, as :meth:`flax.linen.Module.apply`."""
-        with self._exchanging(()):
-            return self.original.model.apply(*args, **kwargs)
+        with self._replacing_layers(prefix=()):
+            return self.original.module.apply(*args, **kwargs)
 
     @flax.linen.nowrap
     def init_with_output(self, *args, **kwargs):
         """Calls and initializes the model, as :meth:`flax.linen.Module.init_with_output`."""
-        with self._exchanging(()):
-            return self.original.model.init_with_output(*args, **kwargs)
+        with self._replacing_layers(prefix=()):
+            return self.original.module.init_with_output(*args, **kwargs)
 
     @flax.linen.nowrap
     def init(self, *args, **kwargs):
         """Initializes the model, as :meth:`flax.linen.Module.init`."""
-        with self._exchanging(()):
-            return self.original.model.init(*args, **kwargs)
+        with self._replacing_layers(prefix=()):
+            return self.original.module.init(*args, **kwargs)
+
+    def setup(self):
+        """Binds the original model to the scope of this one, so that both have the same variables."""
+        self._bound = NotASubmodule(self.original.module.clone(parent=self.scope))
 
     def __call__(self, *args, **kwargs):
-        """Calls the model as a part of another, or bound to its variables."""
-        if "_model" not in vars(self):  # in the scope of this module, so that its variables get no further level
-            object.__setattr__(self, "_model", self.original.model.clone(parent=self.scope))
-        with self._exchanging(self.path):
-            return vars(self)["_model"](*args, **kwargs)
+        """Calls the model when it is bound: as a submodule of another model, or by :meth:`flax.linen.Module.bind`."""
+        with self._replacing_layers(prefix=self.path):
+            return self._bound.module(*args, **kwargs)
 
     @flax.linen.nowrap
     @contextlib.contextmanager
-    def _exchanging(self, above):
-        """Exchanges the layers of what is called meanwhile; ``above`` is the path of the model in that."""
-        level = Level({"/".join((*above, path)).strip("/"): make for path, make in self.edits}, [])
-        number = len(under_way.levels)
+    def _replacing_layers(self, prefix: tuple[str, ...]) -> Generator[None]:
+        """Replaces the layers of this model that are called in this context; ``prefix`` is the model's own path."""
+        makers = {"/".join(filter(None, (*prefix, path))): make for path, make in self.edits}
+        edit = _Edit(makers, new_layers=[])
 
-        def intercept(proceed, args, kwargs, context):
-            old, kinds = context.module, (*BATCH_NORMS, *LINEAR)
-            if context.method_name != "__call__" or not is_one_of(old, kinds):
+        def call_new_layer(proceed, args, kwargs, context):
+            old = context.module
+            if context.method_name != "__call__" or not is_one_of(old, (*BATCH_NORMS, *LINEAR)):
                 return proceed(*args, **kwargs)
             path = "/".join(old.path)
-            if exchanging(old, path)[-1:] != [number]:
+            if _next_edit(old, path) is not edit:  # all edits in progress see this call
                 return proceed(*args, **kwargs)
-            new = level.edits[path](old, parent=old.scope)
-            level.put_in.append(new)
-            return new(*args, **kwargs)
+            new = edit.makers[path](old, parent=old.scope)
+            edit.new_layers.append(new)
+            return new(*args, **kwargs)  # which all edits in progress see too
 
-        under_way.levels.append(level)
+        _in_progress.edits.append(edit)
         try:
-            with flax.linen.intercept_methods(intercept):
+            with flax.linen.intercept_methods(call_new_layer):
                 yield
         finally:
-            under_way.levels.pop()
+            _in_progress.edits.pop()
 
 
-def _after(first, second):
-    """Returns what makes the layer of a second exchange from that of the first, if there was one."""
-    return second if first is None else functools.partial(_make_twice, first, second)
+class _Edit(NamedTuple):
+    """The edits of one model while it is being called.
+
+    Attributes:
+      makers: functions that make a new layer, by the path of the old layer.
+      new_layers: those made so far in this call.
+    """
+
+    makers: Mapping[str, Callable]
+    new_layers: list[flax.linen.Module]
 
 
-def _make_twice(first, second, old, **place):
-    return second(first(old, **place), **place)
+class _InProgress(threading.local):
+    """The edits of the models that are being called, each inside the one before.
+
+    One list for each thread, as Flax has its interceptors: other threads may be calling models at the same time.
+    """
+
+    def __init__(self):
+        self.edits: list[_Edit] = []
 
 
-def _with_arrays(model, layers):
-    """Returns the variables of a linen model with those of new layers in place of the old."""
-    variables = dict(model.arrays)
+_in_progress = _InProgress()
+
+
+def _next_edit(layer: flax.linen.Module, path: str) -> _Edit | None:
+    """Returns the edit that is the next to replace a layer, or None.
+
+    An edited model may be part of another, and both may have an edit for a path.  The inner one comes first, as it was
+    made first; its new layer, at the same path, is what the outer one then replaces.
+    """
+    next_edit = None
+    for edit in _in_progress.edits:  # from the outermost model to the innermost, so that the innermost wins
+        if any(layer is new for new in edit.new_layers):
+            break  # this edit has made the layer: it is done with it, and so are all inside it
+        if path in edit.makers:
+            next_edit = edit
+    return next_edit
+
+
+@intercept.ignore_layers
+def _will_be_replaced(layer: flax.linen.Module, path: str) -> bool:
+    """Returns whether another layer will be called in place of this one."""
+    return _next_edit(layer, path) is not None
+
+
+def _edited(model: flax.linen.Module, layers: Mapping[str, NewLayer]) -> Edited:
+    """Returns an edited model; a second operation on one adds to its edits, and does not wrap it again."""
+    original, makers = model, {}
+    if isinstance(model, Edited):
+        original, makers = model.original.module, dict(model.edits)
+    for path, layer in layers.items():
+        first = makers.get(path)
+        makers[path] = layer.make if first is None else functools.partial(_make_twice, first, layer.make)
+    return Edited(NotASubmodule(original), tuple(makers.items()))
+
+
+def _make_twice(first: Callable, second: Callable, old: flax.linen.Module, **parent: Any) -> flax.linen.Module:
+    """Makes the layer of a second operation from that of the first."""
+    return second(first(old, **parent), **parent)
+
+
+def _with_arrays(variables: Mapping[str, Any], layers: Mapping[str, NewLayer]) -> dict[str, Any]:
+    """Returns the variables of a linen model with those of new layers in place of the old layers'."""
+    variables = dict(variables)
     for collection in ("params", "batch_stats"):
         flat = flatten_dict(variables.pop(collection, {}))
         for path, layer in layers.items():
-            values = getattr(layer, collection)
-            if values is not None:
-                steps = tuple(path.split("/")) if path else ()
-                before = {key: value for key, value in flat.items() if key[:-1] == steps}
-                after = {(*steps, name): value for name, value in values.items()}
-                flat = {key: value for key, value in flat.items() if key not in before}
-                # What is known of a variable besides its value, such as its sharding, stays.
-                flat |= {k: replace_boxed(before[k], value) if k in before else value for k, value in after.items()}
+            arrays = getattr(layer, collection)
+            if arrays is None:
+                continue
+            steps = tuple(path.split("/")) if path else ()
+            old = {key: flat.pop(key) for key in [*flat] if key[:-1] == steps}
+            for name, array in arrays.items():
+                key = (*steps, name)
+                # Flax may keep an array in a box with its sharding (nn.Partitioned): the new array gets the same box.
+                flat[key] = replace_boxed(old[key], array) if key in old else array
         if flat:
             variables[collection] = unflatten_dict(flat)
     return variables
-
-
-def make_batch_norm(options: dict[str, Any], old: Any, **place: Any) -> Any:
-    """Returns our batch norm with the settings of an old one, but for these options."""
-    settings = settings_of(old) | options
-    return jaxbn.linen.BatchNorm(**settings, **place) if place else jaxbn.nnx.BatchNorm(**settings, rngs=nnx.Rngs(0))
-
-
-def make_affine(options: dict[str, Any], old: Any, **place: Any) -> Any:
-    """Returns an affine layer on the features of a batch norm, with these options."""
-    settings = {name: getattr(old, name) for name in ("axis", "param_dtype")} | options
-    return jaxbn.linen.Affine(**settings, **place) if place else jaxbn.nnx.Affine(old.num_features, **settings)
-
-
-def make_group_norm(num_groups: int, old: Any, **place: Any) -> Any:
-    """Returns a group norm with the settings of a batch norm."""
-    names = ("epsilon", "dtype", "param_dtype", "use_bias", "use_scale")
-    settings: dict[str, Any] = {name: getattr(old, name) for name in names} | {"num_groups": num_groups}
-    if place:
-        return _LinenGroupNorm(**settings, **place)
-    return _NnxGroupNorm(old.num_features, **settings, rngs=nnx.Rngs(0))
-
-
-def make_with(options: dict[str, Any], old: Any, **place: Any) -> Any:
-    """Returns a layer like the old one, but for these settings."""
-    if isinstance(old, flax.linen.Module):
-        return old.copy(parent=place.get("parent"), name=None, **options)
-    copy = nnx.clone(old)
-    for name, value in options.items():
-        setattr(copy, name, value)
-    return copy
-
-
-class _LinenGroupNorm(flax.linen.GroupNorm):
-    """Group norm that is called as batch norm is."""
-
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
-        """Normalises each group of features of each example."""
-        del use_running_average
-        return super().__call__(x, mask=mask)
-
-
-class _NnxGroupNorm(nnx.GroupNorm):
-    """Group norm that is called as batch norm is."""
-
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
-        """Normalises each group of features of each example."""
-        del use_running_average
-        return super().__call__(x, mask=mask)

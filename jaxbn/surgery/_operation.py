@@ -1,4 +1,4 @@
-"""What the operations of :mod:`jaxbn.surgery` share: look at a model, choose layers, exchange them, compare."""
+"""The steps that all operations consist of: find batch norms, select some, exchange them, and compare outputs."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
+from jaxbn._models.batch_norms import WITH_BATCH_NORM, Norm, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
 from jaxbn._models.model import BATCH_NORMS, Model, join, split
-from jaxbn.surgery._exchange import NewLayer, exchange
+from jaxbn.surgery._exchange import exchange
+from jaxbn.surgery._new_layers import NewLayer
 
-# A program that runs once: optimizing it takes longer than running it as it is.
-_ONCE = {"xla_backend_optimization_level": 0}
-Layers = str | Sequence[str]
-Evaluate = Callable[[Any, Any], Any]
-Found = dict[str, NormCall]
+LayerPaths = str | Sequence[str]
+Call = Callable[[Any, Any], Any]  # evaluates a batch: call(module, batch)
+Norms = dict[str, Norm]  # by path
+
+# Outputs are computed once, so XLA's optimizations would take longer than they save.
+_COMPILED_QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 class Surgery(NamedTuple):
@@ -28,9 +30,9 @@ class Surgery(NamedTuple):
       model: a linen module with the same methods, or an nnx module.
       variables: of the linen module; None for an nnx module, which holds its own.
       layers: paths of the batch norms that were changed.
-      kept: batch norms that were left as they are, by path, and why.
-      difference: largest difference of an output in evaluation, over the sample.
-      scale: largest output in magnitude, before.
+      kept: reasons why other batch norms were kept as they are, by path.
+      difference: largest change of an output in evaluation, on the sample.
+      scale: largest absolute value of an output before the operation.
     """
 
     model: Any
@@ -41,105 +43,110 @@ class Surgery(NamedTuple):
     scale: float
 
     def __repr__(self) -> str:
-        """Returns it without the model and the variables, which are long."""
+        """Leaves out the model and the variables, which are long."""
         return (
             f"Surgery(layers={self.layers}, kept={self.kept}, difference={self.difference:.1e}, scale={self.scale:.1e})"
         )
 
 
-def find_batch_norms(
-    model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Evaluate
-) -> tuple[Model, Found]:
-    """Returns the model in two parts, and what its batch norms have, by path, with shapes for arrays."""
-    before, found = split(model, variables), {}
+def find_batch_norms(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Call) -> tuple[Model, Norms]:
+    """Splits the model, and finds its batch norms in a trace; they have shapes for arrays."""
+    before = split(model, variables)
+    norms: Norms = {}
 
-    def handle(one):
-        norm = norm_of(one)
-        found.setdefault(one.path, norm.without_arrays())
+    def handle(intercepted):
+        norm = norm_of(intercepted)
+        norms.setdefault(intercepted.path, norm.without_arrays())
         return evaluated(norm), None
 
     jax.eval_shape(evaluation(before, call, handle, BATCH_NORMS), before.arrays, sample)
-    must_be_operable(before, found, sample, call)
-    return before, found
+    check_operable(before, norms, sample, call)
+    return before, norms
 
 
-def must_be_operable(model: Model, found: Found, sample: Any, call: Evaluate) -> None:
-    """Refuses a model without batch norms, and linen blocks that nn.jit compiles once, and would not compile anew."""
-    if not found:
+def check_operable(model: Model, norms: Norms, sample: Any, call: Call) -> None:
+    """Refuses a model without batch norms, and a linen model with layers under nn.jit."""
+    if not norms:
         raise ValueError(
-            f"no batch norm was called, so that there is nothing to change; {WITH_BATCH_NORM}; check that call "
-            "runs the whole model on the sample."
+            f"no batch norm was called, so there is nothing to change; {WITH_BATCH_NORM}; check that call runs the "
+            "whole model on the sample."
         )
     if not isinstance(model.definition, flax.linen.Module):
         return
-
-    def paths():
-        seen = set()
-
-        def note(proceed, args, kwargs, context):
-            if context.module.scope is not None:  # without one, a module has no variables, and no path
-                seen.add("/".join(context.module.path))
-            return proceed(*args, **kwargs)
-
-        with flax.linen.intercept_methods(note):
-            apply = functools.partial(model.definition.apply, method=call, mutable=True)
-            jax.eval_shape(apply, model.arrays, sample)
-        return seen
-
-    first = paths()
-    if hidden := sorted({*first, *found} - paths()):
+    # An edited model intercepts calls, which nn.jit hides if it has traced their block before.  The first trace shows
+    # all modules, or else it fills the cache of nn.jit; what the second one does not show is hidden.
+    called = _called_modules(model, sample, call)
+    if hidden := sorted({*called, *norms} - _called_modules(model, sample, call)):
         raise ValueError(
-            f"{hidden[0]} runs inside of nn.jit, which keeps what it compiled before; take nn.jit off the block and "
-            "compile the whole model with jax.jit instead."
+            f"{hidden[0]} is called inside of nn.jit, which keeps what it traced before, so a new layer would have no "
+            "effect; remove nn.jit from the block, and compile the whole model with jax.jit instead."
         )
 
 
-def select(found: Found, layers: Layers | None) -> Found:
-    """Returns the batch norms at these paths or below them; all for None."""
+def _called_modules(model: Model, sample: Any, call: Call) -> set[str]:
+    """Returns the paths of the linen modules that a trace of the model calls."""
+    paths = set()
+
+    def note(proceed, args, kwargs, context):
+        if context.module.scope is not None:  # without a scope, a module has no variables and no path
+            paths.add("/".join(context.module.path))
+        return proceed(*args, **kwargs)
+
+    with flax.linen.intercept_methods(note):
+        apply = functools.partial(model.definition.apply, method=call, mutable=True)
+        jax.eval_shape(apply, model.arrays, sample)
+    return paths
+
+
+def select(norms: Norms, layers: LayerPaths | None) -> Norms:
+    """Returns the batch norms at these paths or below them; all of them for None."""
     if layers is None:
-        return found
+        return norms
     layers = [layers] if isinstance(layers, str) else list(layers)
     if not layers:
         raise ValueError(
-            f"layers is empty; it names batch norms to change: {', '.join(map(repr, found))}; None is all."
+            f"layers must name at least one batch norm of {', '.join(map(repr, norms))}; pass None for all of them."
         )
     for layer in layers:
-        if not any(is_below(path, layer) for path in found):
+        if not any(is_below(path, layer) for path in norms):
             raise ValueError(
-                f"the model has no batch norm at {layer!r}; it has {', '.join(map(repr, found))}; "
+                f"the model has no batch norm at {layer!r}; it has {', '.join(map(repr, norms))}; "
                 "give one of these, or the path of a module that contains it."
             )
-    return {path: norm for path, norm in found.items() if any(is_below(path, layer) for layer in layers)}
+    return {path: norm for path, norm in norms.items() if any(is_below(path, layer) for layer in layers)}
+
+
+def is_below(path: str, layer: str) -> bool:
+    """Tests whether ``path`` is that of a layer or of a part of it."""
+    return layer == "" or f"{path}/".startswith(f"{layer}/")
 
 
 def operate(
     before: Model,
-    new: Mapping[str, NewLayer],
+    new_layers: Mapping[str, NewLayer],
     changed: Sequence[str],
     kept: dict[str, str],
     sample: Any,
-    call: Evaluate,
+    call: Call,
 ) -> Surgery:
-    """Puts new layers in, and compares the outputs."""
-    after = exchange(before, new)
-    old_outputs, new_outputs = (_outputs(model, sample, call) for model in (before, after))
-    difference = max((abs(a - b).max() for a, b in zip(old_outputs, new_outputs, strict=True)), default=0.0)
-    scale = max((abs(a).max() for a in old_outputs), default=0.0)
-    return Surgery(*join(after), tuple(changed), kept, float(difference), float(scale))
+    """Exchanges the layers, and compares the outputs before and after."""
+    after = exchange(before, new_layers)
+    outputs = _outputs(before, sample, call)
+    differences = [abs(a - b).max() for a, b in zip(outputs, _outputs(after, sample, call), strict=True)]
+    largest = max(differences, default=0.0)
+    scale = max((abs(output).max() for output in outputs), default=0.0)
+    return Surgery(*join(after), tuple(changed), kept, float(largest), float(scale))
 
 
-def _outputs(model, sample, call):
-    """Returns the arrays of numbers that the model gives in evaluation."""
+def _outputs(model: Model, sample: Any, call: Call) -> list[np.ndarray]:
+    """Computes the outputs of a model in evaluation; those of integers, which have no rounding, are left out."""
 
-    def handle(one):
-        norm = norm_of(one)  # the layer itself where it evaluates, since it may round as ours does not
-        return one.proceed(*one.args, **one.kwargs) if norm.use_running_average else evaluated(norm), None
+    def handle(intercepted):
+        norm = norm_of(intercepted)
+        if norm.use_running_average:  # the layer itself, because its rounding may differ from ours
+            return intercepted.proceed(*intercepted.args, **intercepted.kwargs), None
+        return evaluated(norm), None
 
-    compiled = jax.jit(evaluation(model, call, handle, BATCH_NORMS), compiler_options=_ONCE)
+    compiled = jax.jit(evaluation(model, call, handle, BATCH_NORMS), compiler_options=_COMPILED_QUICKLY)
     leaves = jax.tree.leaves(compiled(model.arrays, sample))
     return [np.asarray(leaf, np.complex128) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
-
-
-def is_below(path: str, layer: str) -> bool:
-    """Says whether a path is that of a layer, or of something in it."""
-    return layer == "" or f"{path}/".startswith(f"{layer}/")

@@ -1,4 +1,4 @@
-"""Another norm in the place of a model's batch norms, or theirs with other options."""
+"""Replaces batch norms by jaxbn's, with new options, or by group norms."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from jaxbn._core import checks
 from jaxbn._core.stats import init_stats, to_variables
+from jaxbn._models.batch_norms import Norm
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import arrays_of
-from jaxbn.surgery._exchange import NewLayer, make_batch_norm, make_group_norm
-from jaxbn.surgery._operation import Layers, Surgery, find_batch_norms, operate, select
+from jaxbn.surgery._new_layers import NewLayer, make_batch_norm, make_group_norm
+from jaxbn.surgery._operation import LayerPaths, Surgery, find_batch_norms, operate, select
 
-# Arguments of our layers that change what they do, and neither the shape of their arrays nor where the features are.
+# Options of jaxbn's layers that can change in a trained model: the shapes of scale, bias, mean and var do not depend on
+# them.
 _OPTIONS = (
     "accumulate",
     "axis_index_groups",
@@ -34,11 +36,11 @@ def replace(
     sample: Any,
     *,
     call: Callable[[Any, Any], Any] = call_model,
-    layers: Layers | None = None,
+    layers: LayerPaths | None = None,
     steps: int | None = None,
     **options: Any,
 ) -> Surgery:
-    """Puts jaxbn's layer in the place of batch norms, with other options if given, and keeps their arrays.
+    """Replaces batch norms by jaxbn's layer, with other options if given, and keeps their arrays.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
     >>> x = jnp.ones((8, 3))
@@ -56,10 +58,10 @@ def replace(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
-      steps: number of batches behind the statistics, for ``debias=True`` and ``momentum=None``, which count on.
-      **options: arguments of :class:`jaxbn.linen.BatchNorm` or :class:`jaxbn.nnx.BatchNorm` that are to differ from
-        those of the layer: accumulate, axis_index_groups, axis_name, debias, dtype, epsilon, frozen, method, momentum,
-        unbiased.
+      steps: number of batches that the statistics come from, for ``debias=True`` and ``momentum=None``, which continue
+        the count.
+      **options: arguments of :class:`jaxbn.linen.BatchNorm` or :class:`jaxbn.nnx.BatchNorm` to change: accumulate,
+        axis_index_groups, axis_name, debias, dtype, epsilon, frozen, method, momentum, unbiased.
 
     Returns:
       The new model.
@@ -69,22 +71,22 @@ def replace(
         need ``steps``.
     """
     if unknown := sorted(options.keys() - {*_OPTIONS}):
-        given = ", ".join(f"{name}={options[name]!r}" for name in unknown)
+        arguments = ", ".join(f"{name}={options[name]!r}" for name in unknown)
         raise ValueError(
-            f"{given} cannot change in a trained model; accepted are {', '.join(_OPTIONS)}; "
-            "leave it out, or make the model anew."
+            f"{arguments} cannot change in a trained model, unlike {', '.join(_OPTIONS)}; leave it out, or make and "
+            "train a new model."
         )
     checks.momentum(options.get("momentum"))
     if steps is not None:
         checks.whole("steps", steps, least=0)
-    before, found = find_batch_norms(model, variables, sample, call)
+    before, norms = find_batch_norms(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
     stored = arrays_of(before)
-    new = {
-        path: NewLayer(make, batch_stats=_statistics(stored[path], path, norm, options, steps))
-        for path, norm in select(found, layers).items()
+    new_layers = {
+        path: NewLayer(make, batch_stats=_new_statistics(path, norm, stored[path], options, steps))
+        for path, norm in select(norms, layers).items()
     }
-    return operate(before, new, [*new], {}, sample, call)
+    return operate(before, new_layers, [*new_layers], {}, sample, call)
 
 
 def replace_by_group_norm(
@@ -94,11 +96,11 @@ def replace_by_group_norm(
     *,
     num_groups: int,
     call: Callable[[Any, Any], Any] = call_model,
-    layers: Layers | None = None,
+    layers: LayerPaths | None = None,
 ) -> Surgery:
-    """Puts group norms in the place of batch norms, with their scale, bias and epsilon; the statistics are dropped.
+    """Replaces batch norms by group norms with their scale, bias and epsilon; the statistics are dropped.
 
-    The model computes something else then, and wants training; the difference says how much.
+    The new model computes something else, and has to be trained; the difference says how far it is off.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
     >>> x = jnp.ones((8, 3))
@@ -110,7 +112,7 @@ def replace_by_group_norm(
       model: a linen or nnx module.
       variables: of the linen module; None for nnx.
       sample: a batch, as ``call`` takes it.
-      num_groups: number of groups; divides the features of every layer concerned.
+      num_groups: number of groups; must divide the number of features of each layer.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
 
@@ -118,51 +120,59 @@ def replace_by_group_norm(
       The new model.
 
     Raises:
-      ValueError: for a layer that the model does not have, a number of groups that does not divide its features, or
-        features that are not on the last axis.
+      ValueError: for a layer that the model does not have, a number of groups that does not divide a layer's features,
+        or features that are not on the last axis.
 
     References:
       Wu and He 2018, arXiv:1803.08494.
     """
-    before, found = find_batch_norms(model, variables, sample, call)
-    new = {}
-    for path, norm in select(found, layers).items():
-        if norm.options["axis"] not in (-1, len(norm.x.shape) - 1):
+    before, norms = find_batch_norms(model, variables, sample, call)
+    new_layers = {}
+    for path, norm in select(norms, layers).items():
+        axis, ndim = norm.options["axis"], len(norm.x.shape)
+        if axis not in (-1, ndim - 1):
             raise ValueError(
-                f"{path} has its features on axis {norm.options['axis']} of {len(norm.x.shape)}; Flax's group norm "
-                "takes them on the last one; leave this layer out, with layers=."
+                f"{path} has its features on axis {axis} of {ndim}, but Flax's group norm needs them on the last axis; "
+                "leave this layer out, with layers=."
             )
         (features,) = norm.stats.mean.shape
         if num_groups < 1 or features % num_groups:
             raise ValueError(
                 f"num_groups={num_groups} does not divide the {features} features of {path}; choose a divisor, "
-                "or treat layers of different widths one by one, with layers=."
+                "or replace layers of different widths separately, with layers=."
             )
-        new[path] = NewLayer(functools.partial(make_group_norm, num_groups), batch_stats={})
-    return operate(before, new, [*new], {}, sample, call)
+        new_layers[path] = NewLayer(functools.partial(make_group_norm, num_groups), batch_stats={})
+    return operate(before, new_layers, [*new_layers], {}, sample, call)
 
 
-def _statistics(stored, path, norm, options, steps):
-    """Returns the statistics of a layer, with those that its new options add, and without those that it has no more."""
-    settings = {"debias": False, "accumulate": 1} | norm.options | options
-    kind = {"counted": settings["momentum"] is None or settings["debias"], "accumulate": settings["accumulate"]}
-    given = {name: value for name, value in stored.items() if name not in ("scale", "bias")}
-    start = to_variables(init_stats(norm.stats.mean.shape, **kind, dtype=norm.stats.mean.dtype))
-    if (added := sorted(start.keys() - given.keys())) and given["mean"].shape != norm.stats.mean.shape:
+def _new_statistics(
+    path: str, norm: Norm, stored: dict[str, Any], options: dict[str, Any], steps: int | None
+) -> dict[str, Any]:
+    """Returns the stored statistics that the options still need, and initial values of those that they add."""
+    settings: dict[str, Any] = (
+        {"debias": False, "accumulate": 1} | norm.options | options
+    )  # Flax's layers lack the first two
+    counted = settings["momentum"] is None or settings["debias"]
+    mean = norm.stats.mean
+    initial = to_variables(init_stats(mean.shape, counted=counted, accumulate=settings["accumulate"], dtype=mean.dtype))
+    statistics = {name: stored.get(name, value) for name, value in initial.items()}
+    added = sorted(initial.keys() - stored.keys())
+    # In a loop over layers, the stored arrays have one more axis than those of a call.
+    if added and stored["mean"].shape != mean.shape:
         raise ValueError(
-            f"{path} is inside of a scan or vmap, which knows nothing of new variables ({', '.join(added)}); leave out "
-            "options that add some (debias, momentum=None, accumulate), or leave out this layer, with layers=."
+            f"{path} is inside of a scan or vmap, which does not know the new variables ({', '.join(added)}); leave "
+            "out options that add some (debias, momentum=None, accumulate), or leave out this layer, with layers=."
         )
     if "steps" in added and steps is None:
         raise ValueError(
-            f"{path} is to count its batches (debias=True or momentum=None), but does not know how many are behind its "
-            "statistics; say so with steps=, 0 to start anew."
+            f"{path} will count batches (debias=True or momentum=None), but does not know how many its statistics come "
+            "from; pass their number as steps=, or 0 to restart the averages."
         )
     if steps is not None:
-        if "steps" not in start:
+        if "steps" not in initial:
             raise ValueError(
-                f"steps={steps} is given, but {path} does not count its batches; leave it out, or count them, with "
-                "debias=True or momentum=None."
+                f"steps={steps} has no use, because {path} does not count batches; leave it out, or pass debias=True "
+                "or momentum=None."
             )
-        given["steps"] = jnp.full_like(given.get("steps", start["steps"]), steps)
-    return {name: given.get(name, value) for name, value in start.items()}
+        statistics["steps"] = jnp.full_like(statistics["steps"], steps)
+    return statistics
