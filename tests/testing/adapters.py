@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def linen(layer=jaxbn.linen.BatchNorm, axis_name=None):
 
     return Adapter(
         "linen",
-        init=lambda x: norm.init(jax.random.key(0), x, use_running_average=False),
+        init=lambda x: norm.init(jax.random.key(0), x, use_running_average=True),
         train=train,
         evaluate=lambda variables, x: norm.apply(variables, x, use_running_average=True),
         statistics=lambda variables: (variables["batch_stats"]["mean"], variables["batch_stats"]["var"]),
@@ -91,6 +92,7 @@ def nnx_layer(axis_name=None):
 
 FUNCTION = function()
 OURS = {"function": FUNCTION, "linen": linen(), "nnx": nnx_layer()}
+FLAX = linen(flax.linen.BatchNorm)
 
 
 def in_numpy(adapter):

@@ -2,17 +2,26 @@
 
 import dataclasses
 
-import flax.linen
 import jax
 import pytest
 
 from jaxbn.testing import LAWS, check_batch_norm, judge
 from jaxbn.testing._laws import values
 from tests.testing import mutants, plain
-from tests.testing.adapters import FUNCTION, MOMENTUM, OURS, function, linen
+from tests.testing.adapters import FLAX, FUNCTION, MOMENTUM, OURS, function
 
 NAMES = [law.name for law in LAWS]
-FLAX = linen(flax.linen.BatchNorm)
+# Laws that compile many or large programs.  Fast tests in tests/core compare our function with the oracle on masks,
+# devices, half precision and second derivatives.
+EXPENSIVE = [
+    "low_precision",
+    "hessian_vector_products",
+    "statistics_of_masked_data",
+    "gradients_of_masked_data",
+    "nan_in_masked_positions",
+    "split_over_devices",
+    "large_means_over_devices",
+]
 ABOUT_STATISTICS = [
     "running_statistics_equal_oracle",
     "evaluation_equals_training_on_constant_statistics",
@@ -24,11 +33,18 @@ ABOUT_STATISTICS = [
 ]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 @pytest.mark.parametrize(
-    "name", ["function", *(pytest.param(name, marks=pytest.mark.slow) for name in ("linen", "nnx"))]
+    "law", [pytest.param(law, id=law.name, marks=[pytest.mark.slow] * (law.name in EXPENSIVE)) for law in LAWS]
 )
-def test_our_batch_norm_keeps_the_law(name, law):
+def test_our_function_keeps_the_law(law):
+    assert law.applies(FUNCTION)
+    check_batch_norm(FUNCTION, [law])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_our_layers_keep_the_law(name, law):
     assert law.applies(OURS[name])
     check_batch_norm(OURS[name], [law])
 
