@@ -47,6 +47,8 @@ class GroupSums(NamedTuple):
 
     def add(self, other: Self) -> Self:
         """Combines the sums over two sets of groups (Chan, Golub and LeVeque 1983, for means and sums of squares)."""
+        # Groups are never split between the two sets.  So the squares within groups add up, and those between groups
+        # grow by the distance of the two means.
         count = self.count + other.count
         weight = other.count / np.maximum(count, 1)
         delta = other.mean - self.mean

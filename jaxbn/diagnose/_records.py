@@ -73,6 +73,7 @@ def record_layers(
     order = _order(model, first, call, mask)
     if not order:
         raise nothing_to_measure(frozen=False)
+    # Sums are fetched after each batch, so that only one batch is in memory, and totals are float64 without x64 mode.
     number = 0
     layers = {}
     evaluation: dict[str, Sums] = {}
@@ -138,6 +139,7 @@ def _calls(model: Model, batch: Any, call, mask, *, train: bool, mark: bool = Fa
         if mark:
             norm = norm._replace(x=dataflow.mark(norm.x, "batch norm"))
         record, batch_stats = record_call(norm, sizes)
+        # Statistics that are no use would spoil the inputs of all layers behind, which are not to blame.
         evaluates = not train or record.settings.frozen
         keep = usable(norm.stats) & evaluates
         stats = jax.tree.map(functools.partial(jnp.where, keep), norm.stats, batch_stats)

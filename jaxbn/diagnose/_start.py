@@ -73,6 +73,8 @@ def fit_start(layers: list[LayerSummary]) -> StartFit:
 @np.errstate(divide="ignore", invalid="ignore")
 def _weight(layers: list[LayerSummary]) -> float:
     """Solves  running - batch = w (start - batch)  for w by least squares, over all features of all layers."""
+    # sum(weight |gone - w to_start|^2)  is least at
+    #   w = sum(weight <to_start, gone>) / sum(weight |to_start|^2).
     above = below = 0.0
     for layer in layers:
         running, batch, features = layer.running, layer.batch, layer.comparable

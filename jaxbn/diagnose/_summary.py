@@ -83,9 +83,11 @@ def summarize(path: str, record: Record) -> LayerSummary:
     scale = np.abs(scale)
     population = Moments(values.mean, values.var, values.count)
     batch = _batch_moments(training.values, settings.unbiased)
+    # Exactly 0 and 1: no update leaves a running average there.
     never = np.asarray((running.mean == 0) & (running.var == 1))
     broken = ~(usable(running) | never)
     dead, died = _dead(running.var, never, population, means.count, scale)
+    # Features that other findings report would only blur these figures.
     seen = (values.count > 0) & (batch.count > 0)
     comparable = seen & ~(never | broken | dead)
     noise, excess, chance = _spread(means, values.var, ~dead)
@@ -149,6 +151,7 @@ def _error_of_gap(evaluation: Sums, scale: Any, features: Any) -> float:
 
 
 def _shift(running: AnyMoments, population: Moments, epsilon: float, features: Any) -> float:
+    # As evaluation sees it, which divides by the running standard deviation.
     shifts = np.abs(population.mean - running.mean) ** 2 / (running.var + epsilon)
     return _relative_rms(shifts, np.ones_like(shifts), features)
 

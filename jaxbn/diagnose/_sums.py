@@ -115,6 +115,7 @@ def record_call(norm: Norm, sizes: set[int]) -> tuple[CallRecord, BatchStats]:
     def by_example(values):
         """Adds up the valid values of each example: [..., C] to [n, C]."""
         values = values if mask is None else jnp.where(mask, values, 0)
+        # With the features last, the values of an example are next to one another.
         rows = values.transpose(*reduced, *axes).reshape(examples, -1, *features)
         return rows.sum(1)
 
@@ -150,6 +151,7 @@ def _settings(norm: Norm, by_example: bool) -> Settings:
     method = options.get("method")
     function = getattr(method, "func", method)  # functools.partial may bind options of the method
     is_ghost = function is ghost_normalize
+    # Options that only jaxbn's layers have are absent for Flax's.
     return Settings(
         training=not norm.use_running_average,
         frozen=options.get("frozen", False),
@@ -170,6 +172,7 @@ def sum_calls(calls: list[CallRecord]) -> Sums:
     mean, counts, sums, squares = _merge(calls)
     total = counts.sum(0)
     within = squares.sum(0)
+    # The batch is one group, so all squares are within groups.
     values = _one_group(total, mean, within)
     means = _over_examples(sums, counts)
     means = means._replace(mean=mean + means.mean)  # `sums` are sums of distances from the mean
@@ -212,6 +215,7 @@ def _over_examples(sums: jax.Array, counts: jax.Array) -> GroupSums:
       sums: sum over the values of each example, shape [n, C].
       counts: number of values of each example, shape [n, C].
     """
+    # One number for each example: examples may be independent, but the positions within an example are not.
     valid = counts > 0
     examples = valid.sum(0).astype(counts.dtype)
     of_example = jnp.where(valid, sums / jnp.maximum(counts, 1), 0)

@@ -18,8 +18,8 @@ ERRORS = 3
 # layer above 30 with 32 examples, and below 17 with 16.
 INDEPENDENT_VALUES = 20
 # In a shallow convolutional network, 2 images pass for more than 22 independent values (measured).  Even so, each of
-# them decides about the output of the other.  Chosen after Wu and He 2018 (arXiv:1803.08494, section 4.1), where the error
-# of batch norm on ImageNet grows by 1 point with 8 images per device instead of 32, by 4 with 4, and by 11 with 2.
+# them decides about the output of the other.  Chosen after Wu and He 2018 (arXiv:1803.08494, section 4.1): on ImageNet,
+# the error of batch norm grows by 1 point with 8 images per device instead of 32, by 4 with 4, and by 11 with 2.
 FEW_EXAMPLES = 4
 
 # Dependent batches: variance of their means, over that of independent examples.  Measured: below 1.3 in shuffled data,

@@ -214,6 +214,9 @@ def entries(returned: Any, function: str, *names: str) -> Any:
     return returned
 
 
+# Adapters are compared by identity (eq=False), so the laws share what is compiled for one adapter.
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _train(adapter: Adapter, state: Any, x: jax.Array, mask: jax.Array | None) -> Any:
     return adapter.train(state, x, mask)
@@ -239,6 +242,7 @@ def _gradients(
         return adapter.train(with_parameters, x, mask)[0]
 
     y, vjp = jax.vjp(output, x, scale, bias)
+    # An implementation may return another dtype than that of x.
     return vjp(dy.astype(y.dtype))
 
 

@@ -90,6 +90,7 @@ def _require_whole(
         expected_value = np.where(compared, expected[name], 0)
         require_close(f"{name} {case}", actual_value, expected_value, rounding * magnitude[name])
 
+    # Every device keeps running statistics, and all of them are those of the whole batch.
     _, after_whole = train(adapter, start(adapter, *data[:3]), data.x, mask)
     whole = statistics(adapter, after_whole)
     for device in range(DEVICES):

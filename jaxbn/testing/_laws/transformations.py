@@ -90,6 +90,7 @@ def forward_mode(adapter: Adapter) -> None:
         std = data.x.std(rows_of(data.x))
         for seed in (1, 2, 3):
             direction = sample(shape, mean=0, std=1, seed=seed)
+            # In standard deviations, so that all features count alike.
             v = (direction.x * std).astype(np.float32), direction.scale, direction.bias
             # By the chain rule, <dy, jvp(v)> = <vjp(dy), v>, and the oracle knows the right-hand side.
             vjp = _oracle.gradients(*data[:3], direction.dy, epsilon=adapter.epsilon)
@@ -126,6 +127,7 @@ def hessian_vector_products(adapter: Adapter) -> None:
 @law(traceable)
 def vmap_over_models(adapter: Adapter) -> None:
     """Models side by side, by jax.vmap over states and inputs, are what each is alone."""
+    # Each model sees another mean, so that statistics shared between models would show.
     samples = [sample(SHAPES[1], mean=seed, std=ALIKE, seed=seed) for seed in range(3)]
     states = [start(adapter, *data[:3]) for data in samples]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -221,6 +223,7 @@ def _after_a_step(adapter: Adapter, state: Any, data: Sample) -> Any:
     x = arrays(adapter, data.x)
     if not adapter.traceable:
         return adapter.train(state, x, None)[1]
+    # Nothing is compiled for that.
     return jax.eval_shape(lambda state, x: adapter.train(state, x, None)[1], state, x)
 
 
@@ -251,6 +254,7 @@ def _require_scan(adapter: Adapter) -> None:
     """Refuses a scan over steps that differs from the same steps one by one."""
     data = sample(SHAPES[0], std=ALIKE)
     state = start(adapter, *data[:3])
+    # Batches of different statistics, so that a step that drops the state of the last one would show.
     xs = np.stack([data.x, 2 * data.x, -data.x])
     last, ys = _scan(adapter, state, xs)
     rounding = ROUNDINGS * EPS
