@@ -1,12 +1,15 @@
-"""What is wrong with the batch norms of a model, on these data: a table per layer, and findings in plain language.
+"""Finds what is wrong with the batch norms of a model, on some batches: a table of layers, and findings in words.
 
-``model`` is a linen module with its ``variables``, or an nnx module with None in their place.  ``call(module, batch)``
-says how the model evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``.  Its batch
-norms are Flax's or ours, at any depth, under remat and jit.  Nothing that is given changes.
+``model`` is a linen module with its ``variables``, or an nnx module, with None for ``variables``.
+``call(module, batch)`` says how the model evaluates a batch, as in
+``lambda module, batch: module(batch["image"], train=False)``.  The batch norms may be Flax's or jaxbn's, at any depth,
+under remat and jit.  Arguments are never changed.
 """
 
 from jaxbn.diagnose._diagnosis import Diagnosis, diagnose
 from jaxbn.diagnose._findings import Finding
-from jaxbn.diagnose._summary import Layer
+from jaxbn.diagnose._summary import LayerSummary
 
-__all__ = ["Diagnosis", "Finding", "Layer", "diagnose"]
+Layer = LayerSummary  # its former name
+
+__all__ = ["Diagnosis", "Finding", "Layer", "LayerSummary", "diagnose"]

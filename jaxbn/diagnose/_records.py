@@ -1,120 +1,43 @@
-"""What the batch norms of a model see in batch after batch: the sums that a diagnosis rests on.
+"""What the batch norms of a model see in each batch: the sums that a diagnosis rests on.
 
-A batch goes through the model twice.  In evaluation each layer normalises with its running statistics, so that what
-one layer does differently is carried on to those behind it, as it is when the model is used.  In training each layer
-normalises with the batch, so that what it sees does not hang on the running statistics of others.  A batch comes back
-from the device as sums of the size of the statistics, which are added up on the host, in float64.  Features of a batch
-that are not finite are left out of the sums, and counted.  Running statistics that were never updated, or are not
-finite, are replaced by those of the batch, so that layers behind them are judged by themselves.
+Each batch goes through the model twice.
+
+1. In evaluation mode, layers normalize with their running statistics.  As when the model is used, an error of one layer
+   carries over to the layers behind it.
+2. In training mode, layers normalize with the batch.  What a layer sees then does not depend on the running statistics
+   of other layers.
+
+Of each batch, only sums of the size of the statistics leave the device; the host adds them up in float64.  If a feature
+of a batch is not finite, the batch is left out of the sums of that feature, and counted as skipped.  Running statistics
+that were never updated or are not finite are replaced by those of the batch, so that layers behind them are judged on
+their own.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jaxbn._core import checks
-from jaxbn._core.dtypes import abs2, in_float64, widen
-from jaxbn._core.measure import fill
+from jaxbn._core.dtypes import in_float64
 from jaxbn._core.stats import BatchStats
-from jaxbn._core.variants import batch_renormalize, ghost_normalize
 from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import NormCall, evaluated, norm_of
+from jaxbn._models.batch_norms import evaluated, norm_of
 from jaxbn._models.intercept import run
 from jaxbn._models.model import BATCH_NORMS, Model
-from jaxbn._models.passes import combine_masks, compiled, nothing_to_measure, opened
-from jaxbn.diagnose._anova import Groups
-
-
-class Settings(NamedTuple):
-    """What a layer is told, and what is known of its inputs.
-
-    Attributes:
-      training: whether it normalises with the batch in the call that was given.
-      frozen: whether it always evaluates.
-      epsilon: added to the variance.
-      momentum: weight of the old running statistics.
-      counted: whether its averages know the number of batches, and so are not biased towards their start.
-      unbiased: whether the running variance is multiplied by m/(m - 1).
-      synchronised: whether it has an axis name.
-      devices_in_group: number of devices that share their statistics, if not all or none.
-      renormalised: whether training keeps near the running statistics, by batch renormalisation.
-      group_size: examples that ghost batch norm takes together, if it does.
-      by_example: whether the rows of its inputs are those of the examples in the batch.
-    """
-
-    training: bool
-    frozen: bool
-    epsilon: float
-    momentum: float | None
-    counted: bool
-    unbiased: bool
-    synchronised: bool
-    devices_in_group: int | None
-    renormalised: bool
-    group_size: int | None
-    by_example: bool
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class CallRecord:
-    """A call of a layer in one batch of n examples.
-
-    Attributes:
-      x: the inputs, only to be found in the graph of the program; None elsewhere.
-      mean: of the batch, shape [C].
-      counts: values of each example, shape [n, C].
-      sums: of their distances from the mean, shape [n, C].
-      squares: of their squared distances from the mean, added, shape [n, C].
-      stats: running statistics.
-      scale: shape [C], or None.
-      settings: static, as a block under nn.jit shares its trace with others of its kind.
-    """
-
-    x: Any
-    mean: Any
-    counts: Any
-    sums: Any
-    squares: Any
-    stats: BatchStats
-    scale: Any
-    settings: Settings = dataclasses.field(metadata={"static": True})
-
-
-class Sums(NamedTuple):
-    """What a layer has seen in some batches, in evaluation or in training.
-
-    Attributes:
-      values: all its inputs.
-      means: the mean of each example.
-      squares: the mean squared distance of each example from the mean of its batch.
-      skipped: number of batches that are not finite, shape [C].
-    """
-
-    values: Groups
-    means: Groups
-    squares: Groups
-    skipped: Any
-
-    def add(self, other: Self) -> Self:
-        """Returns the sums over the batches of both."""
-        return self._replace(
-            values=self.values.add(other.values),
-            means=self.means.add(other.means),
-            squares=self.squares.add(other.squares),
-            skipped=self.skipped + other.skipped,
-        )
+from jaxbn._models.passes import as_static, in_common, nothing_to_measure, opened
+from jaxbn.diagnose._sums import CallRecord, Settings, Sums, record_call, sum_calls
 
 
 class Record(NamedTuple):
     """A layer and what it has seen in all batches.
 
     Attributes:
-      settings: what it is told.
+      settings: its options.
       running: running statistics, shape [C].
       scale: shape [C]; ones where the layer has none.
       evaluation: what it sees while the layers before it evaluate.
@@ -131,164 +54,128 @@ class Record(NamedTuple):
 
 
 def usable(stats: BatchStats) -> Any:
-    """Returns which running statistics can be normalised with, and have been updated since mean 0 and variance 1."""
+    """Marks the running statistics that are finite, have no negative variance, and have left mean 0 and variance 1."""
     mean, var = stats
-    return (abs(mean) < np.inf) & (var < np.inf) & (var >= 0) & ~((mean == 0) & (var == 1))
+    finite = (abs(mean) < np.inf) & (var < np.inf)
+    never_updated = (mean == 0) & (var == 1)
+    return finite & (var >= 0) & ~never_updated
 
 
-def record_layers(model: Model, batches: Any, call, mask) -> dict[str, Record]:
-    """Returns what the layers of a model see, by path in the order in which they are called first."""
-    summed = compiled(_summed, model.definition, call, mask)
+def record_layers(
+    model: Model,
+    batches: Any,
+    call: Callable[[Any, Any], Any],
+    mask: Callable[[Any], ArrayLike] | None,
+) -> dict[str, Record]:
+    """Records what the layers of a model see, by path, in the order in which they are first called."""
+    static = as_static(model.definition, call, mask)
     first, batches = opened(batches)
     order = _order(model, first, call, mask)
     if not order:
         raise nothing_to_measure(frozen=False)
-    number, layers, evaluation, training = 0, {}, {}, {}
+    # Sums are fetched after each batch, so that only one batch is in memory, and totals are float64 without x64 mode.
+    number = 0
+    layers = {}
+    evaluation: dict[str, Sums] = {}
+    training: dict[str, Sums] = {}
     for batch in batches:
         number += 1
-        layers, *modes = summed(model.arrays, batch)
-        for sums, of_batch in zip((evaluation, training), jax.device_get(modes), strict=True):
-            for path, new in of_batch.items():
-                new = _on_host(new)
-                sums[path] = sums[path].add(new) if path in sums else new
+        layers, *of_batch = _sum_batch(model.arrays, batch, static=static)
+        in_evaluation, in_training = jax.device_get(of_batch)
+        _add(evaluation, in_evaluation)
+        _add(training, in_training)
     return {path: _record(layers[path], evaluation[path], training[path], number) for path in order}
 
 
-def _summed(definition, call, mask, arrays, batch):
-    """Returns the layers, and the sums over their calls in evaluation and in training, each by path."""
+def _add(totals: dict[str, Sums], of_batch: dict[str, Sums]) -> None:
+    """Adds the sums of a batch to the totals, on the host."""
+    for path, sums in of_batch.items():
+        sums = _on_host(sums)
+        totals[path] = totals[path].add(sums) if path in totals else sums
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _sum_batch(arrays: Any, batch: Any, *, static: Any) -> tuple[dict, dict, dict]:
+    """Returns the layers, and the sums over their calls in evaluation and in training mode, each by path."""
+    definition, call, mask = static
     model = Model(definition, arrays)
-    evaluation, training = (_calls(model, batch, call, mask, train=train) for train in (False, True))
+    evaluation = _calls(model, batch, call, mask, train=False)
+    training = _calls(model, batch, call, mask, train=True)
+    # The host needs the running statistics and settings of a layer, but not the sums per example.
     layers = {
         path: dataclasses.replace(first, mean=None, counts=None, sums=None, squares=None)
         for path, (first, *_) in evaluation.items()
     }
-    return layers, *({path: _sums(calls) for path, calls in mode.items()} for mode in (evaluation, training))
+    return layers, _sums_by_path(evaluation), _sums_by_path(training)
 
 
-def _calls(model, batch, call, mask, *, train, mark=False):
-    """Returns the calls of each layer, by path."""
+def _sums_by_path(calls: dict[str, list[CallRecord]]) -> dict[str, Sums]:
+    return {path: sum_calls(of_layer) for path, of_layer in calls.items()}
+
+
+def _calls(model: Model, batch: Any, call, mask, *, train: bool, mark: bool = False) -> dict[str, list[CallRecord]]:
+    """Runs the model on a batch and records the calls of each batch norm, by path.
+
+    Args:
+      model: the model.
+      batch: the batch.
+      call: how the model evaluates a batch.
+      mask: ``mask(batch)`` returns the examples that count; None: all.
+      train: whether layers normalize with the batch.
+      mark: whether to keep the inputs of the layers, marked so that they are found in the graph of the program.
+    """
     examples = None if mask is None else mask(batch)
-    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch if mask is None else examples) if np.ndim(leaf)}
+    leaves = jax.tree.leaves(batch if mask is None else examples)
+    sizes = {np.shape(leaf)[0] for leaf in leaves if np.ndim(leaf)}  # any of them may be the number of examples
 
-    def handle(one):
-        norm = norm_of(one)
-        norm = norm._replace(mask=combine_masks(norm, examples, one.path))
+    def handle(intercepted):
+        norm = norm_of(intercepted)
+        norm = norm._replace(mask=in_common(norm, examples, intercepted.path))
         if norm.use_running_average is None:
             raise ValueError(
-                f"use_running_average of {one.path or 'the model'} is given neither by the model nor by call; accepted "
-                "are True and False; say in call how the model evaluates, as in "
-                "lambda module, batch: module(batch, train=False)."
+                f"use_running_average of {intercepted.path or 'the model'} is set neither by the model nor by call. "
+                "Let call say how the model evaluates, as in lambda module, batch: module(batch, train=False)."
             )
         if mark:
             norm = norm._replace(x=dataflow.mark(norm.x, "batch norm"))
-        record, batch_stats = _record_call(norm, sizes)
-        keep = usable(norm.stats) & (not train or record.settings.frozen)
+        record, batch_stats = record_call(norm, sizes)
+        # Statistics that are no use would spoil the inputs of all layers behind, which are not to blame.
+        evaluates = not train or record.settings.frozen
+        keep = usable(norm.stats) & evaluates
         stats = jax.tree.map(functools.partial(jnp.where, keep), norm.stats, batch_stats)
-        return evaluated(norm._replace(stats=stats)), dataclasses.replace(record, x=norm.x if mark else None)
+        # Training too is evaluation with the statistics of the batch, and so leaves the running statistics as they are.
+        y = evaluated(norm._replace(stats=stats))
+        return y, dataclasses.replace(record, x=norm.x if mark else None)
 
     return run(model, batch, call, handle, BATCH_NORMS)[1]
 
 
-def _order(model, batch, call, mask):
-    """Returns the paths of the layers in the order in which they are called first."""
+def _order(model: Model, batch: Any, call, mask) -> list[str]:
+    """Returns the paths of the layers in the order in which they are first called.
+
+    Records of blocks under nn.jit or nn.remat come back as variables, sorted by name.  The order is therefore read from
+    the program: a layer comes where its inputs, which are marked, are computed.
+    """
     paths = []
 
-    def function(arrays, batch):
+    def inputs_of_layers(arrays, batch):
         calls = _calls(Model(model.definition, arrays), batch, call, mask, train=False, mark=True)
         paths[:] = calls
         return [first.x for first, *_ in calls.values()]
 
-    graph = dataflow.trace(function, model.arrays, batch)
-    place = {value: place for place, operation in enumerate(graph.operations) for value in operation.outputs}
-    places = {path: place.get(value, -1) for path, value in zip(paths, graph.outputs, strict=True)}
+    graph = dataflow.trace(inputs_of_layers, model.arrays, batch)
+    computed_at = {value: place for place, operation in enumerate(graph.operations) for value in operation.outputs}
+    places = {path: computed_at.get(value, -1) for path, value in zip(paths, graph.outputs, strict=True)}
     return sorted(paths, key=lambda path: places[path])
 
 
-def _record_call(norm: NormCall, sizes):
-    """Returns the record of a call, and the moments of the batch."""
-    x, axes, reduced = checks.inputs(norm.x, norm.options["axis"])
-    mask = checks.mask(norm.mask, x)
-    # A layer may see several rows of each example; where it sees something else, all is taken for one example.
-    rows = x.shape[0] if x.shape[0] in sizes else max((n for n in sizes if n and x.shape[0] % n == 0), default=1)
-    rows = max(rows, 1) if 0 in reduced else 1
-    features = tuple(x.shape[axis] for axis in axes)
-
-    def by_example(values):
-        """Adds up the values of each example that count: [..., C] to [n, C]."""
-        values = values if mask is None else jnp.where(mask, values, 0)
-        return values.transpose(*reduced, *axes).reshape(rows, -1, *features).sum(1)
-
-    wide = widen(fill(x, mask))
-    counts = by_example(jnp.ones(x.shape, wide.real.dtype))
-    count = jnp.maximum(counts.sum(0), 1)
-    mean = by_example(wide).sum(0) / count
-    # Centred before they are squared, so that a mean far above the standard deviation costs no digits.
-    centred = wide - jnp.expand_dims(mean, reduced)
-    sums, squares = by_example(centred), by_example(abs2(centred))
-    settings = _settings(norm, by_example=0 in reduced and rows in sizes)
-    call = CallRecord(None, mean, counts, sums, squares, norm.stats, norm.scale, settings)
-    return call, BatchStats(mean, squares.sum(0) / count)
-
-
-def _settings(norm, by_example):
-    options = norm.options
-    momentum, groups = options["momentum"], options.get("axis_index_groups")
-    method = options.get("method")
-    function = getattr(method, "func", method)  # a variant may come with its options, by functools.partial
-    return Settings(
-        training=not norm.use_running_average,
-        frozen=options.get("frozen", False),
-        epsilon=float(options["epsilon"]),
-        momentum=None if momentum is None else float(momentum),
-        counted=momentum is None or options.get("debias", False),
-        unbiased=options.get("unbiased", False),
-        synchronised=options.get("axis_name") is not None,
-        devices_in_group=None if groups is None else min(map(len, groups)),
-        renormalised=function is batch_renormalize,
-        group_size=getattr(method, "keywords", {}).get("group_size") if function is ghost_normalize else None,
-        by_example=by_example,
-    )
-
-
-def _sums(calls):
-    """Returns the sums over one batch; several calls of a layer are as many positions of each example."""
-    if len({len(call.counts) for call in calls}) > 1:  # what is an example, differs from call to call
-        calls = [dataclasses.replace(call, **_as_one_example(call)) for call in calls]
-    counts = jnp.stack([call.counts for call in calls])
-    offsets = jnp.stack([call.mean for call in calls])
-    sums = jnp.stack([call.sums for call in calls])
-    squares = jnp.stack([call.squares for call in calls])
-    total = counts.sum((0, 1))
-    mean = (offsets * counts.sum(1) + sums.sum(1)).sum(0) / jnp.maximum(total, 1)
-    delta = (offsets - mean)[:, None]
-    squares = (squares + 2 * (jnp.conj(delta) * sums).real + abs2(delta) * counts).sum(0)
-    sums, counts = (sums + delta * counts).sum(0), counts.sum(0)
-    present = counts > 0
-    examples = present.sum(0).astype(counts.dtype)
-
-    def groups(of_example, offset):
-        of_example = jnp.where(present, of_example / jnp.maximum(counts, 1), 0)
-        centre = of_example.sum(0) / jnp.maximum(examples, 1)
-        within = jnp.where(present, abs2(of_example - centre), 0).sum(0)
-        return Groups(jnp.sign(examples), examples, offset + centre, jnp.zeros_like(within), within)
-
-    inside = squares.sum(0)
-    values = Groups(jnp.sign(total), total, mean, jnp.zeros_like(inside), inside)
-    finite = jnp.isfinite(mean) & jnp.isfinite(inside)
-    return Sums(values, groups(sums, mean), groups(squares, 0), ~finite)
-
-
-def _as_one_example(call):
-    return {name: getattr(call, name).sum(0, keepdims=True) for name in ("counts", "sums", "squares")}
-
-
 def _on_host(sums: Sums) -> Sums:
-    """Returns the sums in float64, zero where the batch is not finite."""
+    """Returns the sums in float64, with zeros where the batch is not finite."""
     values, means, squares, skipped = jax.tree.map(lambda value: np.where(sums.skipped, 0, in_float64(value)), sums)
     return Sums(values, means, squares, np.asarray(sums.skipped, int))
 
 
-def _record(first, evaluation, training, batches):
-    running = BatchStats(*map(in_float64, first.stats))
-    scale = np.ones(running.var.shape) if first.scale is None else in_float64(first.scale)
-    return Record(first.settings, running, scale, evaluation, training, batches)
+def _record(layer: CallRecord, evaluation: Sums, training: Sums, batches: int) -> Record:
+    running = BatchStats(*map(in_float64, layer.stats))
+    scale = np.ones(running.var.shape) if layer.scale is None else in_float64(layer.scale)
+    return Record(layer.settings, running, scale, evaluation, training, batches)

@@ -1,55 +1,50 @@
-"""The figures of each batch norm of a model, from the sums over all batches.
+"""The summary of each batch norm: figures computed from the sums over all batches, in NumPy.
 
-Convention: a figure is NaN where the batches do not tell.
+Convention: a figure is NaN where the batches cannot tell.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxbn._core.stats import BatchStats, Moments
-from jaxbn.diagnose._anova import Groups, score
-from jaxbn.diagnose._records import Record, Settings, usable
-
-# Of the 0.9 quantile of the layer's features, so that neither a large epsilon nor a residual branch that starts at 0
-# makes a layer dead.  Healthy: variances from 3e-2, scales from 0.4; a scale that happens to pass 0 is rarely so near.
-DEAD_VAR = 1e-6
-DEAD_SCALE = 1e-4
-ACTIVE_VALUES = 20  # to be expected of a feature that was active in training, before it is called dead
-EXAMPLES = 8  # or degrees of freedom: with fewer, nothing is said
+from jaxbn.diagnose._anova import GroupSums, score
+from jaxbn.diagnose._records import Record, usable
+from jaxbn.diagnose._sums import Settings, Sums
+from jaxbn.diagnose._thresholds import ACTIVE_VALUES, DEAD_SCALE, DEAD_VAR, EXAMPLES
 
 AnyMoments = BatchStats | Moments
 
 
-class Layer(NamedTuple):
+class LayerSummary(NamedTuple):
     """One batch norm and its figures.
 
     Attributes:
       path: its place in the model.
-      settings: what it is told.
+      settings: its options.
       features: number of features C.
       values: number of values behind each feature in a batch.
       examples: number of examples in a batch.
       batches: number of batches.
       skipped: number of batches that are not finite.
-      scale: its magnitude, shape [C]; ones where it has none.
+      scale: absolute value of the scale, shape [C]; ones where the layer has none.
       running: running statistics, shape [C].
-      population: moments of all values, the layers before it evaluating, shape [C].
-      batch: moments of a batch on average, the layers before it training, shape [C].
-      gap: how far evaluation is from normalising with the population: rms difference of the output, in units of its
-        rms; carries on what the layers before it do.
-      own_gap: how far evaluation is from training with these batches, for this layer alone.
+      population: moments of all values, with the layers before this one in evaluation mode, shape [C].
+      batch: mean over batches of their moments, with the layers before this one in training mode, shape [C].
+      gap: rms difference between the outputs with the running statistics and with those of the population, as a
+        fraction of the rms of the latter, bias aside; includes the effect of the layers before.
+      own_gap: the same against training with these batches, for this layer alone.
       error: standard error of ``gap``, from the spread of the examples.
-      shift: population's mean from the running mean, in standard deviations, rms over features.
+      shift: distance of the population's mean from the running mean, in running standard deviations, rms over features.
       ratio: population's variance over the running variance, geometric mean over features.
       noise: standard error of the mean of a batch, in standard deviations, median over features.
-      excess: variance of the means of batches, over that of as many independent examples, median over features.
-      score: that excess as a standard normal deviate, if there is none.
-      comparable: features whose running statistics can be compared with what is measured, bool, shape [C].
-      never: features whose statistics are as they start, bool, shape [C].
-      broken: features whose statistics are not finite, or a negative variance, bool, shape [C].
-      dead: features that carry nothing, bool, shape [C].
-      died: dead features of which the running statistics do not know, bool, shape [C].
+      excess: variance of the means of batches over that expected of independent examples, median over features.
+      score: ``excess`` as a standard normal deviate: how unlikely it is for independent examples.
+      comparable: features whose running statistics can be compared with the measured ones, bool, shape [C].
+      never: features whose statistics are still at mean 0 and variance 1, bool, shape [C].
+      broken: features whose statistics are not finite or have a negative variance, bool, shape [C].
+      dead: features that are constant, bool, shape [C].
+      died: dead features that the running statistics show as active, bool, shape [C].
     """
 
     path: str
@@ -79,20 +74,24 @@ class Layer(NamedTuple):
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def figures(path: str, record: Record) -> Layer:
-    """Returns the figures of a layer."""
+def summarize(path: str, record: Record) -> LayerSummary:
+    """Computes the figures of a layer."""
     settings, running, scale, evaluation, training, batches = record
-    scale = np.abs(scale)  # the output is as large with a scale of the other sign, or of another phase
     values, means = evaluation.values, evaluation.means
+    epsilon = settings.epsilon
+    # The output is as large with a scale of the opposite sign, or of another phase.
+    scale = np.abs(scale)
     population = Moments(values.mean, values.var, values.count)
-    batch = _batch(training.values, settings.unbiased)
+    batch = _batch_moments(training.values, settings.unbiased)
+    # Exactly 0 and 1: no update leaves a running average there.
     never = np.asarray((running.mean == 0) & (running.var == 1))
     broken = ~(usable(running) | never)
     dead, died = _dead(running.var, never, population, means.count, scale)
-    chosen = (values.count > 0) & (batch.count > 0) & ~(never | broken | dead)
-    shift, ratio, error = _compared(running, evaluation, scale, settings.epsilon, chosen)
+    # Features that other findings report would only blur these figures.
+    seen = (values.count > 0) & (batch.count > 0)
+    comparable = seen & ~(never | broken | dead)
     noise, excess, chance = _spread(means, values.var, ~dead)
-    return Layer(
+    return LayerSummary(
         path=path,
         settings=settings,
         features=dead.size,
@@ -104,15 +103,15 @@ def figures(path: str, record: Record) -> Layer:
         running=running,
         population=population,
         batch=batch,
-        gap=output_gap(running, population, scale, settings.epsilon, chosen),
-        own_gap=output_gap(running, batch, scale, settings.epsilon, chosen),
-        error=error,
-        shift=shift,
-        ratio=ratio,
+        gap=output_gap(running, population, scale, epsilon, comparable),
+        own_gap=output_gap(running, batch, scale, epsilon, comparable),
+        error=_error_of_gap(evaluation, scale, comparable),
+        shift=_shift(running, population, epsilon, comparable),
+        ratio=_ratio_of_variances(running, population, epsilon, comparable),
         noise=noise,
         excess=excess,
         score=chance,
-        comparable=chosen,
+        comparable=comparable,
         never=never,
         broken=broken,
         dead=dead,
@@ -121,70 +120,103 @@ def figures(path: str, record: Record) -> Layer:
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def output_gap(running: AnyMoments, measured: AnyMoments, scale, epsilon: float, chosen) -> float:
-    """Returns the rms difference between a layer's outputs with two kinds of statistics, in units of its rms.
+def output_gap(running: AnyMoments, measured: AnyMoments, scale: Any, epsilon: float, features: Any) -> float:
+    """Computes the rms difference between a layer's outputs with two sets of statistics, relative to their rms.
 
-    Per feature, with a = scale / sqrt(var + epsilon) of each:  (a_r - a_m)^2 var_m + a_r^2 |mean_m - mean_r|^2.
+    With a = scale / sqrt(var + epsilon), the squared difference per feature is
+
+      E|a_r (x - mean_r) - a_m (x - mean_m)|^2 = (a_r - a_m)^2 var_m + a_r^2 |mean_m - mean_r|^2
+
+    where r stands for the running statistics, m for the measured ones, and x has the measured moments.
     """
-    a_running, a_measured = (scale / np.sqrt(stats.var + epsilon) for stats in (running, measured))
-    squared = (a_running - a_measured) ** 2 * measured.var + np.abs(a_running * (measured.mean - running.mean)) ** 2
-    return _rms(squared, a_measured**2 * measured.var, chosen)
+    a_running = scale / np.sqrt(running.var + epsilon)
+    a_measured = scale / np.sqrt(measured.var + epsilon)
+    of_factor = (a_running - a_measured) ** 2 * measured.var
+    of_mean = np.abs(a_running * (measured.mean - running.mean)) ** 2
+    return _relative_rms(of_factor + of_mean, a_measured**2 * measured.var, features)
 
 
-def _compared(running, evaluation, scale, epsilon, chosen):
-    """Returns the shift of the mean, the ratio of variances, and the sampling error of the gap."""
-    mean, var = evaluation.values.mean, evaluation.values.var
-    shifts = np.abs(mean - running.mean) ** 2 / (running.var + epsilon)
-    ratios = np.log((var + epsilon) / (running.var + epsilon))[chosen]
-    # Examples say less where their batches differ.
-    of_means, of_squares = (np.fmax(*groups.mean_squares) for groups in (evaluation.means, evaluation.squares))
+def _error_of_gap(evaluation: Sums, scale: Any, features: Any) -> float:
+    """Computes the sampling error of the gap: how large it is by chance, where nothing has shifted.
+
+    To first order, an error d of the mean moves the output by d / std, and an error d of the variance by d / (2 var).
+    """
+    var = evaluation.values.var
+    # The variance over examples.  Where batches differ from one another, examples are not independent, and the
+    # variance between batches is the larger one.
+    of_means = np.fmax(*evaluation.means.mean_squares)
+    of_squares = np.fmax(*evaluation.squares.mean_squares)
     errors = (of_means / var + of_squares / (4 * var**2)) / evaluation.means.count
-    shift, error = _rms(shifts, np.ones_like(shifts), chosen), _rms(errors * scale**2, scale**2, chosen)
-    return shift, float(np.exp(ratios.mean())) if chosen.any() else np.nan, error
+    return _relative_rms(errors * scale**2, scale**2, features)
 
 
-def _spread(means: Groups, var, alive):
-    """Returns the noise of a batch's mean, how much batches exceed independent examples, and that as a score."""
+def _shift(running: AnyMoments, population: Moments, epsilon: float, features: Any) -> float:
+    # As evaluation sees it, which divides by the running standard deviation.
+    shifts = np.abs(population.mean - running.mean) ** 2 / (running.var + epsilon)
+    return _relative_rms(shifts, np.ones_like(shifts), features)
+
+
+def _ratio_of_variances(running: AnyMoments, population: Moments, epsilon: float, features: Any) -> float:
+    if not features.any():
+        return np.nan
+    ratios = (population.var + epsilon) / (running.var + epsilon)
+    return float(np.exp(np.log(ratios)[features].mean()))
+
+
+def _spread(means: GroupSums, var: Any, alive: Any) -> tuple[float, float, float]:
+    """Computes the noise of a batch's mean, the excess of batches over independent examples, and that as a score."""
     between, within = means.mean_squares
-    free_between, free_within = means.groups - 1, means.count - means.groups
-    spread = np.where(free_within >= EXAMPLES, within, np.where(free_between >= EXAMPLES, between, np.nan))
-    noise = float(np.sqrt(_median((spread * means.groups / means.count / var)[alive])))
-    told = alive & (free_between >= 1) & (free_within >= EXAMPLES) & (within > 0)
-    if not told.any():
+    free_between, free_within = means.free_between, means.free_within
+    enough_examples = free_within >= EXAMPLES
+    enough_batches = free_between >= EXAMPLES
+
+    # Variance over examples.  With one example in each batch it is known between batches alone.
+    spread = np.where(enough_examples, within, np.where(enough_batches, between, np.nan))
+    # Variance of the mean of a batch, which has count / groups examples, as a fraction of the variance of a value.
+    of_mean = spread * means.groups / means.count / var
+    noise = float(np.sqrt(_median(of_mean[alive])))
+
+    known = alive & (free_between >= 1) & enough_examples & (within > 0)
+    if not known.any():
         return noise, np.nan, np.nan
-    excess = _median((between / within)[told])
-    return noise, excess, score(excess, _median(free_between[told]), _median(free_within[told]))
+    excess = _median((between / within)[known])
+    return noise, excess, score(excess, _median(free_between[known]), _median(free_within[known]))
 
 
-def _dead(running_var, never, population, examples, scale):
-    """Returns which features carry nothing, and which of them have come to that behind the running statistics' back."""
-    no_scale = (scale < DEAD_SCALE * _large(scale)) & ~never  # untrained, a scale may start at 0
+def _dead(running_var: Any, never: Any, population: Moments, examples: Any, scale: Any) -> tuple[Any, Any]:
+    """Marks the features that are constant, and those among them that the running statistics show as active."""
+    # The scale of a residual branch may start at 0: that is no sign of death in a layer that was never trained.
+    no_scale = (scale < DEAD_SCALE * _large(scale)) & ~never
     constant = (examples >= EXAMPLES) & (population.var <= DEAD_VAR * _large(population.var))
-    # A feature that is rarely active may be constant in these data by chance.
+    # A feature that is rarely active may be constant in these data by chance.  It is called dead where it was constant
+    # in training too, or where training leads us to expect many active values among these.
     activity = running_var / np.fmax(_large(running_var), 1e-30)
-    known = activity <= DEAD_VAR
-    constant &= known | (activity * population.count >= ACTIVE_VALUES)
-    return no_scale | constant, no_scale | (constant & ~known)
+    was_constant = activity <= DEAD_VAR
+    constant &= was_constant | (activity * population.count >= ACTIVE_VALUES)
+    return no_scale | constant, no_scale | (constant & ~was_constant)
 
 
-def _batch(values: Groups, unbiased):
-    """Returns the mean over batches of their moments, as the running averages tend to it."""
+def _batch_moments(values: GroupSums, unbiased: bool) -> Moments:
+    """Computes the mean over batches of their moments, which is what running averages converge to."""
     count = values.count / np.maximum(values.groups, 1)
     var = values.within / np.maximum(values.count, 1)
-    return Moments(values.mean, var * count / np.maximum(count - 1, 1) if unbiased else var, count)
+    if unbiased:
+        var = var * count / np.maximum(count - 1, 1)
+    return Moments(values.mean, var, count)
 
 
-def _large(values):
-    """Returns what counts as large among the features of a layer."""
-    return np.quantile(values[np.isfinite(values)], 0.9) if np.isfinite(values).any() else np.nan
+def _large(values: Any) -> float:
+    """Returns the 0.9 quantile, a size that is large but not exceptional among the features of a layer."""
+    finite = values[np.isfinite(values)]
+    return np.quantile(finite, 0.9) if finite.size else np.nan
 
 
-def _median(values):
+def _median(values: Any) -> float:
     values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else np.nan
 
 
-def _rms(squared, scale, chosen):
-    """Returns the root of the ratio of two sums over features."""
-    total = scale[chosen].sum()
-    return float(np.sqrt(squared[chosen].sum() / total)) if total > 0 else np.nan
+def _relative_rms(squared: Any, reference: Any, features: Any) -> float:
+    """Computes the square root of the ratio of two sums over features."""
+    total = reference[features].sum()
+    return float(np.sqrt(squared[features].sum() / total)) if total > 0 else np.nan

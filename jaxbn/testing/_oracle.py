@@ -1,17 +1,24 @@
-"""The oracle: batch norm in NumPy float64, written from the paper and not from the rest of the library.
+"""The oracle: batch norm in NumPy and float64, written from the paper and not from the rest of the library.
 
-``axis`` names the feature axes; statistics have their shape.  ``mask`` says which positions count.  Masked positions
-are normalised with the moments of the others; there, a value that is not finite counts as 0 and has no derivative.
+``axis`` names the feature axes; statistics have their shape.  ``mask`` marks the positions that count.  Masked
+positions are normalized with the moments of the others; there, a value that is not finite counts as 0 and has no
+derivative.
 
 References:
   Ioffe and Szegedy 2015, arXiv:1502.03167.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+Axes = int | Sequence[int]
+Array = np.ndarray
 
-def moments(x, *, axis=-1, mask=None):
-    """Returns mean, biased variance and count of each feature, in two passes."""
+
+def moments(x: Any, *, axis: Axes = -1, mask: Any = None) -> tuple[Array, Array, Array]:
+    """Computes mean, biased variance and count of each feature, in two passes."""
     rows, admitted, shape = _rows(x, axis, mask)
     count = admitted.sum(0).astype(float)
     m = np.maximum(count, 1)
@@ -20,53 +27,97 @@ def moments(x, *, axis=-1, mask=None):
     return mean.reshape(shape), var.reshape(shape), count.reshape(shape)
 
 
-def normalize(x, mean, var, scale=None, bias=None, *, axis=-1, epsilon=1e-5):
-    """Returns scale * (x - mean) / sqrt(var + epsilon) + bias."""
+def normalize(
+    x: Any,
+    mean: Any,
+    var: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+) -> Array:
+    """Computes scale * (x - mean) / sqrt(var + epsilon) + bias."""
     rows, _, shape = _rows(x, axis, None)
     y = (rows - _flat(mean)) / np.sqrt(_flat(var) + epsilon)
-    y = y * (1 if scale is None else _flat(scale)) + (0 if bias is None else _flat(bias))
+    if scale is not None:
+        y = y * _flat(scale)
+    if bias is not None:
+        y = y + _flat(bias)
     return _restore(y, x, axis)
 
 
-def batch_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None):
-    """Returns the normalised batch (arXiv:1502.03167, algorithm 1), its mean, biased variance and count."""
+def batch_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: Any = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Computes the normalized batch (arXiv:1502.03167, algorithm 1), its mean, biased variance and count."""
     mean, var, count = moments(x, axis=axis, mask=mask)
     y = normalize(_filled(x, mask), mean, var, scale, bias, axis=axis, epsilon=epsilon)
+    # A feature without any valid value has no moments: its output is the bias.
     rows, _, _ = _rows(y, axis, None)
-    alone = np.zeros_like(rows) if bias is None else np.broadcast_to(_flat(bias), rows.shape)
-    y = _restore(np.where(_flat(count) > 0, rows, alone), x, axis)
-    return y, mean, var, count
+    without_values = 0 if bias is None else _flat(bias)
+    rows = np.where(_flat(count) > 0, rows, without_values)
+    return _restore(rows, x, axis), mean, var, count
 
 
-def gradients(x, scale, bias, dy, *, axis=-1, epsilon=1e-5, mask=None):
-    """Returns dx, dscale, dbias for the cotangent dy of the output (arXiv:1502.03167, section 3), for real x.
+def gradients(
+    x: Any,
+    scale: Any,
+    bias: Any,
+    dy: Any,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Computes dx, dscale, dbias for the cotangent dy of the output (arXiv:1502.03167, section 3), for real x.
 
     dvar = -sum(dy scale (x - mean)) (var + epsilon)^(-3/2) / 2,  dmean = -sum(dy scale) / sqrt(var + epsilon),
     dx = dy scale / sqrt(var + epsilon) + (dvar 2 (x - mean) + dmean) / m.
 
     The sums run over all positions; the second term of dx belongs to the m positions that made the moments.
     """
-    del bias
+    del bias  # the gradients do not depend on it
     mean, var, count = (_flat(s) for s in moments(x, axis=axis, mask=mask))
-    rows, _, shape = _rows(_filled(x, mask), axis, None)
-    _, admitted, _ = _rows(x, axis, mask)
+    original, admitted, shape = _rows(x, axis, mask)
+    rows, _, _ = _rows(_filled(x, mask), axis, None)
     dy, _, _ = _rows(np.asarray(dy, float), axis, None)
     scale = np.ones_like(mean) if scale is None else _flat(scale)
+
     m = np.maximum(count, 1)
     rsqrt = np.where(count > 0, 1 / np.sqrt(var + epsilon), 0)
-    centred = rows - mean
-    dvar = -(dy * scale * centred).sum(0) * rsqrt**3 / 2
+    centered = rows - mean
+    dvar = -(dy * scale * centered).sum(0) * rsqrt**3 / 2
     dmean = -(dy * scale).sum(0) * rsqrt
-    dx = dy * scale * rsqrt + np.where(admitted, (dvar * 2 * centred + dmean) / m, 0)
-    original, _, _ = _rows(x, axis, None)
+    through_moments = (dvar * 2 * centered + dmean) / m
+    dx = dy * scale * rsqrt + np.where(admitted, through_moments, 0)
+    # A masked value that is not finite was replaced by the constant 0.
     dx = np.where(admitted | np.isfinite(original), dx, 0)
-    dscale = (dy * centred * rsqrt).sum(0)
-    return _restore(dx, x, axis), dscale.reshape(shape), dy.sum(0).reshape(shape)
+
+    dscale = (dy * centered * rsqrt).sum(0)
+    dbias = dy.sum(0)
+    return _restore(dx, x, axis), dscale.reshape(shape), dbias.reshape(shape)
 
 
-def update(mean, var, batch_mean, batch_var, count, *, momentum, unbiased=False):
-    """Returns the running mean and variance after a batch; empty and non-finite features keep theirs."""
-    mean, var, batch_mean, batch_var, count = (np.asarray(v) for v in (mean, var, batch_mean, batch_var, count))
+def update(
+    mean: Any,
+    var: Any,
+    batch_mean: Any,
+    batch_var: Any,
+    count: Any,
+    *,
+    momentum: float,
+    unbiased: bool = False,
+) -> tuple[Array, Array]:
+    """Computes the running mean and variance after a batch; a feature that is empty or not finite keeps its own."""
+    mean, var = np.asarray(mean), np.asarray(var)
+    batch_mean, batch_var, count = np.asarray(batch_mean), np.asarray(batch_var), np.asarray(count)
     if unbiased:
         batch_var = batch_var * count / np.maximum(count - 1, 1)
     accepted = (count > 0) & np.isfinite(batch_mean) & np.isfinite(batch_var)
@@ -76,28 +127,30 @@ def update(mean, var, batch_mean, batch_var, count, *, momentum, unbiased=False)
     )
 
 
-def _flat(per_feature):
+def _flat(per_feature: Any) -> Array:
     return np.asarray(per_feature).ravel()
 
 
-def _axes(x, axis):
+def _axes(x: Any, axis: Axes) -> tuple[int, ...]:
     return tuple(sorted(a % np.ndim(x) for a in np.atleast_1d(axis)))
 
 
-def _rows(x, axis, mask):
-    """Returns x and the mask as [positions, features] in float64, and the features' shape."""
+def _rows(x: Any, axis: Axes, mask: Any) -> tuple[Array, Array, tuple[int, ...]]:
+    """Returns x and the mask as [positions, features], x in float64 or complex128, and the shape of the features."""
     x = np.asarray(x)
     x = x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
-    last = tuple(range(x.ndim - len(_axes(x, axis)), x.ndim))
-    shape = tuple(x.shape[a] for a in _axes(x, axis))
-    # Sizes are spelled out: with an empty batch, -1 would be ambiguous.
-    size = (x.size // max(int(np.prod(shape)), 1), int(np.prod(shape)))
     admitted = np.broadcast_to(True if mask is None else np.asarray(mask, bool), x.shape)
-    rows, admitted = (np.moveaxis(v, _axes(x, axis), last).reshape(size) for v in (x, admitted))
+    axes = _axes(x, axis)
+    last = tuple(range(x.ndim - len(axes), x.ndim))
+    shape = tuple(x.shape[a] for a in axes)
+    # Both sizes are spelled out: for an empty batch, -1 would be ambiguous.
+    features = int(np.prod(shape))
+    size = (x.size // max(features, 1), features)
+    rows, admitted = (np.moveaxis(value, axes, last).reshape(size) for value in (x, admitted))
     return rows, admitted, shape
 
 
-def _restore(rows, x, axis):
+def _restore(rows: Array, x: Any, axis: Axes) -> Array:
     """Undoes :func:`_rows`."""
     axes = _axes(x, axis)
     last = tuple(range(np.ndim(x) - len(axes), np.ndim(x)))
@@ -105,6 +158,9 @@ def _restore(rows, x, axis):
     return np.moveaxis(rows.reshape(shape), last, axes)
 
 
-def _filled(x, mask):
+def _filled(x: Any, mask: Any) -> Array:
+    """Replaces masked values that are not finite by 0."""
     x = np.asarray(x)
-    return x if mask is None else np.where(np.asarray(mask, bool) | np.isfinite(x), x, 0)
+    if mask is None:
+        return x
+    return np.where(np.asarray(mask, bool) | np.isfinite(x), x, 0)

@@ -1,4 +1,4 @@
-"""The laws put to an implementation, and the report of it."""
+"""Checks the laws on an implementation, and reports which of them hold."""
 
 import difflib
 import textwrap
@@ -45,17 +45,19 @@ LAWS: tuple[Law, ...] = (
     devices.large_means_over_devices,
     devices.devices_with_unequal_counts,
 )
-HOLDS, BROKEN, NOT_DECLARED = "holds", "broken", "not declared"
-WIDTH = 200  # of an exception, in a report
+HOLDS = "holds"
+BROKEN = "broken"
+NOT_DECLARED = "not declared"
+WIDTH = 200  # characters of an exception that a report shows
 
 
-class Finding(NamedTuple):
-    """What was found of a law.
+class Outcome(NamedTuple):
+    """Whether a law holds.
 
     Attributes:
-      law: its name.
+      law: name of the law.
       outcome: "holds", "broken" or "not declared".
-      detail: where it is broken, what was seen: quantity, case, error and tolerance, or an exception; else empty.
+      detail: how the law is broken: quantity, case, error and tolerance, or an exception; otherwise empty.
     """
 
     law: str
@@ -64,36 +66,37 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was found of an implementation; ``print`` shows a line for each law.
+    """Which laws hold for an implementation; ``print`` shows a line for each law.
 
     Attributes:
-      name: of the adapter.
-      findings: one for each law, in the order of the laws.
+      name: name of the adapter.
+      findings: an outcome for each law, in the order of the laws.
     """
 
     name: str
-    findings: tuple[Finding, ...]
+    findings: tuple[Outcome, ...]
 
     @property
-    def broken(self) -> tuple[Finding, ...]:
-        """Findings of the laws that are broken."""
+    def broken(self) -> tuple[Outcome, ...]:
+        """Outcomes of the laws that are broken."""
         return tuple(finding for finding in self.findings if finding.outcome == BROKEN)
 
     def __str__(self) -> str:
-        """Returns a line for each law, and their number."""
+        """Formats a line with the number of laws, and a line for each law."""
         outcomes = [finding.outcome for finding in self.findings]
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in (HOLDS, BROKEN, NOT_DECLARED))
-        return "\n".join([f"{self.name}: {_number_of_laws(outcomes)}: {counts}", *_lines(self.findings)])
+        head = f"{self.name}: {_number_of_laws(self.findings)}: {counts}"
+        return "\n".join([head, *_lines(self.findings)])
 
 
 def laws_for(adapter: Adapter) -> tuple[Law, ...]:
-    """Returns the laws that apply to an implementation, for a test case each.
+    """Selects the laws that apply to an implementation, for example to make each of them a test case.
 
     With pytest, ``@pytest.mark.parametrize("law", laws_for(adapter), ids=lambda law: law.name)`` makes the cases, and
     ``check_batch_norm(adapter, [law])`` is the test.
 
     >>> from jaxbn.testing import Adapter, laws_for
-    >>> functions = 5 * [lambda *arguments: None]  # what they do does not matter here
+    >>> functions = 5 * [lambda *arguments: None]  # never called here
     >>> without, masked = Adapter("mine", *functions), Adapter("mine", *functions, masks=True)
     >>> for law in laws_for(masked)[len(laws_for(without)):]:
     ...     print(law.name)
@@ -107,16 +110,16 @@ def laws_for(adapter: Adapter) -> tuple[Law, ...]:
       adapter: the implementation.
 
     Returns:
-      Laws about what the adapter declares, such as masks only where it takes masks.
+      The laws about features that the adapter declares; those about masks, for example, only where it takes masks.
     """
     return tuple(law for law in LAWS if law.applies(adapter))
 
 
 def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
-    """Puts an implementation to the laws, and reports; whatever it does is a finding, not an error.
+    """Checks laws on an implementation and reports the outcomes; an exception in the implementation breaks the law.
 
     >>> from jaxbn.testing import Adapter, judge
-    >>> affine = Adapter(  # y = scale * x + bias is no batch norm, but obeys some laws of one
+    >>> affine = Adapter(  # y = scale * x + bias, which obeys some of the laws
     ...     "affine",
     ...     init=lambda x: (jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])),
     ...     train=lambda state, x, mask: (jaxbn.affine(x, *state), state),
@@ -131,21 +134,23 @@ def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Rep
 
     Args:
       adapter: the implementation.
-      laws: laws, or their names; a single one may stand alone.
+      laws: laws or their names, or a single one.
 
     Returns:
-      A finding for each law.
+      An outcome for each law.
 
     Raises:
       ValueError: for a name that no law has; the message lists those that are close.
     """
-    several = [laws] if isinstance(laws, (Law, str)) else laws  # a law is a tuple, and a name has letters
+    # A law is a tuple and a name a string, so either would pass for a sequence.
+    several = [laws] if isinstance(laws, (Law, str)) else laws
     chosen = [_named(law) if isinstance(law, str) else law for law in several]
-    return Report(adapter.name, tuple(_judge(adapter, law) for law in chosen))
+    outcomes = tuple(_judge(adapter, law) for law in chosen)
+    return Report(adapter.name, outcomes)
 
 
 def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
-    """Puts an implementation to the laws, and fails where one is broken: the whole test of a batch norm.
+    """Checks laws on an implementation, and fails if any is broken: a complete test of a batch norm.
 
     >>> from jaxbn.testing import Adapter, check_batch_norm
     >>> def init(x):
@@ -170,52 +175,56 @@ def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] | Law | str = L
 
     Args:
       adapter: the implementation.
-      laws: laws, or their names; a single one may stand alone.
+      laws: laws or their names, or a single one.
 
     Returns:
-      A finding for each law; none is broken.
+      An outcome for each law, none of them broken.
 
     Raises:
-      AssertionError: if a law is broken; the message has a line for each that is.
+      AssertionError: if a law is broken; the message has a line for each broken law.
       ValueError: for a name that no law has; the message lists those that are close.
     """
     report = judge(adapter, laws)
     if report.broken:
-        asked = [finding for finding in report.findings if finding.outcome != NOT_DECLARED]
-        said = f"{adapter.name} breaks {len(report.broken)} of {_number_of_laws(asked)} of batch norm:"
-        raise AssertionError("\n".join([said, *_lines(report.broken)]))
+        judged = [finding for finding in report.findings if finding.outcome != NOT_DECLARED]
+        head = f"{adapter.name} breaks {len(report.broken)} of {_number_of_laws(judged)} of batch norm:"
+        raise AssertionError("\n".join([head, *_lines(report.broken)]))
     return report
 
 
-def _judge(adapter, law):
+def _judge(adapter: Adapter, law: Law) -> Outcome:
     if not law.applies(adapter):
-        return Finding(law.name, NOT_DECLARED, "")
+        return Outcome(law.name, NOT_DECLARED, "")
     try:
         law.check(adapter)
     except AssertionError as error:
-        return Finding(law.name, BROKEN, _first_line(error))
-    except Exception as error:  # of the implementation: whatever it raises, the law does not hold
-        return Finding(law.name, BROKEN, f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "))
-    return Finding(law.name, HOLDS, "")
+        return Outcome(law.name, BROKEN, _first_line(error))
+    except Exception as error:  # raised by the implementation, for which the law then does not hold
+        return Outcome(law.name, BROKEN, f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "))
+    return Outcome(law.name, HOLDS, "")
 
 
-def _named(name):
+def _named(name: str) -> Law:
     names = [law.name for law in LAWS]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-        raise ValueError(f"{name!r} is not a law; did you mean {' or '.join(close)}? LAWS has them all.")
+        raise ValueError(f"{name!r} is not a law; did you mean {' or '.join(close)}? LAWS lists them all.")
     return LAWS[names.index(name)]
 
 
-def _number_of_laws(laws):
+def _number_of_laws(laws: Sequence) -> str:
     return f"{len(laws)} law{'s' * (len(laws) != 1)}"
 
 
-def _first_line(error):
-    return textwrap.shorten(next(iter(str(error).strip().splitlines()), ""), WIDTH, placeholder=" ...")
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0], WIDTH, placeholder=" ...") if lines else ""
 
 
-def _lines(findings):
-    names, outcomes = ([finding[i] for finding in findings] for i in range(2))
-    wide, less_wide = (max(map(len, column), default=0) for column in (names, outcomes))
-    return [f"{law:{wide}}  {outcome:{less_wide}}  {detail}".rstrip() for law, outcome, detail in findings]
+def _lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """Formats outcomes as lines with aligned columns."""
+    width_of_law = max((len(outcome.law) for outcome in outcomes), default=0)
+    width_of_outcome = max((len(outcome.outcome) for outcome in outcomes), default=0)
+    return [
+        f"{law:{width_of_law}}  {outcome:{width_of_outcome}}  {detail}".rstrip() for law, outcome, detail in outcomes
+    ]

@@ -1,1 +1,1 @@
-"""The laws of batch norm by subject; each is a function that raises an error where it does not hold."""
+"""The laws of batch norm by subject.  Each is a function that raises AssertionError where the law is broken."""

@@ -1,5 +1,7 @@
 """Laws of precision: large means, constant features, half precision, and batches that hold NaN or Inf."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,14 +25,15 @@ from jaxbn.testing._samples import (
     weight,
 )
 
-MANY = (64, 16, 16, 4), (2**14, 4)  # values, whose sums in half precision stand still, or overflow in float16
-RATIOS = 10.0, 1e3, 1e5  # of mean to standard deviation
+# So many values that sums in half precision stop growing, or overflow in float16.
+MANY = (64, 16, 16, 4), (2**14, 4)
+RATIOS = 10.0, 1e3, 1e5  # mean over standard deviation
 
 
 @law()
 def large_means(adapter: Adapter) -> None:
     """Output and gradients lose no more digits than the mean has over the standard deviation, rounded to float32."""
-    # The variance as a difference of sums of squares loses twice as many.
+    # A variance computed as E[x^2] - E[x]^2 loses twice as many.
     _step_at_large_means(adapter, lambda ratio: (ROUNDINGS + 32 * ratio) * EPS)
 
 
@@ -46,14 +49,16 @@ def running_statistics_at_large_means(adapter: Adapter) -> None:
     for ratio in RATIOS:
         for data in _at_ratio(ratio):
             mean, var, _ = _oracle.moments(data.x)
-            nearby = np.round(mean).astype(np.float32)  # no further than twice from x, so that x - nearby is exact
-            state = start(adapter, *data[:3])
-            (large_mean, large_var), (small_mean, small_var) = (
-                statistics(adapter, train(adapter, state, x)[1]) for x in (data.x, data.x - nearby)
-            )
-            part, case = weight(adapter), at(data.x, f"at mean/std {ratio:g}")
+            nearby = np.round(mean).astype(np.float32)  # within a factor of 2 of x, so that x - nearby is exact
+            before = start(adapter, *data[:3])
+            _, after = train(adapter, before, data.x)
+            _, after_small = train(adapter, before, data.x - nearby)
+            large_mean, large_var = statistics(adapter, after)
+            small_mean, small_var = statistics(adapter, after_small)
+            part = weight(adapter)
+            case = at(data.x, f"at mean/std {ratio:g}")
             require_close(f"running mean {case}", large_mean, small_mean + part * nearby, 16 * EPS * abs(mean))
-            # A mean that is off by a few roundings adds the square of that.
+            # A mean that is off by a few roundings adds the square of that to the variance.
             allowed = (ROUNDINGS + 32 * ratio * part) * EPS * np.maximum(var, 1) + (8 * EPS * mean) ** 2
             require_close(f"running var {case}", large_var, small_var, allowed)
 
@@ -63,19 +68,22 @@ def variance_is_never_negative(adapter: Adapter) -> None:
     """Features that are constant, or nearly so, have no negative variance, and finite outputs and gradients."""
     values = np.concatenate([[0.1, 1e3 + 0.1], np.geomspace(0.3, 3e4, 30)]).astype(np.float32)
     data = sample((50, len(values)), mean=0, std=1)
-    nearly = values * (1 + EPS * np.random.default_rng(0).integers(0, 2, data.x.shape)).astype(np.float32)
-    for case, x in (("constant", np.broadcast_to(values, data.x.shape)), ("nearly constant", nearly)):
-        state = start(adapter, x, data.scale, data.bias)
-        y, after = train(adapter, state, x)
+    constant = np.broadcast_to(values, data.x.shape)
+    last_bits = np.random.default_rng(0).integers(0, 2, data.x.shape)
+    nearly_constant = values * (1 + EPS * last_bits).astype(np.float32)
+    for case, x in (("constant", constant), ("nearly constant", nearly_constant)):
+        before = start(adapter, x, data.scale, data.bias)
+        y, after = train(adapter, before, x)
         require_finite(f"y of {case} features", y)
-        for name, found in gradients(adapter, state, x, *data[1:]).items():
-            require_finite(f"{name} of {case} features", found)
-        # What this batch has added to the running variance; that is stored with a rounding, next to what was there.
-        _, found = statistics(adapter, after)
-        _, at_zero = running(adapter, [(values, np.zeros_like(values, np.float64), np.full(len(values), 50.0))])
-        added = found - at_zero
+        for name, gradient in gradients(adapter, before, x, *data[1:]).items():
+            require_finite(f"{name} of {case} features", gradient)
+        # What the batch has added to the running variance, which is stored with a rounding.
+        _, running_var = statistics(adapter, after)
+        count = np.full(len(values), 50.0)
+        _, with_variance_0 = running(adapter, [(values, np.zeros_like(values, np.float64), count)])
+        added = running_var - with_variance_0
         worst = np.argmin(added)
-        if added[worst] < -4 * EPS * at_zero[worst]:
+        if added[worst] < -4 * EPS * with_variance_0[worst]:
             raise AssertionError(
                 f"variance of {case} feature {values[worst]:g} is negative: {added[worst]:.2g} was added to the "
                 "running variance"
@@ -87,9 +95,12 @@ def variance_is_never_negative(adapter: Adapter) -> None:
 def low_precision(adapter: Adapter) -> None:
     """Outputs, statistics and gradients of half-precision inputs are as precise as these, however many there are."""
     for dtype in adapter.half_precision:
-        for shape in MANY:  # of a mean of 300 squares overflow in float16 too
-            data = _adding_up(sample(shape, mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype))
-            _require_precision_of_inputs(adapter, data, float(jnp.finfo(dtype).eps), at(data.x, f"in {dtype}"))
+        rounding = float(jnp.finfo(dtype).eps)
+        for shape in MANY:
+            # Squares of numbers with mean 300 overflow in float16 on their own.
+            data = sample(shape, mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype)
+            data = _adding_up(data)
+            _require_precision_of_inputs(adapter, data, rounding, at(data.x, f"in {dtype}"))
 
 
 @law()
@@ -105,52 +116,69 @@ def one_nan_batch(adapter: Adapter) -> None:
                 _, state = train(adapter, state, spoilt)
             for moment in ("after the batch", "one batch later"):
                 case = f"{moment} {at(data.x, f'with {value}')}"
-                for name, found in zip(("mean", "var"), statistics(adapter, state), strict=True):
-                    require_finite(f"running {name} {case}", found)
+                mean, var = statistics(adapter, state)
+                require_finite(f"running mean {case}", mean)
+                require_finite(f"running var {case}", var)
                 require_finite(f"y of evaluation {case}", evaluate(adapter, state, data.x))
                 y, state = train(adapter, state, data.x)
                 require_finite(f"y {case}", y)
 
 
-def _require_precision_of_inputs(adapter, data: Sample, rounding, case):
-    """Compares a step on rounded inputs, and evaluation, with the same in float32, to a few roundings of the inputs."""
-    wide = data._replace(x=data.x.astype(np.float32))
-    before, before_wide = (start(adapter, *each[:3]) for each in (data, wide))
-    (y, state), (_, of_wide) = train(adapter, before, data.x), train(adapter, before_wide, wide.x)
-    (mean, var, _), expected, magnitude = _oracle.moments(wide.x), exact(adapter, wide), magnitudes(adapter, wide)
-    # The mean, rounded as the inputs are, is as much of their standard deviation.
+def _require_precision_of_inputs(adapter: Adapter, data: Sample, rounding: float, case: str) -> None:
+    """Compares a step on rounded inputs, and evaluation, with float32, to a few roundings of the inputs."""
+    in_float32 = data._replace(x=data.x.astype(np.float32))
+    before = start(adapter, *data[:3])
+    y, after = train(adapter, before, data.x)
+    expected = exact(adapter, in_float32)
+    magnitude = magnitudes(adapter, in_float32)
+    mean, var, _ = _oracle.moments(in_float32.x)
+
+    # If the mean is rounded like the inputs, its error may be mean / std roundings of the standard deviation.
     allowed = 4 * rounding * (1 + abs(mean) / np.sqrt(var))
     require_close(f"y {case}", y, expected["y"], allowed * magnitude["y"])
-    found, of_batch = statistics(adapter, state), {"mean": magnitude["mean"], "var": var}
-    moved = {name: 4 * rounding * weight(adapter) * of_batch[name] + 16 * EPS * magnitude[name] for name in of_batch}
-    require_statistics(case, found, statistics(adapter, of_wide), moved, rounding=1)
-    evaluated, size = exact_evaluation(adapter, wide, *found)
-    require_close(f"y of evaluation {case}", evaluate(adapter, state, data.x), evaluated, 4 * rounding * size)
-    for name, value in gradients(adapter, before, *data).items():
-        part = 4 * rounding if name == "dbias" else allowed  # the sum of dy knows no mean
-        require_close(f"{name} {case}", value, expected[name], part * magnitude[name])
+
+    _, after_float32 = train(adapter, start(adapter, *in_float32[:3]), in_float32.x)
+    actual = statistics(adapter, after)
+    moved = 4 * rounding * weight(adapter)
+    allowed_of = {
+        "mean": moved * magnitude["mean"] + 16 * EPS * magnitude["mean"],
+        "var": moved * var + 16 * EPS * magnitude["var"],
+    }
+    require_statistics(case, actual, statistics(adapter, after_float32), allowed_of, rounding=1)
+
+    expected_y, size = exact_evaluation(adapter, in_float32, *actual)
+    require_close(f"y of evaluation {case}", evaluate(adapter, after, data.x), expected_y, 4 * rounding * size)
+
+    for name, gradient in gradients(adapter, before, *data).items():
+        part = 4 * rounding if name == "dbias" else allowed  # the sum of dy does not depend on the mean
+        require_close(f"{name} {case}", gradient, expected[name], part * magnitude[name])
 
 
 def _adding_up(data: Sample) -> Sample:
-    """Returns data with a dy, in the dtype of x, whose sums grow with the number of values: with z and without."""
-    # Sums that hover around zero never become too large for the next term to count.
+    """Returns data with a dy, in the dtype of x, of which both sum(dy) and sum(dy z) grow with the number of values.
+
+    Sums around zero would never become so large that the next term is lost.
+    """
     mean, var, _ = _oracle.moments(data.x)
-    dy = data.dy + 1 + (data.x.astype(np.float64) - mean) / np.sqrt(var)
+    z = (data.x.astype(np.float64) - mean) / np.sqrt(var)
+    dy = data.dy + 1 + z
     return data._replace(dy=dy.astype(data.x.dtype))
 
 
 def _at_ratio(ratio: float) -> list[Sample]:
-    """Returns dense and convolutional data with means of either sign, so many standard deviations away from 0."""
-    return [sample(shape, mean=ratio * np.array(ALIKE) * (1, -1, 1, -1), std=ALIKE) for shape in SHAPES]
+    """Returns dense and convolutional data whose means, of either sign, are so many standard deviations from 0."""
+    signs = (1, -1, 1, -1)
+    return [sample(shape, mean=ratio * np.array(ALIKE) * signs, std=ALIKE) for shape in SHAPES]
 
 
-def _step_at_large_means(adapter, tolerance):
+def _step_at_large_means(adapter: Adapter, tolerance: Callable[[float], float]) -> None:
     for ratio in RATIOS:
         for data in _at_ratio(ratio):
             state = start(adapter, *data[:3])
             y, _ = train(adapter, state, data.x)
-            found = {"y": y, **gradients(adapter, state, *data)}
-            expected, magnitude = exact(adapter, data), magnitudes(adapter, data)
-            for name, value in found.items():
+            actual = {"y": y, **gradients(adapter, state, *data)}
+            expected = exact(adapter, data)
+            magnitude = magnitudes(adapter, data)
+            for name, value in actual.items():
                 case = f"{name} {at(data.x, f'at mean/std {ratio:g}')}"
                 require_close(case, value, expected[name], tolerance(ratio) * magnitude[name])

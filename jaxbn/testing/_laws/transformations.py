@@ -1,6 +1,7 @@
-"""Laws of JAX's transformations: jit, scan, vmap, remat and every mode of differentiation give the same batch norm."""
+"""Laws of JAX's transformations: under jit, scan, vmap, remat and every mode of differentiation, nothing changes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,22 @@ from jaxbn.testing._samples import (
     EPS,
     ROUNDINGS,
     SHAPES,
+    Sample,
     at,
     magnitudes,
     require_close,
     require_statistics,
+    rows_of,
     sample,
 )
 
-STEP = 1e-4  # of the differences of the oracle's gradients, in standard deviations: 1e-8 of truncation and of rounding
+# Step of the central differences of the oracle's gradients, in standard deviations.  In float64, both the error of
+# truncation, which is about STEP^2, and that of rounding are near 1e-8 or below.
+STEP = 1e-4
 
 
 def traceable(adapter: Adapter) -> bool:
-    """Returns whether JAX can transform the implementation."""
+    """Says whether JAX can transform the implementation."""
     return adapter.traceable
 
 
@@ -55,15 +60,25 @@ def dtypes_are_stable(adapter: Adapter) -> None:
 def jit_equals_eager(adapter: Adapter) -> None:
     """Compiled, training, evaluation and statistics are what they are without jit."""
     data = sample(SHAPES[1])
-    state, x, magnitude = start(adapter, *data[:3]), arrays(adapter, data.x), magnitudes(adapter, data)
-    y, after = train_eagerly(adapter, state, x)
-    eager = y, *statistics(adapter, after), wide(adapter.evaluate(after, x), x.shape, "y of evaluate")
-    y, jitted = train(adapter, state, data.x)
-    compiled = y, *statistics(adapter, jitted), evaluate(adapter, after, data.x)
-    names = "y", "running mean", "running var", "y of evaluation"
-    sizes = magnitude["y"], magnitude["mean"], magnitude["var"], abs(eager[3]).max() + magnitude["y"]
-    for name, found, expected, size in zip(names, compiled, eager, sizes, strict=True):
-        require_close(f"{name} {at(data.x, 'under jit')}", found, expected, ROUNDINGS * EPS * size)
+    before = start(adapter, *data[:3])
+    x = arrays(adapter, data.x)
+    y, after = train_eagerly(adapter, before, x)
+    mean, var = statistics(adapter, after)
+    y_of_evaluation = wide(adapter.evaluate(after, x), x.shape, "y of evaluate")
+
+    y_under_jit, after_under_jit = train(adapter, before, data.x)
+    mean_under_jit, var_under_jit = statistics(adapter, after_under_jit)
+    y_of_evaluation_under_jit = evaluate(adapter, after, data.x)
+
+    magnitude = magnitudes(adapter, data)
+    size_of_evaluation = abs(y_of_evaluation).max() + magnitude["y"]
+    for name, actual, expected, size in (
+        ("y", y_under_jit, y, magnitude["y"]),
+        ("running mean", mean_under_jit, mean, magnitude["mean"]),
+        ("running var", var_under_jit, var, magnitude["var"]),
+        ("y of evaluation", y_of_evaluation_under_jit, y_of_evaluation, size_of_evaluation),
+    ):
+        require_close(f"{name} {at(data.x, 'under jit')}", actual, expected, ROUNDINGS * EPS * size)
 
 
 @law(traceable)
@@ -71,52 +86,63 @@ def forward_mode(adapter: Adapter) -> None:
     """Derivatives in a direction, by jax.jvp, are those of the oracle."""
     for shape in SHAPES:
         data = sample(shape)
-        state, std = start(adapter, *data[:3]), data.x.std(tuple(range(len(shape) - 1)))
+        state = start(adapter, *data[:3])
+        std = data.x.std(rows_of(data.x))
         for seed in (1, 2, 3):
             direction = sample(shape, mean=0, std=1, seed=seed)
+            # In standard deviations, so that all features count alike.
             v = (direction.x * std).astype(np.float32), direction.scale, direction.bias
-            expected = _oracle.gradients(*data[:3], direction.dy, epsilon=adapter.epsilon)
-            terms = np.concatenate([np.ravel(gradient * along) for gradient, along in zip(expected, v, strict=True)])
-            found = (np.float64(_derivative(adapter, state, data[:3], v)) * direction.dy).sum()
-            require_close(f"<dy, jvp(v)> {at(data.x)}", found, terms.sum(), ROUNDINGS * EPS * abs(terms).sum())
+            # By the chain rule, <dy, jvp(v)> = <vjp(dy), v>, and the oracle knows the right-hand side.
+            vjp = _oracle.gradients(*data[:3], direction.dy, epsilon=adapter.epsilon)
+            terms = np.concatenate([np.ravel(gradient * along) for gradient, along in zip(vjp, v, strict=True)])
+            derivative = np.float64(_derivative(adapter, state, data[:3], v))
+            actual = (derivative * direction.dy).sum()
+            require_close(f"<dy, jvp(v)> {at(data.x)}", actual, terms.sum(), ROUNDINGS * EPS * abs(terms).sum())
 
 
 @law(traceable)
 def hessian_vector_products(adapter: Adapter) -> None:
     """Second derivatives, forward over reverse and reverse over reverse, are those of the oracle."""
     for shape in SHAPES:
-        data, v = sample(shape, std=ALIKE), sample(shape, mean=0, std=1, seed=1)[:3]
+        data = sample(shape, std=ALIKE)
         state = start(adapter, *data[:3])
-        x, scale, bias = (p.astype(np.float64) for p in data[:3])
-        ahead, behind = (
-            _oracle.gradients(x + h * v[0], scale + h * v[1], bias + h * v[2], data.dy, epsilon=adapter.epsilon)
-            for h in (STEP, -STEP)
-        )
+        v = sample(shape, mean=0, std=1, seed=1)[:3]
+        x, scale, bias = (primal.astype(np.float64) for primal in data[:3])
+
+        def gradient_at(h, x=x, scale=scale, bias=bias, v=v, dy=data.dy):
+            """Returns the oracle's gradients at a distance h along v."""
+            return _oracle.gradients(x + h * v[0], scale + h * v[1], bias + h * v[2], dy, epsilon=adapter.epsilon)
+
+        ahead = gradient_at(STEP)
+        behind = gradient_at(-STEP)
         expected = [(a - b) / (2 * STEP) for a, b in zip(ahead, behind, strict=True)]
         largest = max(abs(part).max() for part in expected)
         for mode, product in (("forward", _forward_over_reverse), ("reverse", _reverse_over_reverse)):
-            products = product(adapter, state, data[:3], data.dy, v)
-            for name, found, part in zip(("x", "scale", "bias"), products, expected, strict=True):
+            actual = product(adapter, state, data[:3], data.dy, v)
+            for name, actual_part, part in zip(("x", "scale", "bias"), actual, expected, strict=True):
                 case = f"Hessian times v in {name} {at(data.x, f'by {mode} over reverse')}"
-                require_close(case, found, part, 4 * ROUNDINGS * EPS * largest)
+                require_close(case, actual_part, part, 4 * ROUNDINGS * EPS * largest)
 
 
 @law(traceable)
 def vmap_over_models(adapter: Adapter) -> None:
     """Models side by side, by jax.vmap over states and inputs, are what each is alone."""
+    # Each model sees another mean, so that statistics shared between models would show.
     samples = [sample(SHAPES[1], mean=seed, std=ALIKE, seed=seed) for seed in range(3)]
     states = [start(adapter, *data[:3]) for data in samples]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     together = jax.jit(jax.vmap(lambda state, x: adapter.train(state, x, None)))
     ys, afters = together(stacked, jnp.stack([data.x for data in samples]))
+    rounding = ROUNDINGS * EPS
     for i, (data, state) in enumerate(zip(samples, states, strict=True)):
-        magnitude = magnitudes(adapter, data)
         y, alone = train(adapter, state, data.x)
         after = jax.tree.map(lambda leaf, i=i: leaf[i], afters)
-        case, rounding = at(data.x, "under vmap"), ROUNDINGS * EPS
+        actual = statistics(adapter, after)
+        expected = statistics(adapter, alone)
+        magnitude = magnitudes(adapter, data)
+        case = at(data.x, "under vmap")
         require_close(f"y {case}", ys[i], y, rounding * magnitude["y"])
-        found, expected = statistics(adapter, after), statistics(adapter, alone)
-        require_statistics(case, found, expected, magnitude, rounding=rounding)
+        require_statistics(case, actual, expected, magnitude, rounding=rounding)
 
 
 @law(traceable)
@@ -124,89 +150,119 @@ def remat_changes_nothing(adapter: Adapter) -> None:
     """Under jax.checkpoint, which computes the forward pass twice, gradients are what they are without."""
     for shape in SHAPES:
         data = sample(shape)
-        state, magnitude = start(adapter, *data[:3]), magnitudes(adapter, data)
-        remat, plain = _gradients_of_remat(adapter, state, data[:3], data.dy), gradients(adapter, state, *data)
-        for found, (name, expected) in zip(remat, plain.items(), strict=True):
+        state = start(adapter, *data[:3])
+        remat = _gradients_of_remat(adapter, state, data[:3], data.dy)
+        plain = gradients(adapter, state, *data)
+        magnitude = magnitudes(adapter, data)
+        for actual, (name, expected) in zip(remat, plain.items(), strict=True):
             case = f"{name} {at(data.x, 'under remat')}"
-            require_close(case, found, expected, ROUNDINGS * EPS * magnitude[name])
+            require_close(case, actual, expected, ROUNDINGS * EPS * magnitude[name])
 
 
-def _output(adapter, state, primals):
-    """The output of training as a function of x, scale and bias."""
+Primals = tuple[jax.Array, jax.Array, jax.Array]  # x, scale and bias
+
+
+def _output(adapter: Adapter, state: Any, primals: Primals) -> jax.Array:
+    """Computes the output of training as a function of x, scale and bias."""
     x, scale, bias = primals
-    return adapter.train(adapter.with_parameters(state, scale, bias), x, None)[0]
+    with_parameters = adapter.with_parameters(state, scale, bias)
+    return adapter.train(with_parameters, x, None)[0]
 
 
-def _gradient(adapter, state, primals, dy):
+def _gradient(adapter: Adapter, state: Any, primals: Primals, dy: jax.Array) -> Primals:
     return jax.grad(lambda p: jnp.vdot(_output(adapter, state, p), dy))(primals)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _derivative(adapter, state, primals, v):
+def _derivative(adapter: Adapter, state: Any, primals: Any, v: Any) -> jax.Array:
     return jax.jvp(lambda p: _output(adapter, state, p), (primals,), (v,))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward_over_reverse(adapter, state, primals, dy, v):
+def _forward_over_reverse(adapter: Adapter, state: Any, primals: Any, dy: Any, v: Any) -> Primals:
     return jax.jvp(lambda p: _gradient(adapter, state, p, dy), (primals,), (v,))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reverse_over_reverse(adapter, state, primals, dy, v):
-    return jax.grad(lambda p: sum(map(jnp.vdot, _gradient(adapter, state, p, dy), v)))(primals)
+def _reverse_over_reverse(adapter: Adapter, state: Any, primals: Any, dy: Any, v: Any) -> Primals:
+    def along_v(p):
+        gradient = _gradient(adapter, state, p, dy)
+        return sum(map(jnp.vdot, gradient, v))
+
+    return jax.grad(along_v)(primals)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients_of_remat(adapter, state, primals, dy):
+def _gradients_of_remat(adapter: Adapter, state: Any, primals: Any, dy: Any) -> Primals:
     y, vjp = jax.vjp(jax.checkpoint(lambda p: _output(adapter, state, p)), primals)
     return vjp(dy.astype(y.dtype))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scan(adapter, state, xs):
-    return jax.lax.scan(lambda state, x: adapter.train(state, x, None)[::-1], state, xs)
+def _scan(adapter: Adapter, state: Any, xs: Any) -> tuple[Any, jax.Array]:
+    def step(state, x):
+        y, state = adapter.train(state, x, None)
+        return state, y
+
+    return jax.lax.scan(step, state, xs)
 
 
-def _require_stable(adapter, dtype):
-    """Refuses a step on inputs of a dtype that leaves the state otherwise than it was at the start."""
+def _require_stable(adapter: Adapter, dtype: str) -> None:
+    """Refuses a step on inputs of this dtype that changes the structure, the shapes or the dtypes of the state."""
     data = sample(SHAPES[0], std=ALIKE, dtype=dtype)
-    state = start(adapter, *data[:3])
-    _require_same(adapter, state, _after_a_step(adapter, state, data), dtype)
+    before = start(adapter, *data[:3])
+    after = _after_a_step(adapter, before, data)
+    if not adapter.traceable:
+        # The state may be any object, so its statistics stand in for it.
+        before, after = _statistics_by_name(adapter, before), _statistics_by_name(adapter, after)
+    _require_same(before, after, dtype)
 
 
-def _after_a_step(adapter, state, data):
-    """Returns the state after a step; of a traceable implementation, its shapes and dtypes."""
+def _after_a_step(adapter: Adapter, state: Any, data: Sample) -> Any:
+    """Returns the state after a step; for a traceable implementation, only its shapes and dtypes."""
     x = arrays(adapter, data.x)
     if not adapter.traceable:
         return adapter.train(state, x, None)[1]
+    # Nothing is compiled for that.
     return jax.eval_shape(lambda state, x: adapter.train(state, x, None)[1], state, x)
 
 
-def _require_same(adapter, old, new, dtype):
-    """Refuses a state that a step has changed in structure, shape or dtype; of an opaque one, its statistics."""
-    if not adapter.traceable:
-        old, new = (dict(zip(("mean", "var"), adapter.statistics(state), strict=True)) for state in (old, new))
-    (old_leaves, old_tree), (new_leaves, new_tree) = (jax.tree.flatten_with_path(tree) for tree in (old, new))
+def _statistics_by_name(adapter: Adapter, state: Any) -> dict[str, Any]:
+    return dict(zip(("mean", "var"), adapter.statistics(state), strict=True))
+
+
+def _require_same(old: Any, new: Any, dtype: str) -> None:
+    """Refuses a tree that differs from the old one in structure, shape or dtype."""
+    old_leaves, old_tree = jax.tree.flatten_with_path(old)
+    new_leaves, new_tree = jax.tree.flatten_with_path(new)
     if old_tree != new_tree:
         raise AssertionError(f"a step on {dtype} inputs changes the tree of the state: {old_tree} becomes {new_tree}")
-    for (path, one), (_, other) in zip(old_leaves, new_leaves, strict=True):
-        (shape, kind), (new_shape, new_kind) = ((jnp.shape(v), jnp.result_type(v)) for v in (one, other))
-        if (shape, kind) != (new_shape, new_kind):
+    for (path, old_leaf), (_, new_leaf) in zip(old_leaves, new_leaves, strict=True):
+        old_type = _type_in_words(old_leaf)
+        new_type = _type_in_words(new_leaf)
+        if old_type != new_type:
             raise AssertionError(
-                f"a step on {dtype} inputs changes state{jax.tree_util.keystr(path)} "
-                f"from {kind}{list(shape)} to {new_kind}{list(new_shape)}"
+                f"a step on {dtype} inputs changes state{jax.tree_util.keystr(path)} from {old_type} to {new_type}"
             )
 
 
-def _require_scan(adapter):
-    """Refuses a scan over steps that is not what the steps are one by one."""
+def _type_in_words(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _require_scan(adapter: Adapter) -> None:
+    """Refuses a scan over steps that differs from the same steps one by one."""
     data = sample(SHAPES[0], std=ALIKE)
-    state, xs = start(adapter, *data[:3]), np.stack([data.x, 2 * data.x, -data.x])
+    state = start(adapter, *data[:3])
+    # Batches of different statistics, so that a step that drops the state of the last one would show.
+    xs = np.stack([data.x, 2 * data.x, -data.x])
     last, ys = _scan(adapter, state, xs)
-    for x, found in zip(xs, ys, strict=True):
+    rounding = ROUNDINGS * EPS
+    for x, y_of_scan in zip(xs, ys, strict=True):
         y, state = train(adapter, state, x)
-        allowed = ROUNDINGS * EPS * magnitudes(adapter, data._replace(x=x))["y"]
-        require_close("y of steps by lax.scan", found, y, allowed)
+        allowed = rounding * magnitudes(adapter, data._replace(x=x))["y"]
+        require_close("y of steps by lax.scan", y_of_scan, y, allowed)
     magnitude = magnitudes(adapter, data._replace(x=xs[1]))
-    found, expected = statistics(adapter, last), statistics(adapter, state)
-    require_statistics("after steps by lax.scan", found, expected, magnitude, rounding=ROUNDINGS * EPS)
+    actual = statistics(adapter, last)
+    expected = statistics(adapter, state)
+    require_statistics("after steps by lax.scan", actual, expected, magnitude, rounding=rounding)

@@ -1,4 +1,4 @@
-"""The command that diagnoses a checkpoint: where a checkpoint comes from, what is printed, what is refused."""
+"""The command that diagnoses a checkpoint: how runs keep one, what is printed, and what is refused."""
 
 import io
 
@@ -19,7 +19,7 @@ from tests.experiments.conftest import mesh_of
 from tests.experiments.test_cli import call
 from tests.experiments.training.test_loop import Small, compile_small
 
-# Those of the Config `tiny`.
+# The settings of the Config `tiny`.
 SETTINGS = (
     "--data digits --image-size 8 --net cnn7 --width 0.25 --batch-size 16 --epochs 2 --learning-rate 0.05".split()
 )
@@ -34,14 +34,14 @@ def save(folder, config, devices=1):
 
 @pytest.fixture(autouse=True)
 def small_net(monkeypatch):
-    """Trains and diagnoses a net with one convolution, which compiles quickly."""
+    """Replaces the network by one with a single convolution, which compiles quickly."""
     monkeypatch.setattr(linen_nets, "build", lambda config, num_classes: Small(num_classes, config.norm))
     monkeypatch.setattr(programs, "_compile", compile_small)
 
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny, blobs, monkeypatch):
-    """The folder that a finished run leaves."""
+    """The folder of checkpoints that a finished run leaves."""
     monkeypatch.setattr(runs, "_load", lambda *_: blobs)
     runs.train_missing([("run", tmp_path / "r.jsonl", tiny)], data_dir=None, keep_checkpoints=True)
     return runs.kept_checkpoints(tmp_path / "r.jsonl")
@@ -49,7 +49,7 @@ def checkpoint(tmp_path, tiny, blobs, monkeypatch):
 
 @pytest.fixture
 def printed(checkpoint, blobs, monkeypatch):
-    """A function that diagnoses the run on a console, and returns what is printed."""
+    """A function that diagnoses the run on a console and returns the printed text."""
     monkeypatch.setattr(datasets, "load", lambda *_, **__: blobs)
 
     def on(**options):
@@ -134,18 +134,18 @@ def test_what_lies_beside_a_checkpoint_is_refused_with_where_it_is(checkpoint):
 
 def test_net_without_batch_norm_is_refused(tmp_path, tiny):
     save(tmp_path, tiny.replace(norm="none"))
-    with pytest.raises(ValueError, match="was trained with norm='none'; accepted are nets with norm='batch'"):
+    with pytest.raises(ValueError, match="was trained with norm='none' and has no batch norm"):
         diagnosis.run(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net", ["cnn7", "resnet20"])
 def test_nets_of_the_studies_have_no_findings(net, monkeypatch):
-    monkeypatch.undo()  # the nets themselves
+    monkeypatch.undo()  # of `small_net`: the real networks
     config = Config(data="digits", image_size=8, net=net, width=0.5, batch_size=32, epochs=4, lr_decay_epochs=20)
     digits = datasets.load("digits", image_size=8)
     variables = loop.fit(config, digits, mesh=mesh_of(1)).variables
     for images in (digits.train_images, digits.test_images):
-        batches = diagnosis.split(images, config.batch_size)
-        built = linen_nets.build(config, len(digits.class_names))
-        assert diagnose(built, variables, batches, call=evaluation.call).findings == []
+        batches = diagnosis.first_batches(images, config.batch_size)
+        network = linen_nets.build(config, len(digits.class_names))
+        assert diagnose(network, variables, batches, call=evaluation.call).findings == []
