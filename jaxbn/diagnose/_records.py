@@ -29,7 +29,7 @@ from jaxbn._models import dataflow
 from jaxbn._models.batch_norms import evaluated, norm_of
 from jaxbn._models.intercept import run
 from jaxbn._models.model import BATCH_NORMS, Model
-from jaxbn._models.passes import as_static, in_common, nothing_to_measure, opened
+from jaxbn._models.passes import combine_masks, compiled, nothing_to_measure, opened
 from jaxbn.diagnose._sums import CallRecord, Settings, Sums, record_call, sum_calls
 
 
@@ -68,7 +68,7 @@ def record_layers(
     mask: Callable[[Any], ArrayLike] | None,
 ) -> dict[str, Record]:
     """Records what the layers of a model see, by path, in the order in which they are first called."""
-    static = as_static(model.definition, call, mask)
+    sum_batch = compiled(_sum_batch, model.definition, call, mask)
     first, batches = opened(batches)
     order = _order(model, first, call, mask)
     if not order:
@@ -80,7 +80,7 @@ def record_layers(
     training: dict[str, Sums] = {}
     for batch in batches:
         number += 1
-        layers, *of_batch = _sum_batch(model.arrays, batch, static=static)
+        layers, *of_batch = sum_batch(model.arrays, batch)
         in_evaluation, in_training = jax.device_get(of_batch)
         _add(evaluation, in_evaluation)
         _add(training, in_training)
@@ -94,10 +94,14 @@ def _add(totals: dict[str, Sums], of_batch: dict[str, Sums]) -> None:
         totals[path] = totals[path].add(sums) if path in totals else sums
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def _sum_batch(arrays: Any, batch: Any, *, static: Any) -> tuple[dict, dict, dict]:
+def _sum_batch(
+    definition: Any,
+    call: Callable[[Any, Any], Any],
+    mask: Callable[[Any], ArrayLike] | None,
+    arrays: Any,
+    batch: Any,
+) -> tuple[dict, dict, dict]:
     """Returns the layers, and the sums over their calls in evaluation and in training mode, each by path."""
-    definition, call, mask = static
     model = Model(definition, arrays)
     evaluation = _calls(model, batch, call, mask, train=False)
     training = _calls(model, batch, call, mask, train=True)
@@ -130,7 +134,7 @@ def _calls(model: Model, batch: Any, call, mask, *, train: bool, mark: bool = Fa
 
     def handle(intercepted):
         norm = norm_of(intercepted)
-        norm = norm._replace(mask=in_common(norm, examples, intercepted.path))
+        norm = norm._replace(mask=combine_masks(norm, examples, intercepted.path))
         if norm.use_running_average is None:
             raise ValueError(
                 f"use_running_average of {intercepted.path or 'the model'} is set neither by the model nor by call. "

@@ -15,7 +15,7 @@ from jaxbn._core.dtypes import abs2, widen
 from jaxbn._core.measure import fill
 from jaxbn._core.stats import BatchStats
 from jaxbn._core.variants import batch_renormalize, ghost_normalize
-from jaxbn._models.batch_norms import Norm
+from jaxbn._models.batch_norms import NormCall
 from jaxbn.diagnose._anova import GroupSums
 
 
@@ -100,7 +100,7 @@ class Sums(NamedTuple):
         )
 
 
-def record_call(norm: Norm, sizes: set[int]) -> tuple[CallRecord, BatchStats]:
+def record_call(norm: NormCall, sizes: set[int]) -> tuple[CallRecord, BatchStats]:
     """Records a call of a layer, and computes the moments of the batch.
 
     Args:
@@ -144,7 +144,7 @@ def _number_of_examples(x: jax.Array, sizes: set[int]) -> int:
     return max(rows, 1)
 
 
-def _settings(norm: Norm, by_example: bool) -> Settings:
+def _settings(norm: NormCall, by_example: bool) -> Settings:
     options = norm.options
     momentum = options["momentum"]
     groups = options.get("axis_index_groups")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxbn._core import checks
 from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import Norm, evaluated, kernel_of, norm_of
+from jaxbn._models.batch_norms import NormCall, evaluated, kernel_of, norm_of
 from jaxbn._models.intercept import evaluation
 from jaxbn._models.model import BATCH_NORMS, LINEAR, Model, arrays_of, modules, shapes, sharing
 
@@ -41,7 +41,7 @@ class TracedNorm(NamedTuple):
 
     path: str
     mark: str
-    call: Norm
+    call: NormCall
     y: jax.ShapeDtypeStruct
 
 
@@ -94,7 +94,7 @@ class Finder:
         self._by_mark = {traced.mark: traced for traced in self.calls}
         self._sharing = sharing(model)
 
-    def norms(self) -> dict[str, Norm]:
+    def norms(self) -> dict[str, NormCall]:
         """Returns the first call of each batch norm, by path."""
         norms = {}
         for traced in self.calls:

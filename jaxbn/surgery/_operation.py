@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._models.batch_norms import WITH_BATCH_NORM, Norm, evaluated, norm_of
+from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
 from jaxbn._models.model import BATCH_NORMS, Model, join, split
 from jaxbn.surgery._exchange import exchange
@@ -17,7 +17,7 @@ from jaxbn.surgery._new_layers import NewLayer
 
 LayerPaths = str | Sequence[str]
 Call = Callable[[Any, Any], Any]  # evaluates a batch: call(module, batch)
-Norms = dict[str, Norm]  # by path
+Norms = dict[str, NormCall]  # by path
 
 # Outputs are computed once, so XLA's optimizations would take longer than they save.
 _COMPILED_QUICKLY = {"xla_backend_optimization_level": 0}

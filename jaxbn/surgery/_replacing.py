@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxbn._core import checks
 from jaxbn._core.stats import init_stats, to_variables
-from jaxbn._models.batch_norms import Norm
+from jaxbn._models.batch_norms import NormCall
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import arrays_of
 from jaxbn.surgery._new_layers import NewLayer, make_batch_norm, make_group_norm
@@ -146,7 +146,7 @@ def replace_by_group_norm(
 
 
 def _new_statistics(
-    path: str, norm: Norm, stored: dict[str, Any], options: dict[str, Any], steps: int | None
+    path: str, norm: NormCall, stored: dict[str, Any], options: dict[str, Any], steps: int | None
 ) -> dict[str, Any]:
     """Returns the stored statistics that the options still need, and initial values of those that they add."""
     settings: dict[str, Any] = (

@@ -90,8 +90,8 @@ def test_text_shows_a_row_for_each_layer_and_all_of_a_finding():
             r"batches is an array of shape .*, which looks like a single batch; .*pass \[batch\]",
         ),
         (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices=0 is below 1"),
-        (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', but .* was given; pass what model.init returns"),
-        (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model is a method; accepted are"),
+        (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', .* got .*; pass the result of model.init"),
+        (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model must be .* or an nnx.Module, got a method"),
         (nn.BatchNorm(), STANDARD, [normal(32, 3)], {}, "use_running_average of the model is set neither by"),
         (NoNorm(), {"params": {}, "batch_stats": {}}, [normal(32, 3)], {}, "no batch norm was called"),
     ],
@@ -105,5 +105,5 @@ def test_impossible_arguments_are_refused(model, variables, batches, options, me
 
 
 def test_variables_beside_an_nnx_model_are_refused():
-    with pytest.raises(ValueError, match="variables are given beside an nnx model"):
+    with pytest.raises(ValueError, match="variables must be None for an nnx model"):
         diagnose(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {}, [normal(32, 3)])
