@@ -41,7 +41,7 @@ def test_a_larger_strength_changes_images_more(corrupt):
 @every_corruption
 @pytest.mark.parametrize("strength", [0, 6, 2.5])
 def test_unknown_strength_is_refused(corrupt, strength):
-    with pytest.raises(ValueError, match=f"strength={strength}; corruptions come in strengths 1 to 5"):
+    with pytest.raises(ValueError, match=f"strength must be 1, 2, 3, 4 or 5, got {strength}"):
         corrupt(IMAGES, strength)
 
 
