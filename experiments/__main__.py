@@ -334,7 +334,7 @@ def _take_part(devices: int | None, processes: int) -> None:
     """Joins the other processes of this run, if any; with --launch, starts them and exits with their status."""
     from experiments.processes import launch
 
-    if launch.is_worker():
+    if launch.WORKER in os.environ:
         launch.exit_with_launcher()
     elif processes != 1:
         sys.exit(launch.run(processes))

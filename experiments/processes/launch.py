@@ -23,15 +23,13 @@ def run(count: int) -> int:
     Worker 0 prints the output of the run; the others print only what goes to stderr.
 
     Returns:
-      The exit status: 0, or that of the first worker that failed.
+      The exit status: 0, or that of a worker that failed.
 
     Raises:
       ValueError: there must be at least two workers.
     """
     if count < 2:
-        raise ValueError(
-            f"--launch must be at least 1, got {count}. 1 trains in this process; 2 or more start workers."
-        )
+        raise ValueError(f"--launch must be at least 1, got {count}; 1 trains in this process.")
     address = f"127.0.0.1:{_free_port()}"
     workers = []
     try:
@@ -43,19 +41,16 @@ def run(count: int) -> int:
     finally:
         for worker in workers:
             worker.kill()  # nothing to tidy up: checkpoints and results appear only when they are complete
+        for worker in workers:  # only now: those left alive in the meantime would complain of the lost ones
             worker.wait()
         Console(stderr=True).show_cursor()  # a killed progress bar leaves it hidden
-    failed = {index: status for index, status in enumerate(statuses) if status}
-    for index, status in failed.items():
+    # Sorted by status: a worker that a signal has killed, with a negative status, is the cause if several have failed.
+    failed = sorted((status, index) for index, status in enumerate(statuses) if status)
+    for status, index in failed:
         cause = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         print(f"Worker {index} {cause}; the others were ended too.", file=sys.stderr, flush=True)
-    status = next(iter(failed.values()), 0)
+    status = failed[0][0] if failed else 0
     return status if status >= 0 else 128 - status  # as a shell reports a signal
-
-
-def is_worker() -> bool:
-    """Returns whether `run` has started this process."""
-    return WORKER in os.environ
 
 
 def exit_with_launcher() -> None:
