@@ -116,7 +116,7 @@ class Config:
     def _check_start(self, start: Self) -> None:
         """Refuses a start whose weights do not fit this run."""
         alike = ["net", "width", "norm", "norm_layers", "placement", "activation", "deep_supervision"]
-        if self.tuning == "trained":  # else batch norms become affine maps, whatever they were
+        if self.tuning == "trained":  # otherwise, any batch norm is frozen or becomes an affine map
             alike += ["affine", "debias", "noise"]
         if different := [name for name in alike if getattr(self, name) != getattr(start, name)]:
             raise ValueError(f"start must be a run with the same {' and '.join(different)}.")

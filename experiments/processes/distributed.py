@@ -2,7 +2,7 @@
 
 Conventions: `initialize` comes before any use of JAX. Every function also works in a single process, where it waits for
 nobody. Every process calls the same functions in the same order: most of them are collectives, in which a process waits
-until the others arrive. When a process is lost, JAX's heartbeats end the others.
+until the others arrive. When one is lost, the others end: its connections break, or JAX's heartbeats miss it.
 """
 
 import functools
@@ -48,6 +48,7 @@ def initialize(devices: int | None = None) -> None:
 
 
 def _join() -> None:
+    """Joins the processes of the environment or of a cluster; does nothing if there is neither."""
     # With this service, SIGTERM would not end a process but ask it for a last checkpoint. The newest one is recent.
     jax.config.update("jax_enable_preemption_service", False)
     if "no_grpc_proxy" in os.environ:  # the proxies that JAX would warn of are then taken care of
@@ -59,7 +60,7 @@ def _join() -> None:
         jax.distributed.initialize(num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, IndexError, RuntimeError, OSError) as error:
         if isinstance(error, ValueError) and not settings:
-            return  # no cluster either
+            return  # JAX has found no cluster
         raise ValueError(
             f"JAX could not join the other processes: {error} Got {settings or 'a cluster'}. Set all of "
             f"{', '.join(VARIABLES)} (see docs/several_machines.md), or JAX_NUM_PROCESSES=1 to train alone."

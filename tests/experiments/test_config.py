@@ -1,4 +1,4 @@
-"""Config refuses what no run could use, and its presets are what they are said to be."""
+"""Config refuses values that no run could use, and its default is the published protocol."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ def test_a_config_is_plain_json():
         assert Config.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-def test_a_seed_holds_for_the_run_that_another_starts_from_as_well():
+def test_with_seed_also_changes_the_run_that_this_one_starts_from():
     assert Config(start=Config()).with_seed(3) == Config(seed=3, start=Config(seed=3))
 
 
-def test_replace_changes_only_what_it_is_told():
+def test_replace_changes_only_the_named_fields():
     assert Config().replace(seed=3, norm="none") == Config(seed=3, norm="none")
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's files are found and read; what is not CIFAR-10 is refused, by the name of the file."""
+"""CIFAR-10's files are found and read; other files are refused by name."""
 
 import hashlib
 import pickle
@@ -88,7 +88,7 @@ def test_the_cache_comes_last(folder):
     assert cifar10.find_cifar10() == cifar10.cache_folder()
 
 
-def test_nothing_is_found_where_nothing_is():
+def test_none_means_that_cifar10_was_not_found():
     assert cifar10.find_cifar10() is None
 
 

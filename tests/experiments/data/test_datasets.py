@@ -1,4 +1,4 @@
-"""Data sets are what they say, in a fixed order; augmentation equals a slow reference."""
+"""Data sets have the promised images in a fixed order; augmentation equals a slow reference."""
 
 import functools
 import math
@@ -112,15 +112,15 @@ def test_balanced_data_has_as_many_images_of_each_class_in_their_order(blobs):
 
 
 def reference_resample(image, mirrored, shear, zoom):
-    """Returns one image, moved as by Keras: pixel by pixel, in float64, with matrices on (row, column)."""
+    """Moves one image as Keras does: pixel by pixel, in float64, with matrices on (row, column)."""
     height, width, _ = image.shape
     shear_matrix = np.array([[1, -math.sin(shear)], [0, math.cos(shear)]])
     matrix = shear_matrix @ np.diag(zoom)
-    centre = np.array([(height - 1) / 2, (width - 1) / 2])
+    center = np.array([(height - 1) / 2, (width - 1) / 2])
     result = np.zeros_like(image, dtype=np.float64)
     for r in range(height):
         for c in range(width):
-            row, column = matrix @ (np.array([r, c]) - centre) + centre
+            row, column = matrix @ (np.array([r, c]) - center) + center
             for i in (math.floor(row), math.floor(row) + 1):
                 for j in (math.floor(column), math.floor(column) + 1):
                     weight = (1 - abs(row - i)) * (1 - abs(column - j))
