@@ -331,11 +331,13 @@ def _show(names: list[str], folder: Path) -> None:
 
 
 def _take_part(devices: int | None, processes: int) -> None:
-    """Joins the run of several processes, if it is one; or starts so many of them, and exits with their status."""
-    if processes != 1:
-        from experiments.processes import launch
+    """Joins the other processes of this run, if any; with --launch, starts them and exits with their status."""
+    from experiments.processes import launch
 
-        sys.exit(launch.run(processes, launch.without_option(sys.argv[1:])))
+    if launch.WORKER in os.environ:
+        launch.exit_with_launcher()
+    elif processes != 1:
+        sys.exit(launch.run(processes))
     from experiments.processes import distributed
 
     distributed.initialize(devices)
@@ -346,26 +348,25 @@ def main() -> int:
     status, message = _run()
     if message:
         print(message, file=sys.stderr)
-    if distributed := sys.modules.get(
-        "experiments.processes.distributed"
-    ):  # imported by the commands that may have company
-        distributed.finish(status, message)
+    # Only the commands that several processes can share import it.
+    if distributed := sys.modules.get("experiments.processes.distributed"):
+        distributed.leave(status)
     return status
 
 
 def _run() -> tuple[int, str]:
-    """Runs the command line; returns the exit status, and what is to be said about it."""
+    """Runs the command line; returns the exit status, and the message to end with."""
     try:
         app.cli(prog="python -m experiments", description="Experiments that show what batch norm does.")
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has; what is left goes nowhere
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE, ""
     except KeyboardInterrupt:
         continues = sys.argv[1:2] in (["run"], ["train"])
         return 130, "Interrupted; the same command continues from the last checkpoint." if continues else "Interrupted."
     except (ValueError, OSError) as error:
-        # What our own checks raise, and what the file system refuses, is for the user to read; the rest is a bug.
+        # Errors of our own checks and of the file system are the user's to read. All others are bugs.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, ValueError) and HERE not in raised_in.parents:
             return _bug(error)
@@ -376,13 +377,12 @@ def _run() -> tuple[int, str]:
 
 
 def _bug(error: Exception) -> tuple[int, str]:
-    """Raises the error; where other processes must be told of it, prints and returns it instead."""
-    distributed = sys.modules.get("experiments.processes.distributed")
-    if distributed is None or distributed.process_count() == 1:
+    """Raises the error. In a run of several processes, returns its traceback: `main` must go on to leave the run."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
         raise error
-    distributed.wait_for_the_cause(error)
-    traceback.print_exception(error)
-    return 1, f"Error: {type(error).__name__}: {error}"
+    hint = "If another process was lost, the same command continues from the last checkpoint."
+    return 1, "".join([*traceback.format_exception(error), hint])
 
 
 if __name__ == "__main__":

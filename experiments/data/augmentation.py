@@ -1,24 +1,22 @@
-"""Augmentation of images during training: shear, zoom and mirror, by bilinear resampling."""
+"""Augments training images: mirrors, shears and zooms them, by bilinear resampling."""
 
 import jax
 import jax.numpy as jnp
 
 MAX_SHEAR = 0.2  # degrees
-
-
 MAX_ZOOM = 0.2
 
 
 def augment(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Array:
     """Mirrors half of the images, shears each by up to 0.2 degrees and zooms its rows and columns by 0.8 to 1.2.
 
-    Shear and zooms are uniform and drawn for each image, as by Keras's ImageDataGenerator(horizontal_flip=True,
+    Each image gets its own shear and zooms, drawn uniformly, as in Keras's ImageDataGenerator(horizontal_flip=True,
     shear_range=0.2, zoom_range=0.2).
 
     Args:
       key: random key.
       images: floats, shape [n, height, width, channels].
-      flip: whether to mirror; wrong where a mirrored image shows another class, as with digits.
+      flip: whether to mirror; do not if a mirrored image may belong to another class, as with digits.
 
     Returns:
       The augmented images, of the same shape and dtype, within the range of the originals.
@@ -27,7 +25,7 @@ def augment(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Arra
       ValueError: the images are not floats.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images of dtype {images.dtype}; floats are accepted; divide uint8 images by 255 first.")
+        raise ValueError(f"images must be floats, got {images.dtype}. Divide uint8 images by 255.")
     n = len(images)
     mirror_key, shear_key, zoom_key = jax.random.split(key, 3)
     mirrored = jax.random.bernoulli(mirror_key, 0.5, (n,)) if flip else jnp.zeros(n, bool)
@@ -37,36 +35,40 @@ def augment(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Arra
 
 
 def affine_resample(images: jax.Array, mirrored: jax.Array, shear: jax.Array, zoom: jax.Array) -> jax.Array:
-    """Returns the images sampled once, bilinearly, at affinely moved positions; beyond an edge, the edge is repeated.
+    """Resamples images bilinearly under an affine map of their pixel positions; beyond an edge, the edge is repeated.
 
-    Counted from the centre, the output at (r, c) shows the input at
-    (zoom_r · r - sin(shear) · zoom_c · c, cos(shear) · zoom_c · c), with -c for c in a mirrored image.
-
-    On a CPU, gathering the four neighbours is faster than products with matrices of interpolation weights.
+    With positions relative to the center, the output at (r, c) is the input at
+    (zoom_r · r - sin(shear) · zoom_c · c, cos(shear) · zoom_c · c), where c changes its sign in mirrored images.
 
     Args:
       images: floats, shape [n, height, width, channels].
       mirrored: booleans, shape [n].
       shear: radians, shape [n].
-      zoom: of rows and of columns, shape [n, 2]; below 1 magnifies.
+      zoom: of rows and columns, shape [n, 2]; below 1 magnifies.
 
     Returns:
-      The moved images, of the same shape and dtype.
+      The resampled images, of the same shape and dtype.
     """
     _, height, width, _ = images.shape
     r = jnp.arange(height) - (height - 1) / 2
     c = jnp.where(mirrored, -1.0, 1.0)[:, None] * (jnp.arange(width) - (width - 1) / 2)
     zoom_r, zoom_c, shear = zoom[:, :1], zoom[:, 1:], shear[:, None]
+    # The shear matrix has no entry from r to column: row is [n, height, width], but column only [n, width].
     row = (zoom_r * r)[:, :, None] - (jnp.sin(shear) * zoom_c * c)[:, None, :]
-    column = jnp.cos(shear) * zoom_c * c  # the same in every row
+    column = jnp.cos(shear) * zoom_c * c
+    # Clipping the positions repeats the pixels at the edges.
     row = jnp.clip(row + (height - 1) / 2, 0, height - 1)
     column = jnp.clip(column + (width - 1) / 2, 0, width - 1)
 
-    # The upper left of the four neighbours; at most the last but one, so that the others exist.
+    # The upper left of the four neighbors. It stops one short of the last row and column, so that the other neighbors
+    # exist; at the last one itself, `down` or `right` is then 1.
     top = jnp.minimum(row.astype(jnp.int32), height - 2)
     left = jnp.minimum(column.astype(jnp.int32), width - 2)
     down, right = (row - top)[..., None], (column - left)[:, None, :, None]
+
+    # On a CPU, gathering the neighbors is faster than products with matrices of interpolation weights.
     gather = jax.vmap(lambda image, rows, columns: image[rows, columns[None, :]])
     upper = (1 - right) * gather(images, top, left) + right * gather(images, top, left + 1)
     lower = (1 - right) * gather(images, top + 1, left) + right * gather(images, top + 1, left + 1)
+    # The weights are float32; bfloat16 images are rounded only once, here.
     return ((1 - down) * upper + down * lower).astype(images.dtype)

@@ -100,7 +100,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
     dataset, why = small_run.choose_data(data_dir)
     mesh = distributed.mesh()
     console.print(
-        f"A net of {len(CHANNELS)} convolutions on {mesh.size} devices of {distributed.process_count()} process(es): "
+        f"A net of {len(CHANNELS)} convolutions on {mesh.size} devices of {jax.process_count()} process(es): "
         f"with statistics of each device, and with synchronised ones.\nData: {dataset.source}. {why}",
         soft_wrap=True,
         highlight=False,
@@ -112,8 +112,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
             f"choose at most {n // max(PER_DEVICE)} devices."
         )
     distributed.agree({"images": dataset.provenance}, remedy="start all processes with the same images.")
-    with distributed.training():
-        rows = [row for size in PER_DEVICE for arm in ARMS for row in measure(arm, size, dataset, mesh, console)]
+    rows = [row for size in PER_DEVICE for arm in ARMS for row in measure(arm, size, dataset, mesh, console)]
     if distributed.is_primary():
         path = out / "measured.jsonl"
         config = {"per_device": PER_DEVICE, "epochs": EPOCHS, "rate": RATE, "channels": CHANNELS, "devices": mesh.size}
@@ -124,7 +123,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         console.print(table(measured))
         # Its unequal numbers of examples need four devices, and pmap compiles for the devices of one process only where
         # there is no other process.
-        if mesh.size % 4 == 0 and distributed.process_count() == 1:
+        if mesh.size % 4 == 0 and jax.process_count() == 1:
             console.print(collectives.table_of_apis(collectives.what_each_api_does(mesh.size)))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=files.digest({"": [measured]}))
         console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
@@ -155,7 +154,6 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
         clock = time.perf_counter()
         for i in range(len(order)):
             state = distributed.one_at_a_time(compiled(state, train_set, order, np.int32(i)), mesh)
-            distributed.moved()
         jax.block_until_ready(state)
         seconds = time.perf_counter() - clock
         probed = range(min(PROBES, len(order)))
@@ -182,7 +180,7 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
 
 def _size(dataset):
     """The number of training images, and that of seeds."""
-    n, seeds = (TRAIN_IMAGES, SEEDS) if distributed.process_count() == 1 else (TRAIN_IMAGES // 4, 1)
+    n, seeds = (TRAIN_IMAGES, SEEDS) if jax.process_count() == 1 else (TRAIN_IMAGES // 4, 1)
     return min(n, len(dataset.train_images)), seeds
 
 

@@ -1,1 +1,1 @@
-"""One run in several processes: who takes part, how they start and how they end."""
+"""One run in several processes: joins or launches them, and lets them agree."""

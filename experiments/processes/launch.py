@@ -1,6 +1,7 @@
-"""Several processes on this machine, for a look at what runs on several machines: `--launch N`.
+"""Several processes on this machine, `--launch N`: a rehearsal of a run on several machines.
 
-Convention: the processes get what `distributed.LAUNCHERS[0]` reads; this one only watches, and never touches JAX.
+Conventions: the launcher starts its own command line once per worker and describes the processes to JAX by environment
+variables; it never imports JAX itself.
 """
 
 import os
@@ -10,133 +11,81 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NoReturn
 
-from experiments.processes.watch import CONTINUES, LOST
+from rich.console import Console
 
-CAUSE_SECONDS = 8.0  # for the process to end that has ended another one; longer than `Watch.announce` takes
-GRACE_SECONDS = 3.0  # for the others to end by themselves, and to say why
-REFUSED = 2  # exit status of a command that a user's mistake has ended
+WORKER = "JAXBN_WORKER"  # set in the environment of the workers
 
 
-def run(count: int, arguments: list[str]) -> int:
-    """Runs `python -m experiments` with `arguments` in `count` processes; returns the exit status.
+def run(count: int) -> int:
+    """Runs this command line in `count` workers, and ends all of them when one fails.
 
-    The output of process 0 is the output of all; what the others print, or say on stderr, goes to stderr with their
-    number in front. If one ends with an error, the others are ended too.
+    Worker 0 prints the output of the run; the others print only what goes to stderr.
 
-    Args:
-      count: number of processes.
-      arguments: of the command line, without `--launch`.
+    Returns:
+      The exit status: 0, or that of a worker that failed.
 
     Raises:
-      ValueError: there must be at least two.
+      ValueError: there must be at least two workers.
     """
     if count < 2:
-        raise ValueError(f"launch={count}; 1 trains in this process, 2 and more start so many; choose one of those.")
+        raise ValueError(f"--launch must be at least 1, got {count}; 1 trains in this process.")
     address = f"127.0.0.1:{_free_port()}"
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    processes, readers = [], []
+    workers = []
     try:
-        for number in range(count):
-            process = _start(number, count, address, arguments)
-            processes.append(process)
-            if number:
-                readers.append(threading.Thread(target=_pass_on, args=(number, process.stdout), daemon=True))
-                readers[-1].start()
-        failed = _wait(processes)
-    except KeyboardInterrupt:  # which the terminal has sent to all of them
-        _end(processes)
-        return 128 + signal.SIGINT
+        for index in range(count):
+            workers.append(_start(index, count, address))
+        # None: still running; 0: done.
+        while None in (statuses := [worker.poll() for worker in workers]) and not any(statuses):
+            time.sleep(0.1)
     finally:
-        _end(processes, grace=0)
-        signal.signal(signal.SIGTERM, previous)
-    for reader in readers:
-        reader.join(timeout=1)
-    if failed is None:
-        return 0
-    print(_explain(failed, processes[failed].returncode), file=sys.stderr, flush=True)
-    status = processes[failed].returncode
-    return status if status > 0 else 128 - status
+        for worker in workers:
+            worker.kill()  # nothing to tidy up: checkpoints and results appear only when they are complete
+        for worker in workers:  # only now: those left alive in the meantime would complain of the lost ones
+            worker.wait()
+        Console(stderr=True).show_cursor()  # a killed progress bar leaves it hidden
+    # Sorted by status: a worker that a signal has killed, with a negative status, is the cause if several have failed.
+    failed = sorted((status, index) for index, status in enumerate(statuses) if status)
+    for status, index in failed:
+        cause = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        print(f"Worker {index} {cause}; the others were ended too.", file=sys.stderr, flush=True)
+    status = failed[0][0] if failed else 0
+    return status if status >= 0 else 128 - status  # as a shell reports a signal
 
 
-def without_option(arguments: list[str]) -> list[str]:
-    """Returns the arguments of a command line without `--launch N`."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith("--launch="):
-            skip = False
-        elif argument == "--launch":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
+def exit_with_launcher() -> None:
+    """Makes this worker exit as soon as its launcher is gone, even if that is killed by SIGKILL.
+
+    The worker's stdin is a pipe whose other end the launcher holds open; the system closes it with the launcher.
+    """
+
+    def wait_for_end() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
-def _start(number, count, address, arguments):
-    described = {
+def _start(index: int, count: int, address: str) -> subprocess.Popen:
+    variables = {
+        WORKER: "1",
         "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_BIND_ADDRESS": address,  # by default, JAX listens on all interfaces
         "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(number),
+        "JAX_PROCESS_ID": str(index),
         "JAX_PLATFORMS": "cpu",
-        "PYTHONUNBUFFERED": "1",
+        "no_grpc_proxy": "127.0.0.1",  # a proxy, set for downloads, cannot reach the coordinator
     }
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    command = [sys.executable, "-m", "experiments", *arguments]
-    return subprocess.Popen(command, env=os.environ | described, **(output if number else {}))
+    return subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        env=os.environ | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL if index else None,
+        start_new_session=True,  # Ctrl-C reaches only the launcher, which ends the workers
+    )
 
 
 def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
-def _pass_on(number, lines):
-    for line in lines:
-        if not line.startswith("[Gloo]"):  # the transport's greetings
-            print(f"[process {number}] {line}", end="", file=sys.stderr, flush=True)
-
-
-def _wait(processes) -> int | None:
-    """Waits for all; when one fails, ends the others and returns the number of the one that is the cause."""
-    failed_at = None
-    while True:
-        statuses = [process.poll() for process in processes]
-        if all(status == 0 for status in statuses):
-            return None
-        # One that ends because of another, with the status LOST, may be seen before the cause is.
-        failed = sorted((status == LOST, number) for number, status in enumerate(statuses) if status)
-        failed_at = failed_at or (time.monotonic() if failed else None)
-        if failed and (None not in statuses or not failed[0][0] or time.monotonic() - failed_at > CAUSE_SECONDS):
-            _end(processes)
-            return failed[0][1]
-        time.sleep(0.1)
-
-
-def _end(processes, grace=None):
-    """Ends the processes: waits, asks, and kills."""
-    grace = GRACE_SECONDS if grace is None else grace
-    for act in (None, signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if act is not None and process.poll() is None:
-                process.send_signal(act)
-        deadline = time.monotonic() + grace
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    for process in processes:
-        process.wait()
-
-
-def _terminate(*_) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-def _explain(number, status) -> str:
-    """Returns the line that says which process has ended all of them."""
-    if status == REFUSED:
-        return f"Process {number} has ended with exit status {status}, and so have the others; its error is above."
-    if status == LOST:
-        return f"Process {number} has lost another one, as it says above; all were ended. {CONTINUES}"
-    cause = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"has ended with exit status {status}"
-    return f"Process {number} {cause}; the others were ended too. {CONTINUES}"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -114,7 +114,7 @@ def load(folder: Path) -> tuple[Config, dict]:
 
 def _must_be_shared(folder):
     """Refuses a folder in which the other processes do not see what process 0 has written."""
-    if distributed.process_count() == 1:
+    if jax.process_count() == 1:
         return
 
     def leave_a_mark():

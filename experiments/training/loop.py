@@ -139,7 +139,7 @@ def fit(
     shapes = dataset.train_images.shape, dataset.test_images.shape
     programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
     compiling = time.perf_counter() - clock
-    with distributed.training(), Checkpoints(checkpoint_dir, config) as checkpoints:
+    with Checkpoints(checkpoint_dir, config) as checkpoints:
         state, order_key, augment_key = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
         if start is not None:
             sample = dataset.train_images[:1].astype(np.float32) / 255
@@ -167,7 +167,6 @@ def fit(
                 take = programs.train if step % steps_per_epoch else programs.train_last
                 state, loss = distributed.one_at_a_time(take(state, train_set, order, augment_key, rate), mesh)
                 reporter.step(step, loss)
-            reporter.wait()
             jax.block_until_ready(state)
             training += time.perf_counter() - clock
             if stop in row_ends:
@@ -194,7 +193,6 @@ def fit(
                 training = compiling = 0.0
             total = earlier + time.perf_counter() - began
             checkpoints.save(step, state, {"rows": rows, "training": training, "compiling": compiling, "total": total})
-            distributed.moved()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Trained(rows, variables, earlier + time.perf_counter() - began)
 
@@ -215,7 +213,7 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 def _agree_on_the_run(config, dataset):
     """Refuses processes that would train something else; what they compile is compared once it is there."""
-    if distributed.process_count() == 1:
+    if jax.process_count() == 1:
         return  # the digest would take a while for nothing
     images = hashlib.sha256()
     for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
@@ -268,19 +266,11 @@ class _Reporter:
         finished = None
         while self._running and self._running[0][1].is_ready():
             finished = self._running.popleft()
-        if not finished:
-            return
-        distributed.moved()
-        if self._on_progress and time.perf_counter() - self._last >= PROGRESS_SECONDS:
+        if finished and self._on_progress and time.perf_counter() - self._last >= PROGRESS_SECONDS:
             self._last = time.perf_counter()
             self._on_progress(Progress(finished[0], self._steps, float(finished[1]), None))
 
-    def wait(self):
-        """Waits for the steps that still run, one by one, so that a slow device is not taken for one that hangs."""
-        while self._running:
-            self._running.popleft()[1].block_until_ready()
-            distributed.moved()
-
     def row(self, row):
+        self._running.clear()  # the row reports them
         if self._on_progress is not None:
             self._on_progress(Progress(row["step"], self._steps, row["train_loss"], row))

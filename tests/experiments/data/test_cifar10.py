@@ -1,4 +1,4 @@
-"""CIFAR-10's files are found and read; what is not CIFAR-10 is refused, by the name of the file."""
+"""CIFAR-10's files are found and read; other files are refused by name."""
 
 import hashlib
 import pickle
@@ -88,25 +88,25 @@ def test_the_cache_comes_last(folder):
     assert cifar10.find_cifar10() == cifar10.cache_folder()
 
 
-def test_nothing_is_found_where_nothing_is():
+def test_none_means_that_cifar10_was_not_found():
     assert cifar10.find_cifar10() is None
 
 
 def test_a_data_dir_without_cifar10_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"data_dir \(--data-dir\)='.*' does not hold CIFAR-10; accepted is .*; unpack"
-    ):
+    with pytest.raises(ValueError, match=r"data_dir \(--data-dir\)='.*' does not hold CIFAR-10. Unpack .* there"):
         cifar10.find_cifar10(tmp_path)
 
 
 def test_an_environment_without_cifar10_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match=r"CIFAR10_DIR='.*' does not hold CIFAR-10; accepted is .*; unpack"):
+    with pytest.raises(ValueError, match=r"CIFAR10_DIR='.*' does not hold CIFAR-10. Unpack .* there"):
         cifar10.find_cifar10()
 
 
 def test_without_download_absence_is_an_error_that_says_where_to_put_it():
-    with pytest.raises(FileNotFoundError, match="not at hand; accepted is .*--data-dir or CIFAR10_DIR.*; unpack"):
+    with pytest.raises(
+        FileNotFoundError, match="not found. Unpack .* --data-dir or CIFAR10_DIR, or allow the download"
+    ):
         datasets.load("cifar10", image_size=32, download=False)
 
 
@@ -158,7 +158,7 @@ class Malicious:
 
 def refused(folder, name, reason):
     return pytest.raises(
-        ValueError, match=rf"{folder / name} is not the CIFAR-10 file of that name: .*{reason}.*; unpack"
+        ValueError, match=rf"{folder / name} is not the CIFAR-10 file of that name: .*{reason}.*. Unpack"
     )
 
 
@@ -198,10 +198,10 @@ def foreign_contents():
     planes, labels = random_batch(0)
     return {
         "it holds a list": pickle.dumps([1, 2], 2),
-        "its data is no uint8 array": pickle.dumps({b"fine_labels": labels}, 2),
-        r"its data is no uint8 array of shape \(10, 3072\)": python2_batch(planes[:5], labels),
-        "its labels are no list of 10 whole numbers": python2_batch(planes, labels[:5]),
-        "its labels are no list of 10 whole numbers from 0 to 9": python2_batch(planes, [99] * N),
+        "its data is not a uint8 array": pickle.dumps({b"fine_labels": labels}, 2),
+        r"its data is not a uint8 array of shape \(10, 3072\)": python2_batch(planes[:5], labels),
+        "its labels are not a list of 10 integers": python2_batch(planes, labels[:5]),
+        "its labels are not a list of 10 integers from 0 to 9": python2_batch(planes, [99] * N),
         "an array of b'f4', not of uint8": python2_batch(planes, labels, dtype=b"f4"),
         "": b"<html>404 not found</html>",
     }

@@ -1,4 +1,4 @@
-"""Corruptions of images: what each does to images whose result is known, and that they are pure and get stronger."""
+"""Corruptions have the known effect on simple images, are pure functions, and grow with the strength."""
 
 import colorsys
 
@@ -12,8 +12,8 @@ IMAGES = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3)).astype(np.uint
 every_corruption = pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
 
 
-def flat(*colour):
-    return np.full((1, 16, 16, len(colour)), colour, np.uint8)
+def flat(*color):
+    return np.full((1, 16, 16, len(color)), color, np.uint8)
 
 
 @every_corruption
@@ -41,7 +41,7 @@ def test_a_larger_strength_changes_images_more(corrupt):
 @every_corruption
 @pytest.mark.parametrize("strength", [0, 6, 2.5])
 def test_unknown_strength_is_refused(corrupt, strength):
-    with pytest.raises(ValueError, match=f"strength={strength}; corruptions come in strengths 1 to 5"):
+    with pytest.raises(ValueError, match=f"strength must be 1, 2, 3, 4 or 5, got {strength}"):
         corrupt(IMAGES, strength)
 
 
@@ -78,12 +78,12 @@ def test_contrast_shrinks_deviations_and_keeps_the_mean(strength):
     )
 
 
-@pytest.mark.parametrize("colour", [(200, 100, 50), (3, 2, 1), (0, 0, 0), (90, 90, 90), (250, 0, 7), (255, 255, 255)])
-def test_brightness_adds_to_the_value_and_keeps_hue_and_saturation(colour):
-    hue, saturation, value = colorsys.rgb_to_hsv(*np.array(colour) / 255)
+@pytest.mark.parametrize("color", [(200, 100, 50), (3, 2, 1), (0, 0, 0), (90, 90, 90), (250, 0, 7), (255, 255, 255)])
+def test_brightness_adds_to_the_value_and_keeps_hue_and_saturation(color):
+    hue, saturation, value = colorsys.rgb_to_hsv(*np.array(color) / 255)
     for strength, added in zip(STRENGTHS, corruptions.BRIGHTNESS, strict=True):
         expected = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, min(value + added, 1)))
-        np.testing.assert_allclose(brightness(flat(*colour), strength)[0, 0, 0], expected, atol=0.51)
+        np.testing.assert_allclose(brightness(flat(*color), strength)[0, 0, 0], expected, atol=0.51)
 
 
 def test_brightness_of_grey_images_is_a_sum():
