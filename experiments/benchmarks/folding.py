@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.evidence import files, timing
+from experiments.evidence import files, provenance, timing
 from experiments.evidence.text import markdown, short, with_quartiles
 from experiments.nets import linen as linen_nets
 from experiments.nets import nnx as nnx_nets
@@ -95,7 +95,7 @@ def run(*, batch_size: int, inception_width: float, rounds: int, out: Path) -> N
 
     settings = {"batch_size": batch_size, "image_size": IMAGE_SIZE, "widths": widths, "rounds": rounds}
     pieces = {f"{net}, {api}": functools.partial(records, net, api) for net in widths for api in get_args(Api)}
-    files.measure(out / f"{NAME}.jsonl", files.measurement_header(settings), pieces)
+    files.measure_in_pieces(out / f"{NAME}.jsonl", provenance.measurement_header(settings), pieces)
 
 
 def _net(net, api, width, images):

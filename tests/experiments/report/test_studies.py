@@ -77,14 +77,14 @@ def write_all(module, preset, folder, make_run, seeds=3):
     for label, config in module.runs(preset).items():
         for seed in range(seeds):
             run = make_run(config.replace(seed=seed))
-            path = files.run_path(folder, protocol.short_name(module), preset, label, seed)
-            files.write(path, run["header"], run["rows"])
+            place = files.place_in_study(folder, protocol.short_name(module), preset, label, seed)
+            files.save(place, run["header"], run["rows"])
 
 
 def test_study_with_some_of_its_results_is_unfinished(tmp_path, make_run):
     module = protocol.load("bn_vs_none")
     run = make_run(module.runs("small")["batch"])
-    files.write(files.run_path(tmp_path, "bn_vs_none", "small", "batch", 0), run["header"], run["rows"])
+    files.save(files.place_in_study(tmp_path, "bn_vs_none", "small", "batch", 0), run["header"], run["rows"])
     assert studies.state(module, tmp_path) == "small: 1 run, unfinished; full: not run yet"
 
 
@@ -140,7 +140,7 @@ def test_overview_says_whether_a_claim_held(tmp_path, make_run, accuracies, said
     for (label, config), accuracy in zip(module.runs("small").items(), accuracies, strict=True):
         for seed in range(3):
             run = make_run(config.with_seed(seed), accuracy)
-            files.write(files.run_path(tmp_path, "bn_vs_none", "small", label, seed), run["header"], run["rows"])
+            files.save(files.place_in_study(tmp_path, "bn_vs_none", "small", label, seed), run["header"], run["rows"])
     (line,) = [line for line in studies.readme(tmp_path).splitlines() if line.startswith("| [bn_vs_none](#bn_vs_none)")]
     assert line.endswith(f"| {said} | no results yet |")
 
