@@ -23,7 +23,7 @@ from experiments.evidence import files, provenance, timing
 from experiments.evidence.text import markdown, short, with_quartiles
 from experiments.nets import linen as linen_nets
 from experiments.nets import nnx as nnx_nets
-from experiments.probes.folding import difference, fold, timings
+from experiments.probes.folding import difference, fold_net, timings
 from experiments.training.evaluation import evaluate
 from jaxbn import calibrate
 
@@ -70,7 +70,7 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     Returns:
       The comparison.
     """
-    pair = fold(*_net(net, api, width, images), images)
+    pair = fold_net(*_net(net, api, width, images), images)
     changed = difference(pair.before(images), pair.after(images))
     before, after = timings(pair, images, rounds)
     medians = statistics.median(before), statistics.median(after)

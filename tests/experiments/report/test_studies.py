@@ -37,7 +37,7 @@ def test_agreement_was_written_for_the_committed_results(name, committed):
     module = protocol.load(name)
     said = studies.agreement(module, module.summary(protocol.collect(module, studies.COMPARED, RESULTS)))
     assert said, "the claims came out another way: write the Agreement of the study anew"
-    assert f"Beside what was published: {said}" in committed
+    assert f"Compared with what was published: {said}" in committed
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_what_was_not_measured_is_said_and_the_rest_is_shown(made_up, how, seeds
 
 def test_table_has_the_published_accuracy_of_every_arm_beside_ours(made_up):
     lines = table(made_up(), "small")
-    assert [line["published test accuracy (a simpler net), %"] for line in lines] == list(PUBLISHED.values())
+    assert [line["published test accuracy (simpler network), %"] for line in lines] == list(PUBLISHED.values())
     assert lines[0]["test accuracy, %"] == "30.5 ± 0.7" and lines[0]["gap, points"] == "60.0 ± 0.0"
 
 

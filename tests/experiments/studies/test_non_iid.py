@@ -125,7 +125,7 @@ def test_test_batches_are_put_together_as_in_training(tiny, blobs, monkeypatch, 
     labels = np.arange(80, dtype=np.int32) % 4
     config = tiny.replace(batch_size=4, sampling=sampling)
     made = blobs._replace(test_images=(10 * labels).astype(np.uint8), test_labels=labels)
-    same, shuffled = non_iid.measure(config, made, {})
+    same, shuffled = non_iid.scores_on_test_batches(config, made, {})
     assert (same["sampling"], shuffled["sampling"]) == (sampling, "shuffled")
     assert same["accuracy"] == shuffled["accuracy"] == 1  # images and labels keep together
     assert all(len(set(batch)) == classes for batch in batches[0])
@@ -134,4 +134,4 @@ def test_test_batches_are_put_together_as_in_training(tiny, blobs, monkeypatch, 
 
 def test_shuffled_batches_are_measured_once(tiny, blobs, monkeypatch):
     monkeypatch.setattr(non_iid, "predict", lambda net, variables, images, **_: np.zeros((len(images), 4)))
-    assert [entry["sampling"] for entry in non_iid.measure(tiny, blobs, {})] == ["shuffled"]
+    assert [entry["sampling"] for entry in non_iid.scores_on_test_batches(tiny, blobs, {})] == ["shuffled"]
