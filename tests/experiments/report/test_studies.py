@@ -10,6 +10,7 @@ from experiments.config import PRESETS
 from experiments.evidence import files
 from experiments.report import studies
 from experiments.studies import protocol
+from tests.experiments.conftest import write_study
 
 PROJECT = README.parents[1] / "README.md"
 
@@ -74,11 +75,11 @@ def test_study_without_results_says_so(tmp_path):
 
 def write_all(module, preset, folder, make_run, seeds=3):
     """Writes made-up results of a study, all that it takes."""
-    for label, config in module.runs(preset).items():
-        for seed in range(seeds):
-            run = make_run(config.replace(seed=seed))
-            place = files.place_in_study(folder, protocol.short_name(module), preset, label, seed)
-            files.save(place, run["header"], run["rows"])
+    results = {
+        label: [make_run(config.with_seed(seed)) for seed in range(seeds)]
+        for label, config in module.runs(preset).items()
+    }
+    write_study(folder, protocol.short_name(module), preset, results)
 
 
 def test_study_with_some_of_its_results_is_unfinished(tmp_path, make_run):
