@@ -46,7 +46,7 @@ class Place(NamedTuple):
         """Returns the path of something that belongs to this run alone, such as its checkpoints."""
         if self.name is None:
             return self.file.with_suffix(suffix)
-        return self.file.with_suffix("") / f"{self.name}{suffix}"  # a folder beside the file, for all of its runs
+        return self.file.with_suffix("") / f"{self.name}{suffix}"  # in a folder next to the file, for all of its runs
 
     def sibling(self, name: str) -> "Place":
         """Returns the place of another run that is kept next to this one."""
@@ -67,7 +67,7 @@ def place_in_study(folder: Path, study: str, preset: str, label: str, seed: int)
 
 
 def write(path: Path, header: dict, rows: list[dict], measured: Sequence[dict] = ()) -> None:
-    """Writes a single run, or measurements, to a file of its own."""
+    """Writes a single run, or measurements, to a separate file."""
     _replace(path, _lines(header, rows, measured))
 
 

@@ -1,9 +1,9 @@
 """The spread of batch statistics over batches: the noise that the random choice of images adds to a network.
 
 Conventions: the network is in evaluation mode. The statistics of a layer then differ from batch to batch only because
-different images enter the network, and not because the layers before it normalized them by other statistics. Each image
-thus has moments of its own, from which those of any group of images follow. Moments are float64 [images, features],
-over the positions of an image.
+different images enter the network, and not because the layers before it normalized them by other statistics. The
+moments of each image are thus well defined, and those of any group of images follow from them. Moments are float64
+[images, features], over the positions of an image.
 """
 
 import functools

@@ -11,10 +11,10 @@ a chart). On ImageNet, networks with batch norm do without dropout and overfit n
 
 Finding: Training and test accuracy end at {training_none} and {none} % with neither, {training_dropout} and {dropout} %
 with dropout, {training_batch} and {batch} % with batch norm, and {training_both} and {both} % with both. The gap
-between the two is {narrower} with batch norm than with neither. In test accuracy, batch norm is {over} than neither and
-{beside} than dropout; both together are {added} than batch norm alone. From epoch to epoch, the test loss changes by
-{noise_none}, {noise_dropout}, {noise_batch} and {noise_both} nats (standard deviation over the second half, in the same
-order). {verdict}.
+between the two is {narrower} with batch norm than with neither. In test accuracy, batch norm is {vs_neither} than
+neither and {vs_dropout} than dropout; both together are {added} than batch norm alone. From epoch to epoch, the test
+loss changes by {noise_none}, {noise_dropout}, {noise_batch} and {noise_both} nats (standard deviation over the second
+half, in the same order). {verdict}.
 
 Agreement: Agrees in part ((1) and (3) hold, (2) is not shown): with batch norm there is no need for dropout, and adding
 it lowers test accuracy a little. But batch norm fits the training images better, so the gap grows; the order of the
@@ -123,17 +123,17 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         return spread(paired_differences(number, results[label], results[baseline]))
 
     narrower = difference(generalization_gap, "none", "batch")
-    over = difference(final_test_accuracy, "batch", "none")
-    beside = difference(final_test_accuracy, "batch", "dropout")
+    vs_neither = difference(final_test_accuracy, "batch", "none")
+    vs_dropout = difference(final_test_accuracy, "batch", "dropout")
     added = difference(final_test_accuracy, "both", "batch")
     fields = {
         "narrower": _difference_text(narrower, "smaller", "larger"),
-        "over": _difference_text(over, "better", "worse"),
-        "beside": _difference_text(beside, "better", "worse"),
+        "vs_neither": _difference_text(vs_neither, "better", "worse"),
+        "vs_dropout": _difference_text(vs_dropout, "better", "worse"),
         "added": _difference_text(added, "better", "worse"),
         **judge(
-            exceeds(beside, -LITTLE),
-            exceeds(narrower) and exceeds(over, -LITTLE),
+            exceeds(vs_dropout, -LITTLE),
+            exceeds(narrower) and exceeds(vs_neither, -LITTLE),
             below(added, LITTLE),
             seeds=narrower.n,
         ),

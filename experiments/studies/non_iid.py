@@ -13,7 +13,7 @@ Finding: Tested with running statistics, batch norm ends at {batch_shuffled} % i
 batches are only an order of the images, ends at {group_shuffled}, {group_half} and {group_one} %. Batches of half the
 classes thus cost batch norm {half_beyond} than group norm, and batches of one class {one_beyond}. With half the
 classes, batch renormalization ends {renorm} than batch norm; the statistics of test batches composed as in training,
-which requires their labels, {read}. {verdict}.
+which requires their labels, {batch_statistics}. {verdict}.
 
 Agreement: Agrees in part ((1) holds, (2), (3) and (4) are not shown): with half the classes batch norm loses nothing,
 where a clear loss was published; it falls behind only because group norm gains. Batch renormalization, with its limits
@@ -144,7 +144,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         "half_beyond": compared(half_beyond, "more", "less"),
         "one_beyond": compared(one_beyond, "more", "less"),
         "renorm": compared(renorm, "higher", "lower"),
-        "read": batch_text,
+        "batch_statistics": batch_text,
         **judge(exceeds(half_beyond), exceeds(one_beyond, 10), exceeds(renorm), exceeds(batch_gain), seeds=renorm.n),
     }
 

@@ -86,7 +86,7 @@ def test_change_of_the_gap_is_said_in_words(made_up, batch, text):
 
 def test_differences_in_test_accuracy_are_said_in_words_that_fit(made_up):
     fields = summary(made_up(both=(0.7, 0.45)))
-    quoted = [fields[name] for name in ("over", "beside", "added")]
+    quoted = [fields[name] for name in ("vs_neither", "vs_dropout", "added")]
     assert quoted == ["20.0 ± 0.0 points better", "10.0 ± 0.0 points better", "5.0 ± 0.0 points worse"]
 
 
