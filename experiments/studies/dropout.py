@@ -27,6 +27,7 @@ lower; (3) adding dropout to batch norm may raise test accuracy by one or more p
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -55,11 +56,23 @@ EPOCHS = 50  # as published
 WATCHED = 2_000  # test images in every epoch; testing on all 10,000 would take longer than training
 SETTINGS = {"watched": WATCHED}
 LITTLE = 1.0  # points of test accuracy that are taken for no difference
-ARMS = {  # label: norm, dropout, name, color, dashes
-    "none": ("none", 0.0, "neither", plots.PALETTE["vermilion"], "-"),
-    "dropout": ("none", 0.5, "dropout", plots.PALETTE["orange"], "--"),
-    "batch": ("batch", 0.0, "batch norm", plots.PALETTE["blue"], "-"),
-    "both": ("batch", 0.5, "both", plots.PALETTE["sky"], "--"),
+
+
+class Arm(NamedTuple):
+    """What is trained in an arm, and how it is shown."""
+
+    norm: str
+    dropout: float
+    name: str
+    color: str
+    dashes: str
+
+
+ARMS = {
+    "none": Arm("none", 0.0, "neither", plots.PALETTE["vermilion"], "-"),
+    "dropout": Arm("none", 0.5, "dropout", plots.PALETTE["orange"], "--"),
+    "batch": Arm("batch", 0.0, "batch norm", plots.PALETTE["blue"], "-"),
+    "both": Arm("batch", 0.5, "both", plots.PALETTE["sky"], "--"),
 }
 PUBLISHED = {"none": "~34", "dropout": "~32", "batch": "~30", "both": "not published"}  # final validation accuracy in %
 
@@ -71,7 +84,7 @@ def runs(preset: str) -> dict[str, Config]:
         config = config.replace(image_size=8, train_images=2_000, learning_rate=0.05)
     else:
         config = config.replace(train_images=5_000)
-    return {label: config.replace(norm=norm, dropout=dropout) for label, (norm, dropout, *_) in ARMS.items()}
+    return {label: config.replace(norm=arm.norm, dropout=arm.dropout) for label, arm in ARMS.items()}
 
 
 _SHARED = (
@@ -154,7 +167,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     """Returns one line per arm: accuracies, gap and noise of the test loss, and the published accuracy."""
     return [
         {
-            "arm": name,
+            "arm": arm.name,
             "training accuracy, %": quoted(spread(map(training_accuracy, results[label]))),
             "test accuracy, %": quoted(spread(map(final_test_accuracy, results[label]))),
             "gap, points": quoted(spread(map(generalization_gap, results[label]))),
@@ -162,19 +175,19 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
             "published test accuracy (simpler network), %": PUBLISHED[label],
             "seeds": str(len(results[label])),
         }
-        for label, (_, _, name, *_) in ARMS.items()
+        for label, arm in ARMS.items()
     ]
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
     """Draws test accuracy and test loss against the epoch, and the final gap."""
     accuracies, losses, bars = [], [], []
-    for label, (_, _, name, color, dashes) in ARMS.items():
+    for label, arm in ARMS.items():
         group = results[label]
         epochs = column(group, "epoch").max(axis=0)
-        accuracies.append(plots.Line(name, epochs, 100 * column(group, "test_accuracy"), color, dashes))
-        losses.append(plots.Line(name, epochs, column(group, "test_loss"), color, dashes))
-        bars.append(plots.Bar(name, [generalization_gap(run) for run in group], color))
+        accuracies.append(plots.Line(arm.name, epochs, 100 * column(group, "test_accuracy"), arm.color, arm.dashes))
+        losses.append(plots.Line(arm.name, epochs, column(group, "test_loss"), arm.color, arm.dashes))
+        bars.append(plots.Bar(arm.name, [generalization_gap(run) for run in group], arm.color))
     return plots.draw(
         [
             plots.Lines("epoch", "test accuracy (%)", accuracies),

@@ -31,6 +31,7 @@ accuracy is no higher with batch norm than without.
 
 import itertools
 import math
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -51,15 +52,32 @@ from experiments.training import loop
 
 WATCHED = 2_000  # test images in every evaluation; testing on all 10,000 would take longer than training
 SETTINGS = {"watched": WATCHED}
-# Name, color, changes to the network without batch norm, and factor on its learning rate.
+
+
+class Arm(NamedTuple):
+    """How an arm is shown, and how it differs from the network without batch norm.
+
+    Attributes:
+      name: for readers.
+      color: of its line.
+      changes: to the config.
+      rate_factor: multiplies the learning rate.
+    """
+
+    name: str
+    color: str
+    changes: dict[str, object]
+    rate_factor: float
+
+
 ARMS = {
-    "none": ("no norm", plots.COLORS["none"], {}, 1),
-    "bn-x1": ("batch norm", plots.PALETTE["sky"], {"norm": "batch"}, 1),
-    "bn-x5": ("batch norm, rate x 5", plots.COLORS["batch"], {"norm": "batch"}, 5),
-    "bn-x30": ("batch norm, rate x 30", plots.PALETTE["black"], {"norm": "batch"}, 30),
-    "sigmoid-none": ("sigmoid, no norm", plots.PALETTE["orange"], {"activation": "sigmoid"}, 5),
-    "sigmoid-bn": ("sigmoid, batch norm", plots.PALETTE["purple"], {"activation": "sigmoid", "norm": "batch"}, 5),
-    "deep-supervision": ("deep supervision", plots.PALETTE["green"], {"deep_supervision": True}, 1),
+    "none": Arm("no norm", plots.COLORS["none"], {}, 1),
+    "bn-x1": Arm("batch norm", plots.PALETTE["sky"], {"norm": "batch"}, 1),
+    "bn-x5": Arm("batch norm, rate x 5", plots.COLORS["batch"], {"norm": "batch"}, 5),
+    "bn-x30": Arm("batch norm, rate x 30", plots.PALETTE["black"], {"norm": "batch"}, 30),
+    "sigmoid-none": Arm("sigmoid, no norm", plots.PALETTE["orange"], {"activation": "sigmoid"}, 5),
+    "sigmoid-bn": Arm("sigmoid, batch norm", plots.PALETTE["purple"], {"activation": "sigmoid", "norm": "batch"}, 5),
+    "deep-supervision": Arm("deep supervision", plots.PALETTE["green"], {"deep_supervision": True}, 1),
 }
 EVALUATIONS = 10  # per epoch
 PANELS = (("none", "bn-x1", "bn-x5", "bn-x30"), ("none", "sigmoid-none", "sigmoid-bn", "deep-supervision"))
@@ -80,8 +98,8 @@ def runs(preset: str) -> dict[str, Config]:
     if preset == "small":
         config = config.replace(epochs=8, lr_decay_epochs=7)  # long enough that the best without norm takes a while
     return {
-        label: config.replace(learning_rate=config.learning_rate * factor, **changes)
-        for label, (_, _, changes, factor) in ARMS.items()
+        label: config.replace(learning_rate=config.learning_rate * arm.rate_factor, **arm.changes)
+        for label, arm in ARMS.items()
     }
 
 
@@ -187,14 +205,13 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     """Returns one line per arm, with the published numbers for ImageNet."""
     lines = []
-    for label, (name, *_) in ARMS.items():
+    for label, arm in ARMS.items():
         needed = steps(results, label)
+        reached = all(map(math.isfinite, needed))
         lines.append(
             {
-                "network": name,
-                "steps to the best accuracy without norm": spread(needed).text(0)
-                if all(map(math.isfinite, needed))
-                else "-",
+                "network": arm.name,
+                "steps to the best accuracy without norm": spread(needed).text(0) if reached else "-",
                 "relative to no norm": part(results, label),
                 "published, million steps": PUBLISHED[label][0],
                 "best test accuracy, %": spread(map(best, results[label])).text(),
@@ -211,7 +228,8 @@ def plot(results: dict[str, list[dict]]) -> Figure:
     for labels in PANELS:
         lines = []
         for label in labels:
+            steps_of_rows = column(results[label], "step").max(axis=0)
             accuracy = 100 * column(results[label], "test_accuracy")
-            lines.append(plots.Line(ARMS[label][0], column(results[label], "step").max(0), accuracy, ARMS[label][1]))
+            lines.append(plots.Line(ARMS[label].name, steps_of_rows, accuracy, ARMS[label].color))
         panels.append(plots.Lines("step", "test accuracy (%)", lines))
     return plots.draw(panels)
