@@ -92,7 +92,7 @@ def run_command(
     from experiments.studies import protocol
 
     for module in protocol.select(study):
-        protocol.run(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
+        protocol.train_study(module, preset=preset, seeds=seeds, data_dir=data_dir, folder=results_dir)
 
 
 @app.command(name="train")
@@ -107,15 +107,16 @@ def train_command(
 ) -> None:
     """Train a single net of your choice. Stopped at any moment, the same command continues."""
     _take_part(devices, launch)
+    from experiments.evidence import files
     from experiments.processes import distributed
     from experiments.training import runs
 
-    path = out / "result.jsonl"
-    plan = [(f"{config.net} {config.norm}", path, config)]
+    place = files.Place(out / "result.jsonl")
+    plan = [(f"{config.net} {config.norm}", place, config)]
     runs.train_missing(plan, data_dir=data_dir, keep_checkpoints=keep_checkpoint)
     if distributed.is_primary():
-        print(f"Result: {path}")
-        kept = runs.kept_checkpoints(path)
+        print(f"Result: {place}")
+        kept = runs.kept_checkpoints(place)
         if keep_checkpoint and kept.exists():
             print(f"Checkpoint: {kept}")
         elif keep_checkpoint:

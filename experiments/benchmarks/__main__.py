@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from experiments.benchmarks import Settings, limit
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 
 
 def main(part: str, out: str, settings: str) -> None:
@@ -19,9 +19,9 @@ def main(part: str, out: str, settings: str) -> None:
     """
     module, settings = importlib.import_module(f"experiments.benchmarks.{part}"), json.loads(settings)
     chosen = Settings.from_json(settings)
-    header = files.measurement_header(settings)
+    header = provenance.measurement_header(settings)
     header |= module.header(chosen) if hasattr(module, "header") else {"copy_bandwidth": limit.memory_bandwidth()}
-    files.measure(Path(out) / f"{module.NAME}.jsonl", header, module.pieces(chosen))
+    files.measure_in_pieces(Path(out) / f"{module.NAME}.jsonl", header, module.pieces(chosen))
 
 
 if __name__ == "__main__":

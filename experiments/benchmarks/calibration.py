@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.evidence.text import markdown
 from experiments.evidence.verdicts import spread
 from experiments.nets import linen as linen_nets
@@ -61,7 +61,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         "times_variances": TIMES_VARIANCES,
     }
     pieces = {config.net: functools.partial(measure, config, dataset, console)}
-    files.measure(out / f"{NAME}.jsonl", files.measurement_header(settings), pieces)
+    files.measure_in_pieces(out / f"{NAME}.jsonl", provenance.measurement_header(settings), pieces)
     console.print(f"Time in all: {time.perf_counter() - began:.0f} s", highlight=False)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import jaxbn.linen
 from experiments.benchmarks.hlo import collectives, executed, executed_bytes
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.evidence.text import STABLE, markdown
 
 NAME = "collectives"
@@ -140,8 +140,8 @@ def run(*, out: Path) -> None:
     jax.config.update("jax_num_cpu_devices", max(GROWTH))
     path = out / f"{NAME}.jsonl"
     settings = {"features": FEATURES, "devices": DEVICES, "growth": list(GROWTH), "group": GROUP}
-    header = files.measurement_header(settings)
-    files.measure(path, header, {"what each API does": what_each_api_does, "growth": growth})
+    header = provenance.measurement_header(settings)
+    files.measure_in_pieces(path, header, {"what each API does": what_each_api_does, "growth": growth})
     records = files.read_records(path)["records"]
     console = Console(width=120)
     console.print(table_of_apis([record for record in records if "growth" not in record]))

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.evidence import files, timing
+from experiments.evidence import files, provenance, timing
 from experiments.evidence.text import markdown, short, with_quartiles
 from experiments.nets import linen as linen_nets
 from experiments.nets import nnx as nnx_nets
-from experiments.probes.folding import difference, fold, timings
+from experiments.probes.folding import difference, fold_net, timings
 from experiments.training.evaluation import evaluate
 from jaxbn import calibrate
 
@@ -70,7 +70,7 @@ def measure(net: str, api: Api, *, width: float, images: jax.Array, rounds: int)
     Returns:
       The comparison.
     """
-    pair = fold(*_net(net, api, width, images), images)
+    pair = fold_net(*_net(net, api, width, images), images)
     changed = difference(pair.before(images), pair.after(images))
     before, after = timings(pair, images, rounds)
     medians = statistics.median(before), statistics.median(after)
@@ -95,7 +95,7 @@ def run(*, batch_size: int, inception_width: float, rounds: int, out: Path) -> N
 
     settings = {"batch_size": batch_size, "image_size": IMAGE_SIZE, "widths": widths, "rounds": rounds}
     pieces = {f"{net}, {api}": functools.partial(records, net, api) for net in widths for api in get_args(Api)}
-    files.measure(out / f"{NAME}.jsonl", files.measurement_header(settings), pieces)
+    files.measure_in_pieces(out / f"{NAME}.jsonl", provenance.measurement_header(settings), pieces)
 
 
 def _net(net, api, width, images):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.evidence.text import STABLE, markdown, short
 from jaxbn._core import platforms
 from jaxbn.testing import _oracle
@@ -127,7 +127,7 @@ def run(*, out: Path) -> None:
         for dtype, ratios in MEANS.items()
         for platform in (None, *ELSEWHERE)
     }
-    files.measure(out / f"{NAME}.jsonl", files.measurement_header(settings), pieces)
+    files.measure_in_pieces(out / f"{NAME}.jsonl", provenance.measurement_header(settings), pieces)
 
 
 def block(run: dict) -> str:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from experiments.config import PRESETS, Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import files, timing
+from experiments.evidence import files, provenance, timing
 from experiments.nets import linen as linen_nets
 from experiments.processes import distributed
 from experiments.training import loop, programs
@@ -244,7 +244,7 @@ def run(*, batch_size: int, rounds: int, out: Path) -> None:
     settings = {"rounds": rounds, "config": dataclasses.asdict(config)}
     path = out / f"{NAME}.jsonl"
     pieces = {"cnn7": functools.partial(measure, config, rounds)}
-    files.measure(path, files.measurement_header(settings), pieces)
+    files.measure_in_pieces(path, provenance.measurement_header(settings), pieces)
     records = files.read_records(path)["records"]
     console = Console(width=120)
     console.print(

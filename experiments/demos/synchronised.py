@@ -26,7 +26,7 @@ from rich.table import Table
 import jaxbn
 from experiments.benchmarks import collectives, hlo
 from experiments.data.datasets import Dataset
-from experiments.evidence import files, plots
+from experiments.evidence import files, plots, provenance
 from experiments.evidence.verdicts import spread
 from experiments.processes import distributed
 from experiments.training import small_run
@@ -117,7 +117,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         path = out / "measured.jsonl"
         config = {"per_device": PER_DEVICE, "epochs": EPOCHS, "rate": RATE, "channels": CHANNELS, "devices": mesh.size}
         config |= {"train_images": n, "seeds": seeds}
-        head = {"config": config, "images": dataset.provenance, **files.origin()}
+        head = {"config": config, "images": dataset.provenance, **provenance.origin()}
         files.write(path, head, rows)
         measured = files.read(path)
         console.print(table(measured))

@@ -1,1 +1,1 @@
-"""Numbers and what they show: files of results, verdicts over seeds, timings, tables and plots."""
+"""Numbers and what they show: result files, verdicts over seeds, timings, tables and figures."""

@@ -1,169 +1,172 @@
-"""The results of runs as files: one JSONL per run, a header, then one line per row and per further measurement.
+"""Results as files of JSON lines, which are written completely or not at all.
 
-Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...], "measured": [...]}; the
-header says what was run, on which images, with which versions, on what hardware, from which commit. A number that is
-not finite is null in the file and NaN when read. Paths are <folder>/<study>/<preset>/<label>-seed<k>.jsonl.
-Measurements of another kind, such as those of `bench`, are a header and one record per line.
+Conventions: only this module writes results. A run is the dict {"header": ..., "rows": [...], "measured": [...]}. In a
+file it is one line for the header (see `provenance`), then one for each row, then one for each further measurement. A
+number that is not finite is null in the file and NaN when read.
+
+A file holds either a single run, as `train` writes it, or all runs of a study with one preset:
+<folder>/<study>/<preset>.jsonl, where each header also has the name of its run, <label>-seed<k>. `Place` stands for
+either. Measurements of another kind, such as those of `bench`, are a header and one record per line.
 """
 
-import dataclasses
-import datetime
-import functools
+import contextlib
+import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.config import Config
+from experiments.evidence import provenance
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax")
-PEER_PACKAGES = ("dm-haiku", "equinox", "keras", "torch")  # what `bench` and `scoreboard` compare with, where installed
-VARYING = ("date", "copy_bandwidth")  # of a header, from one run of the same measurement to the next
-ROOT = Path(__file__).parents[2]
-SOURCES = ("jaxbn/*.py", "experiments/*.py", "pyproject.toml")  # what a run depends on; * includes subfolders
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
+VARYING = ("date", "copy_bandwidth")  # header fields that change each time the same measurement is made
 
 
-def run_path(folder: Path, study: str, preset: str, label: str, seed: int) -> Path:
+class Place(NamedTuple):
+    """Where the result of one run is kept.
+
+    Attributes:
+      file: the file.
+      name: of the run, in the file of a study; None if the run has the file to itself.
+    """
+
+    file: Path
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.file) if self.name is None else f"{self.name} in {self.file}"
+
+    def working_path(self, suffix: str) -> Path:
+        """Returns the path of something that belongs to this run alone, such as its checkpoints."""
+        if self.name is None:
+            return self.file.with_suffix(suffix)
+        return self.file.with_suffix("") / f"{self.name}{suffix}"  # in a folder next to the file, for all of its runs
+
+    def sibling(self, name: str) -> "Place":
+        """Returns the place of another run that is kept next to this one."""
+        return Place(self.file.with_name(f"{name}.jsonl")) if self.name is None else Place(self.file, name)
+
+
+def place_in_study(folder: Path, study: str, preset: str, label: str, seed: int) -> Place:
     """Returns where the result of one run of a study is kept.
 
     Raises:
-      ValueError: the label cannot be part of a file's name.
+      ValueError: the label contains characters that a file name should not have.
     """
     if not LABEL.fullmatch(label):
         raise ValueError(
-            f"label={label!r}; letters, digits and . _ + = , - are accepted, since it names a file; rename it."
+            f"label must consist of letters, digits and . _ + = , - since it names files, got {label!r}; rename it."
         )
-    return folder / study / preset / f"{label}-seed{seed}.jsonl"
+    return Place(folder / study / f"{preset}.jsonl", _run_name(label, seed))
 
 
 def write(path: Path, header: dict, rows: list[dict], measured: Sequence[dict] = ()) -> None:
-    """Writes a finished run in one go: the file is there completely or not at all."""
-    lines = [header, *rows, *({"measured": each} for each in measured)]
-    lines = [json.dumps(_finite(line), allow_nan=False) for line in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    """Writes a single run, or measurements, to a separate file."""
+    _replace(path, _lines(header, rows, measured))
 
 
 def read(path: Path) -> dict:
-    """Returns the run in a file: {"header": dict, "rows": list of dicts, "measured": list of dicts}.
+    """Reads a file that holds a single run.
 
     Raises:
-      ValueError: the file is not a result file.
+      ValueError: the file does not hold exactly one run.
     """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        header, rows = lines[0], [line for line in lines[1:] if "measured" not in line]
-        if not (rows and isinstance(header["config"], dict) and all(isinstance(row, dict) for row in rows)):
-            raise ValueError("no config or no rows")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{path} is not a result file ({error}); a line with the header and one per row is expected; "
-            "delete it, and the same command makes it anew."
-        ) from None
-    measured = [line["measured"] for line in lines[1:] if "measured" in line]
-    return {"header": header, "rows": _numbers(rows), "measured": _numbers(measured)}
+    runs = _parse(path)
+    if len(runs) != 1:
+        raise ValueError(f"{path} is not a result file of one run: it holds {len(runs)}; delete it to run again.")
+    return runs[0]
 
 
-def finished(path: Path, config: Config, settings: dict | None = None) -> bool:
-    """Says whether the run `config` has already been written to `path`.
+def save(place: Place, header: dict, rows: list[dict], measured: Sequence[dict] = ()) -> None:
+    """Writes the result of one run to its place. Other runs in the file of a study stay as they are.
 
-    Args:
-      path: the file.
-      config: the run.
-      settings: what its measurements depend on besides.
+    Several commands may add runs to the same study at once: under a lock, each reads what the file holds by then, adds
+    its run, and replaces the file.
+    """
+    if place.name is None:
+        write(place.file, header, rows, measured)
+        return
+    with _locked(place.file):
+        runs = read_runs(place.file)
+        runs[place.name] = {"header": header, "rows": rows, "measured": measured}
+        lines = []
+        for name in sorted(runs, key=_label_and_seed):
+            run = runs[name]
+            lines += _lines({"run": name} | run["header"], run["rows"], run["measured"])
+        _replace(place.file, lines)
+
+
+def read_runs(path: Path) -> dict[str, dict]:
+    """Reads the file of a study: name -> run. A file that does not exist holds no runs.
 
     Raises:
-      ValueError: the file is the result of another config, or was measured with other settings.
+      ValueError: it is not a result file, or the name of a run does not fit its header.
     """
     if not path.exists():
-        return False
-    header, settings = read(path)["header"], json.loads(json.dumps(settings or {}))
-    changed = differences(header["config"], config)
-    if not changed and (was := header.get("settings", {})) != settings:
-        other = [key for key in {**was, **settings} if was.get(key) != settings.get(key)]
-        changed = ", ".join(f"{key} was {was.get(key)!r} and is now {settings.get(key)!r}" for key in other)
-    if changed:
-        raise ValueError(
-            f"{path} is the result of another run: {changed}. It is not overwritten; delete it to run anew, "
-            "or write to another folder."
-        )
-    return True
-
-
-def differences(stored: dict, config: Config) -> str:
-    """Says which settings of a stored config differ from `config`, in words; empty where none does.
-
-    A setting that was not there yet when the config was stored had its default value.
-    """
-    return ", ".join(_differences(stored, json.loads(json.dumps(dataclasses.asdict(config))), ""))
-
-
-def _differences(stored, wanted, prefix):
-    """The differences, one by one. With lists for tuples, as they are stored."""
-    stored = {field.name: field.default for field in dataclasses.fields(Config)} | stored
-    for key in {**wanted, **stored}:
-        was, now = stored.get(key), wanted.get(key)
-        if key == "start" and was is not None and now is not None:
-            yield from _differences(was, now, "start.")
-        elif was != now:
-            yield f"{prefix}{key} was {was!r} and is now {now!r}"
+        return {}
+    runs = {}
+    for run in _parse(path):
+        name, seed = run["header"].pop("run", None), run["header"]["config"].get("seed")
+        if name is None or name != _run_name(_label_and_seed(name)[0], seed):
+            raise ValueError(
+                f"{path} has a run with seed={seed} that is named {name!r}; the name must be <label>-seed<k> with the "
+                "same seed; correct the name, or delete the lines of this run to train it again."
+            )
+        if name in runs:
+            raise ValueError(f"{path} has two runs named {name!r}; delete the lines of one of them.")
+        runs[name] = run
+    return runs
 
 
 def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:
-    """Returns all finished runs of a study: label -> runs by seed. The labels are in alphabetical order.
+    """Reads all finished runs of a study: label -> runs, in the order of the labels and of the seeds.
 
     Raises:
-      ValueError: a file is no result file, or its name gives another seed than its header.
+      ValueError: as for `read_runs`.
     """
-    runs = {}
-    for path in sorted((folder / study / preset).glob("*-seed*.jsonl")):
-        label, run = path.stem.rpartition("-seed")[0], read(path)
-        if path != run_path(folder, study, preset, label, seed := run["header"]["config"].get("seed")):
-            raise ValueError(
-                f"{path} is named after another run: its header has seed={seed}; a file is named "
-                "<label>-seed<k>.jsonl after its own seed; delete it, or give it back its name."
-            )
-        runs.setdefault(label, []).append(run)
-    return {label: sorted(group, key=lambda run: run["header"]["config"]["seed"]) for label, group in runs.items()}
+    runs = read_runs(folder / study / f"{preset}.jsonl")
+    by_label = {}
+    for name in sorted(runs, key=_label_and_seed):
+        by_label.setdefault(_label_and_seed(name)[0], []).append(runs[name])
+    return by_label
 
 
-def read_records(path: Path) -> dict:
-    """Returns the measurements in a file: {"header": dict, "records": list of dicts}.
-
-    Raises:
-      ValueError: the file is not a file of measurements.
-    """
-    try:
-        header, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not (isinstance(header["settings"], dict) and all(isinstance(record, dict) for record in records)):
-            raise ValueError("no settings, or a line that is no record")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a file of measurements ({error}); a line with the header and one per record is expected; "
-            "delete it, and the command that made it makes it anew."
-        ) from None
-    return {"header": header, "records": _numbers(records)}
-
-
-def measure(path: Path, header: dict, pieces: dict[str, Callable[[], list[dict]]], say: Callable = print) -> None:
-    """Does all pieces of a measurement and writes their records; interrupted, it continues with the next piece.
+def finished(place: Place, config: Config, settings: dict | None = None) -> bool:
+    """Says whether the result of the run `config` has already been written.
 
     Args:
-      path: the file. What was in it is replaced when all pieces are done.
-      header: its first line, as `measurement_header` makes it.
-      pieces: does the work of each piece, by name; returns its records.
-      say: is told how far it is.
+      place: where it would be.
+      config: the run.
+      settings: what its measurements depend on, besides the config.
+
+    Raises:
+      ValueError: there is a result, but of another config or with other settings.
+    """
+    if not place.file.exists():
+        return False
+    run = read(place.file) if place.name is None else read_runs(place.file).get(place.name)
+    if run is None:
+        return False
+    provenance.refuse_other(run["header"], config, settings, where=str(place))
+    return True
+
+
+def measure_in_pieces(
+    path: Path, header: dict, pieces: dict[str, Callable[[], list[dict]]], say: Callable = print
+) -> None:
+    """Makes a measurement piece by piece and writes the records; interrupted, it continues with the next piece.
+
+    Args:
+      path: the file. An older one is replaced only when all pieces are done.
+      header: the first line, as `provenance.measurement_header` builds it.
+      pieces: name -> function that does the work of one piece and returns its records.
+      say: called with messages about the progress.
     """
     folder = path.with_suffix(".unfinished")
     unfinished = folder / path.name
@@ -171,7 +174,7 @@ def measure(path: Path, header: dict, pieces: dict[str, Callable[[], list[dict]]
     if unfinished.exists():
         begun = read_records(unfinished)
         if changed := [key for key in header if key not in VARYING and header[key] != begun["header"].get(key)]:
-            say(f"{path.name}: begun with another {', '.join(changed)}; begins anew")
+            say(f"{path.name}: begun with another {', '.join(changed)}; starts over")
         else:
             header, done = begun["header"], {line["piece"]: line["records"] for line in begun["records"]}
     for number, (name, work) in enumerate(pieces.items(), start=1):
@@ -184,90 +187,95 @@ def measure(path: Path, header: dict, pieces: dict[str, Callable[[], list[dict]]
     say(f"Written to {path}")
 
 
-def measurement_header(settings: dict) -> dict:
-    """Returns the first line of a file of measurements: what was measured, and when, and with what.
+def read_records(path: Path) -> dict:
+    """Reads a file of measurements: {"header": dict, "records": list of dicts}.
 
-    Args:
-      settings: what the numbers depend on besides; plain values.
+    Raises:
+      ValueError: the file is not a file of measurements.
     """
-    with_what = origin()
-    peers = {name: version for name in PEER_PACKAGES if (version := _version(name))}
-    return {
-        "settings": settings,
-        "date": datetime.date.today().isoformat(),
-        **with_what,
-        "versions": with_what["versions"] | peers,
-        "hardware": with_what["hardware"] | {"largest_cache": _largest_cache()},
-    }
-
-
-def header(config: Config, *, images: str, parameters: int, seconds: float) -> dict:
-    """Returns the first line of a result file: what was run, and with what.
-
-    Args:
-      config: the run.
-      images: where they come from, `Dataset.provenance`.
-      parameters: number of trained parameters.
-      seconds: that the run took in all, compilation and evaluation included.
-    """
-    return {
-        "config": dataclasses.asdict(config),
-        "images": images,
-        "parameters": parameters,
-        "seconds": seconds,
-        **origin(),
-    }
-
-
-def origin() -> dict:
-    """Returns the part of a header that says with what a run was made: versions, hardware and commit."""
-    return {"versions": versions(), "hardware": hardware(), "commit": commit()}
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of what a run's numbers depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def hardware() -> dict:
-    """Returns what the run's seconds depend on: the accelerators, and the processor's model and number of cores."""
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cpu": _cpu_model(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
-
-
-@functools.cache
-def commit(root: Path = ROOT) -> str | None:
-    """Returns the commit of the sources, with "-modified" where they differ from it; None outside a repository.
-
-    It is looked up once: call it before the first run, since the sources may change while the runs last.
-    """
-    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--", *SOURCES]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-modified" if changed else head
+        header, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not (isinstance(header["settings"], dict) and all(isinstance(record, dict) for record in records)):
+            raise ValueError("no settings, or a line that is not a record")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a file of measurements ({error}); it must hold a line with the header and one line per "
+            "record; delete it and run the command that made it again."
+        ) from None
+    return {"header": header, "records": _numbers(records)}
 
 
 def digest(runs: dict[str, list[dict]]) -> str:
-    """Returns a short name for the contents of results, written into the figures that are drawn from them."""
+    """Returns a hash of the contents of results, which is written into the figures drawn from them."""
     text = json.dumps({label: [_finite(run) for run in group] for label, group in runs.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _run_name(label: str, seed: int) -> str:
+    return f"{label}-seed{seed}"
+
+
+def _label_and_seed(name: str) -> tuple[str, int]:
+    """Splits the name of a run; the seed is -1 if it is not a number."""
+    label, _, seed = name.rpartition("-seed")
+    return label, int(seed) if seed.isdecimal() else -1
+
+
+def _parse(path: Path) -> list[dict]:
+    """Reads runs one after the other; each begins with the only line that has a config, its header."""
+    runs = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"a line holds {entry!r}")
+            if "config" in entry:
+                runs.append({"header": entry, "rows": [], "measured": []})
+            elif "measured" in entry:
+                runs[-1]["measured"].append(_numbers(entry["measured"]))
+            else:
+                runs[-1]["rows"].append(_numbers(entry))
+        if not (runs and all(run["rows"] and isinstance(run["header"]["config"], dict) for run in runs)):
+            raise ValueError("no config or no rows")
+    except (ValueError, IndexError) as error:  # IndexError: a row before the first header
+        raise ValueError(
+            f"{path} is not a result file ({error}); each run must be a line with its header and one line per row; "
+            "restore it, or delete it and run the same command again."
+        ) from None
+    return runs
+
+
+def _lines(header: dict, rows: Sequence[dict], measured: Sequence[dict]) -> list[str]:
+    entries = [header, *rows, *({"measured": entry} for entry in measured)]
+    return [json.dumps(_finite(entry), allow_nan=False) for entry in entries]
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    """Writes a file in one step: other processes see the old one or the new one, even if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other process adds a run to the file, and keeps others waiting.
+
+    The system releases the lock if the process is killed. The lock file stays: if it were deleted, one process could
+    hold the lock of the deleted file and another that of a new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        # Some network file systems have no locks. A run is worth more than the small risk that another one is written
+        # within the same milliseconds.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _numbers(value):
-    """The value with NaN for every None: the inverse of `_finite`, but for infinities."""
+    """Replaces None by NaN, everywhere in a value: the inverse of `_finite`, except that infinities become NaN."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -276,30 +284,9 @@ def _numbers(value):
 
 
 def _finite(value):
-    """The value with None for every number that is not finite, since JSON has no such numbers."""
+    """Replaces every number that is not finite by None, since JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _largest_cache():
-    """The size of the processor's last cache, as Linux tells it, such as "32768K"."""
-    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    return sizes[-1].read_text().strip() if sizes else None
-
-
-def _cpu_model():
-    """The processor's model, as Linux and macOS tell it."""
-    if sys.platform == "linux":
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return found[1] if found else platform.machine()
-    return platform.processor() or platform.machine()

@@ -1,8 +1,9 @@
-"""Timing of several arms in one run, in turns, so that whatever else the machine does hits all of them alike.
+"""Timing of several arms in turns, so that disturbances of the machine affect all of them alike.
 
-Conventions: a sample is a function that returns the seconds of one call. In a round every arm gives one sample, in
-shuffled order. What is quoted is a ratio of two arms, and the median of those within the rounds: a machine that slows
-down between two rounds leaves it as it is. This module does not import JAX, so that a process without it can use it.
+Conventions: a sample is a function that returns the seconds of one call. In a round, every arm gives one sample, in
+shuffled order. The result to report is a ratio of two arms: the median of the ratios within the rounds, which does not
+change if the machine becomes slower from one round to the next. This module does not import JAX at the top, since
+processes that compare with other libraries use it without JAX.
 """
 
 import math
@@ -17,11 +18,11 @@ from numpy.typing import ArrayLike
 
 
 def in_rounds(samples: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of every arm, one for each round."""
+    """Takes one sample of every arm in each round; returns the seconds of every arm, by rounds."""
     seconds = {name: [] for name in samples}
-    shuffled = random.Random(0)
+    rng = random.Random(0)
     for _ in range(rounds):
-        for name in shuffled.sample(list(samples), len(samples)):
+        for name in rng.sample(list(samples), len(samples)):
             seconds[name].append(samples[name]())
     return seconds
 
@@ -34,25 +35,27 @@ def sampler(
     together: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Callable[[], float]:
-    """Returns a sample of a call: it runs once just before it is timed, then as often as it takes.
+    """Makes a sample of a call, which runs it once to warm up and then times it.
 
     Args:
-      call: what is timed.
-      wait: for the result of a call; it comes back at once where calls are synchronous.
-      at_least: seconds that the timed calls last together. A clock is read for each, which is nothing beside them.
-      together: calls between two waits. On a CPU 1, since several would run side by side; on an accelerator as many as
-        keep it busy.
-      clock: gives the time in seconds.
+      call: the call to time.
+      wait: blocks until a result is there; returns at once if calls are synchronous.
+      at_least: repeat the call until this many seconds have passed, so that the time to read the clock is negligible.
+      together: number of calls between two waits. Use 1 on a CPU, where several calls would run side by side, and
+        enough to keep an accelerator busy.
+      clock: returns the time in seconds.
     """
 
-    def sample():
+    def sample() -> float:
+        # Other arms have run since the last sample: the call before the clock starts fills the caches again.
         wait(call())
         calls, start = 0, clock()
         while True:
             for _ in range(together):
                 result = call()
             wait(result)
-            calls, elapsed = calls + together, clock() - start
+            calls += together
+            elapsed = clock() - start
             if elapsed >= at_least:
                 return elapsed / calls
 
@@ -60,47 +63,53 @@ def sampler(
 
 
 def time_calls(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds per call of JAX for every arm, `rounds` of them, taken in shuffled order."""
+    """Times calls of JAX functions in rounds; returns the seconds per call of every arm."""
     import jax
 
-    return in_rounds({name: sampler(call, wait=jax.block_until_ready) for name, call in calls.items()}, rounds)
+    samples = {name: sampler(call, wait=jax.block_until_ready) for name, call in calls.items()}
+    return in_rounds(samples, rounds)
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Returns the median and the quartiles."""
+    """Computes the median and the quartiles."""
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "lower": float(lower), "upper": float(upper)}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Returns the median, and the quartiles, of the ratios within the rounds."""
+    """Computes the median and the quartiles of the ratios within the rounds."""
     return quartiles(np.asarray(ours) / np.asarray(theirs))
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """Returns the geometric mean, which treats a ratio and its inverse alike."""
+    """Computes the geometric mean, which treats a ratio and its inverse alike."""
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def estimate(figure: Callable[..., ArrayLike], *ratios: ArrayLike, resamples: int = 2000) -> dict[str, float]:
-    """Returns a figure of some arms, and how sure it is.
+    """Estimates a figure of several arms, with a 95 % confidence interval from a bootstrap.
 
     Args:
-      figure: takes the ratio of each arm, scalars or arrays of one shape: the median over processes and rounds.
-      ratios: of each arm to another one within the rounds, shape [processes, rounds].
-      resamples: of the processes, and of the rounds in each, drawn with replacement for the interval.
+      figure: a function of one ratio per arm, scalars or arrays of one shape; NaN where it is not defined.
+      ratios: for each arm, its ratios to a common baseline within the rounds, shape [processes, rounds].
+      resamples: number of bootstrap samples.
 
     Returns:
-      The value, and the lower and upper end of an interval of 95 %, which are NaN where more than 2.5 % of the
-      resamples have no figure.
+      `value`, the figure of the medians over processes and rounds, and the ends of the interval, `lower` and `upper`.
+      These are NaN if the figure is undefined in more than 2.5 % of the resamples.
     """
-    samples = np.array(ratios)
+    samples = np.array(ratios)  # [arms, processes, rounds]
     processes, rounds = samples.shape[1:]
     rng = np.random.default_rng(0)
+    # In two stages, since rounds of the same process are not independent: first processes are drawn with replacement,
+    # then rounds within each of them. All arms are drawn together, so that what they have in common cancels.
     process = rng.integers(0, processes, (resamples, processes, 1))
-    drawn = samples[:, process, rng.integers(0, rounds, (resamples, processes, rounds))]
+    round_ = rng.integers(0, rounds, (resamples, processes, rounds))
+    drawn = samples[:, process, round_]
     value = figure(*np.median(samples, axis=(-2, -1)))
     figures = np.asarray(figure(*np.median(drawn, axis=(-2, -1))))
     known = figures[~np.isnan(figures)]
-    lower, upper = np.quantile(known, (0.025, 0.975)) if len(known) >= 0.975 * resamples else (np.nan, np.nan)
+    lower, upper = np.nan, np.nan
+    if len(known) >= 0.975 * resamples:
+        lower, upper = np.quantile(known, (0.025, 0.975))
     return {"value": float(value), "lower": float(lower), "upper": float(upper)}

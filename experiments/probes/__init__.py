@@ -1,1 +1,1 @@
-"""Measurements of a trained or training net: activations, shifts, spread over batches, folding."""
+"""Probes of a trained or training network: activations, shifts, spread over batches, folding."""

@@ -1,9 +1,9 @@
-"""What a net's layers compute in training: how large it is, and what it owes to the size of their weights.
+"""Activations of a network in training: their size, and how they depend on the scale of the weights.
 
-Conventions: the layers of a net are its convolutions and its dense layers, in the order of their calls, which stands
-for depth. Every pass is one of training: batch norm takes the statistics of the batch, noise is added, and no variable
-changes. Images are float32 [n, height, width, channels] in [0, 1], and labels int32 [n]. The key is that of the noise;
-the same key gives the same noise.
+Conventions: the layers of a network are its convolutions and dense layers, in the order in which they are called, which
+stands for depth. Every forward pass is one of training: batch norm takes the statistics of the batch, and noise is
+added, but no variable changes. Images are float32 [n, height, width, channels] in [0, 1], and labels int32 [n]. The key
+is that of the noise; the same key gives the same noise.
 """
 
 import functools
@@ -20,20 +20,22 @@ from experiments.data.datasets import Dataset
 from jaxbn.linen import BatchNorm
 
 LAYERS = (nn.Conv, nn.Dense)
-IMAGES = 500  # in a batch to measure on: enough for the statistics, and a second's work
+IMAGES = 500  # per measurement: enough for the statistics, and a second's work
 
 
 def first_images(dataset: Dataset, n: int = IMAGES) -> tuple[jax.Array, jax.Array]:
-    """Returns the first n training images, or all where there are fewer, and their labels; without augmentation."""
-    return jnp.asarray(dataset.train_images[:n], jnp.float32) / 255, jnp.asarray(dataset.train_labels[:n])
+    """Returns the first n training images (or all, if there are fewer) and their labels, without augmentation."""
+    images = jnp.asarray(dataset.train_images[:n], jnp.float32) / 255
+    return images, jnp.asarray(dataset.train_labels[:n])
 
 
 class Order(NamedTuple):
-    """In which order a net calls its modules.
+    """The order in which a network calls its modules.
 
     Attributes:
-      layers: the path of each layer.
-      depth: the path of each module -> the number of layers called so far, itself included.
+      layers: path of each layer.
+      depth: path of each module -> number of layers called by then, including itself. A norm is thus as deep as the
+        layer that it follows.
     """
 
     layers: list[tuple[str, ...]]
@@ -42,29 +44,29 @@ class Order(NamedTuple):
 
 @functools.lru_cache
 def order_of(net: nn.Module, image_shape: tuple[int, ...]) -> Order:
-    """Returns the order of calls in a net for images of a shape [height, width, channels]; it computes nothing."""
+    """Finds the order of calls for images of shape [height, width, channels], by tracing; nothing is computed."""
     order = Order([], {})
 
-    def listen(call, arguments, options, context):
+    def record(call, arguments, options, context):
         if context.method_name == "__call__":
             if isinstance(context.module, LAYERS):
                 order.layers.append(context.module.path)
             order.depth[context.module.path] = len(order.layers)
         return call(*arguments, **options)
 
-    with nn.intercept_methods(listen):
+    with nn.intercept_methods(record):
         images = jnp.zeros((1, *image_shape))
         jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), images)
     return order
 
 
 class Activations(NamedTuple):
-    """What a pass shows of each layer.
+    """The activations of each layer in a forward pass.
 
     Attributes:
-      inputs: what enters the layer.
-      outputs: what leaves it, before norm and activation.
-      normalized: that after the batch norm that follows; None where none does.
+      inputs: inputs of the layer.
+      outputs: outputs of the layer, before norm and activation.
+      normalized: outputs of the batch norm that follows the layer; None if none does.
     """
 
     inputs: list[jax.Array]
@@ -75,41 +77,45 @@ class Activations(NamedTuple):
 def forward(
     net: nn.Module, variables: dict, images: jax.Array, key: jax.Array, added: Sequence[jax.Array] | None = None
 ) -> tuple[jax.Array, Activations]:
-    """Returns the logits of a pass, and what it shows of each layer.
+    """Runs a forward pass; returns the logits and the activations of each layer.
 
     Args:
       net: as `nets.linen.build` returns it.
       variables: its `params` and `batch_stats`.
       images: see the module.
       key: see the module.
-      added: to each layer's input; the derivative with respect to it is that with respect to the input.
+      added: one array per layer, added to the layer's input. JAX differentiates with respect to arguments only, and
+        the derivative with respect to this one is that with respect to the input.
     """
-    found = Activations([], [], [])
+    recorded = Activations([], [], [])
 
-    def listen(call, arguments, options, context):
+    def record(call, arguments, options, context):
         if context.method_name != "__call__" or not isinstance(context.module, (*LAYERS, BatchNorm)):
             return call(*arguments, **options)
         x, *rest = arguments
         if isinstance(context.module, BatchNorm):
-            found.normalized[-1] = call(x, *rest, **options)
-            return found.normalized[-1]
-        x = x if added is None else x + added[len(found.inputs)]
+            y = call(x, *rest, **options)
+            recorded.normalized[-1] = y  # belongs to the layer called last
+            return y
+        if added is not None:
+            x = x + added[len(recorded.inputs)]
         y = call(x, *rest, **options)
-        for values, value in zip(found, (x, y, None), strict=True):
-            values.append(value)
+        recorded.inputs.append(x)
+        recorded.outputs.append(y)
+        recorded.normalized.append(None)  # until a batch norm follows
         return y
 
-    with nn.intercept_methods(listen):
+    with nn.intercept_methods(record):
         logits, _ = net.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"noise": key})
-    return logits, found
+    return logits, recorded
 
 
 class Sizes(NamedTuple):
-    """Root mean squares of what a pass computes.
+    """Root mean squares of activations.
 
     Attributes:
       layers: of each layer's output, before norm and activation.
-      logits: of the net's output, after a norm that it may end with.
+      logits: of the network's output, after a norm at its end.
     """
 
     layers: list[float]
@@ -117,28 +123,31 @@ class Sizes(NamedTuple):
 
 
 def sizes(net: nn.Module, variables: dict, images: jax.Array, key: jax.Array) -> Sizes:
-    """Returns how large the outputs of the layers are."""
+    """Measures how large the outputs of the layers are."""
     return jax.tree.map(float, jax.device_get(_sizes(net, variables, images, key)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sizes(net, variables, images, key):
-    def size(x):
+def _sizes(net: nn.Module, variables: dict, images: jax.Array, key: jax.Array) -> Sizes:
+    def root_mean_square(x: jax.Array) -> jax.Array:
+        # In units of the largest value: the square of 1e-20 would be 0 in float32.
         largest = jnp.abs(x).max()
-        unit = jnp.where(largest > 0, largest, 1)  # the square of 1e-20 is 0 in float32
+        unit = jnp.where(largest > 0, largest, 1)
         return unit * jnp.sqrt(jnp.square(x / unit).mean())
 
-    logits, found = forward(net, variables, images, key)
-    return Sizes([size(y) for y in found.outputs], size(logits))
+    logits, recorded = forward(net, variables, images, key)
+    return Sizes([root_mean_square(y) for y in recorded.outputs], root_mean_square(logits))
 
 
 class Rescaling(NamedTuple):
-    """What changes when weights are multiplied: the largest difference, as a part of the largest value before.
+    """Largest changes when weights are multiplied by a factor, relative to the largest value before.
 
     Attributes:
-      output: of the batch norm that follows the layer.
-      input_gradient: of a fixed linear function of that output, with respect to the layer's input.
-      weight_gradient: the same with respect to the weights, times the factor, which is what it should be divided by.
+      output: change of the output of the batch norm that follows the layer.
+      input_gradient: change of the gradient of a fixed linear function of that output, with respect to the layer's
+        input.
+      weight_gradient: change of its gradient with respect to the weights, times the factor. The theory divides this
+        gradient by the factor, so that nothing should change.
     """
 
     output: float
@@ -149,58 +158,75 @@ class Rescaling(NamedTuple):
 def rescaling(
     net: nn.Module, variables: dict, images: jax.Array, key: jax.Array, factors: Iterable[float]
 ) -> dict[float, Rescaling]:
-    """Returns what changes when the weights of a layer before a batch norm are multiplied by a factor.
+    """Measures what changes when the weights of a layer before a batch norm are multiplied by a factor.
 
-    One layer at a time; the largest changes over all of them. Without epsilon there would be none but rounding, that of
-    float32: products of lower precision, which some devices choose, are ruled out.
+    The layers are changed one at a time, and the largest changes over all of them are returned. Without epsilon there
+    would be none except rounding. That of float32 is the only one: devices whose default is to multiply in a lower
+    precision are asked for the full one.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, section 3.3.
     """
     paths = [(*path, "kernel") for path in order_of(net, images.shape[1:]).layers]
     params = flatten_dict(variables["params"])
-    found = {factor: [] for factor in factors}
+    changes = {factor: [] for factor in factors}
     for layer, path in enumerate(paths):
-        chosen = np.arange(len(paths)) == layer
-        before = _precisely(net, variables, images, key, chosen)
-        if before[0][layer] is None:
+        is_layer = np.arange(len(paths)) == layer
+        before = _precisely(net, variables, images, key, is_layer)
+        if before.normalized[layer] is None:  # no batch norm follows
             continue
-        for factor, changes in found.items():
+        for factor in changes:
             scaled = unflatten_dict(params | {path: params[path] * factor})
-            after = _precisely(net, variables | {"params": scaled}, images, key, chosen)
-            ours, theirs = ((a[layer], b[layer], flatten_dict(c)[path]) for a, b, c in (before, after))
-            changes.append([_change(a, b * by) for a, b, by in zip(ours, theirs, (1, 1, factor), strict=True)])
-    return {factor: Rescaling(*np.max(changes, axis=0).tolist()) for factor, changes in found.items()}
+            after = _precisely(net, variables | {"params": scaled}, images, key, is_layer)
+            weight_gradients = [flatten_dict(gradients.params)[path] for gradients in (before, after)]
+            changes[factor].append(
+                Rescaling(
+                    output=_change(before.normalized[layer], after.normalized[layer]),
+                    input_gradient=_change(before.inputs[layer], after.inputs[layer]),
+                    weight_gradient=_change(weight_gradients[0], weight_gradients[1] * factor),
+                )
+            )
+    return {factor: Rescaling(*np.max(by_layer, axis=0).tolist()) for factor, by_layer in changes.items()}
 
 
-def _precisely(net, *arguments):
-    """`_gradients` with products in full float32: those of TF32 round by a thousandth."""
+class _Gradients(NamedTuple):
+    """Outputs of the batch norms (None for a layer without one), and gradients of a linear function of one of them."""
+
+    normalized: list[jax.Array | None]
+    inputs: list[jax.Array]
+    params: dict
+
+
+def _precisely(net: nn.Module, *arguments) -> _Gradients:
+    """Calls `_gradients` with products in full float32; those in TF32 have errors of a thousandth."""
     with jax.default_matmul_precision("highest"):
         return _gradients(net, *arguments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(net, variables, images, key, chosen):
-    """The normalized outputs, and for the chosen layer's the gradients with respect to inputs and params.
+def _gradients(net: nn.Module, variables: dict, images: jax.Array, key: jax.Array, is_layer: jax.Array) -> _Gradients:
+    """Differentiates a random linear function of one layer's normalized output.
 
-    They are those of a random linear function of it. Those of the loss would see the activations behind it as well,
-    whose slopes jump where an output changes its sign.
+    The gradient of the loss would not do: it depends on the activation functions behind the layer, too, whose slopes
+    jump where rounding changes the sign of an output. Which layer it is, is an array, so that a single compiled program
+    serves all layers.
     """
 
-    def value_of(params, added):
-        _, found = forward(net, variables | {"params": params}, images, key, added)
+    def value_of(params: dict, added: list[jax.Array]) -> tuple[jax.Array, list[jax.Array | None]]:
+        _, recorded = forward(net, variables | {"params": params}, images, key, added)
         values = [
-            jnp.vdot(jax.random.normal(jax.random.fold_in(key, i), y.shape), y) * chosen[i]
-            for i, y in enumerate(found.normalized)
+            jnp.vdot(jax.random.normal(jax.random.fold_in(key, i), y.shape), y) * is_layer[i]
+            for i, y in enumerate(recorded.normalized)
             if y is not None
         ]
-        return sum(values), found.normalized
+        return sum(values), recorded.normalized
 
     shapes = jax.eval_shape(functools.partial(forward, net), variables, images, key)[1].inputs
-    nothing = [jnp.zeros(x.shape) for x in shapes]
-    gradients, normalized = jax.grad(value_of, argnums=(0, 1), has_aux=True)(variables["params"], nothing)
-    return normalized, gradients[1], gradients[0]
+    zeros = [jnp.zeros(x.shape) for x in shapes]
+    gradient_of = jax.grad(value_of, argnums=(0, 1), has_aux=True)
+    (params, inputs), normalized = gradient_of(variables["params"], zeros)
+    return _Gradients(normalized, inputs, params)
 
 
-def _change(before, after):
+def _change(before: jax.Array, after: jax.Array) -> float:
     return float(jnp.abs(after - before).max() / jnp.abs(before).max())

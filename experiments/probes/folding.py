@@ -1,4 +1,4 @@
-"""A net before and after its batch norms are folded: the outputs, and the time of an evaluation."""
+"""A network before and after its batch norms are folded: the outputs, and the time of an evaluation."""
 
 import functools
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from experiments.training.evaluation import evaluate
 from jaxbn import surgery
 
 
-class Pair(NamedTuple):
-    """A net before and after.
+class BeforeAndAfter(NamedTuple):
+    """A network before and after folding.
 
     Attributes:
       norms: number of batch norms before.
       folded: how many of them are folded.
       before: jitted, images -> logits.
-      after: the same of the folded net.
+      after: the same of the folded network.
     """
 
     norms: int
@@ -30,42 +30,47 @@ class Pair(NamedTuple):
     after: Callable[[jax.Array], jax.Array]
 
 
-def fold(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> Pair:
-    """Folds a net.
+def fold_net(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> BeforeAndAfter:
+    """Folds the batch norms of a network.
 
     Args:
-      model: a linen or nnx net of the studies.
-      variables: of the linen net; None for nnx.
-      images: to try it on, shape [n, height, width, channels].
+      model: a linen or nnx network of the studies.
+      variables: of the linen network; None for nnx.
+      images: to trace the network with, shape [n, height, width, channels].
     """
-    done = surgery.fold(model, variables, images, call=evaluate)
-    compiled = (_compiled(model, variables), _compiled(done.model, done.variables))
-    return Pair(len(done.layers) + len(done.kept), len(done.layers), *compiled)
+    folded = surgery.fold(model, variables, images, call=evaluate)
+    return BeforeAndAfter(
+        norms=len(folded.layers) + len(folded.kept),
+        folded=len(folded.layers),
+        before=_compiled(model, variables),
+        after=_compiled(folded.model, folded.variables),
+    )
 
 
 def difference(before: jax.Array, after: jax.Array) -> float:
-    """Returns the largest difference of a logit, over the largest logit in magnitude."""
+    """Returns the largest difference of a logit, relative to the largest logit in magnitude."""
     before, after = (np.asarray(logits, np.float64) for logits in (before, after))
     return float(abs(after - before).max() / abs(before).max())
 
 
-def timings(pair: Pair, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of evaluations of the images before and after, `rounds` of each in turns."""
-    calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
-    return tuple(timing.time_calls(calls, rounds).values())
+def timings(net: BeforeAndAfter, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
+    """Times evaluations of the images in turns; returns the seconds before and after, one for each round."""
+    calls = {"before": functools.partial(net.before, images), "after": functools.partial(net.after, images)}
+    seconds = timing.time_calls(calls, rounds)
+    return seconds["before"], seconds["after"]
 
 
 def _compiled(model: nn.Module | nnx.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
-    """Returns the jitted evaluation of a net."""
+    # The variables are arguments, as in most programs: XLA precomputes what depends on constants alone.
     if isinstance(model, nnx.Module):
-        definition, variables = nnx.split(model)
-        evaluated = jax.jit(lambda variables, images: evaluate(nnx.merge(definition, variables), images))
+        graphdef, variables = nnx.split(model)
+        evaluated = jax.jit(lambda variables, images: evaluate(nnx.merge(graphdef, variables), images))
     else:
         evaluated = _jitted(model)
     return functools.partial(evaluated, variables)
 
 
-@functools.lru_cache(maxsize=16)  # more than a study has between two uses of a net
+@functools.lru_cache(maxsize=16)  # more than a study has between two uses of the same network
 def _jitted(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the jitted evaluation of a linen net, the same for the same net with other weights."""
+    """Jits the evaluation of a linen network, once for all its weights."""
     return jax.jit(functools.partial(model.apply, method=evaluate))

@@ -1,7 +1,6 @@
-"""How the inputs of a net's layers shift while it trains, and how the loss bends along its gradient.
+"""How the inputs of a network's layers shift during training, and how smooth the loss is along its gradient.
 
-Conventions: those of `activations.py`. Where a function compares two points, both see the same batch and the same
-noise.
+Conventions: those of `activations`. A function that compares two points uses the same batch and the same noise at both.
 """
 
 import functools
@@ -18,25 +17,28 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.probes.activations import forward, order_of
 
-CONSTANT = 1e-10  # a variance below this part of the squared mean is what rounding leaves of a feature that is constant
+# A feature is constant if its variance is below this fraction of its squared mean: that much is rounding.
+CONSTANT = 1e-10
 
 Batch = tuple[jax.Array, jax.Array]  # images and labels
 
 
 def input_moments(net: nn.Module, variables: dict, images: jax.Array, key: jax.Array) -> list[list[list[float]]]:
-    """Returns means and variances of the features that enter each layer but the first, whose inputs are the images.
+    """Measures the mean and variance of each input feature of every layer but the first, whose inputs are the images.
 
     Returns:
-      For each layer, the pair [means, variances]: plain lists, fit for a row.
+      For each layer, the pair [means, variances]: plain lists, so that a row can hold them.
     """
     moments = jax.device_get(_input_moments(net, variables, images, key))
     return [[mean.tolist(), var.tolist()] for mean, var in moments]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _input_moments(net, variables, images, key):
-    _, found = forward(net, variables, images, key)
-    inputs = [x.reshape(-1, x.shape[-1]) for x in found.inputs[1:]]
+def _input_moments(
+    net: nn.Module, variables: dict, images: jax.Array, key: jax.Array
+) -> list[tuple[jax.Array, jax.Array]]:
+    _, recorded = forward(net, variables, images, key)
+    inputs = [x.reshape(-1, x.shape[-1]) for x in recorded.inputs[1:]]
     return [(x.mean(0), x.var(0)) for x in inputs]
 
 
@@ -44,9 +46,9 @@ class DistributionShift(NamedTuple):
     """How far the inputs of the layers have moved, averaged over the layers.
 
     Attributes:
-      mean: the change of a feature's mean in its standard deviations (of the two variances' mean); root mean square
-        over the features.
-      var: the logarithm of the ratio of its variances; root mean square over the features.
+      mean: change of a feature's mean, in standard deviations (the root of the mean of both variances); root mean
+        square over the features.
+      var: logarithm of the ratio of a feature's variances; root mean square over the features.
     """
 
     mean: float
@@ -54,23 +56,30 @@ class DistributionShift(NamedTuple):
 
 
 def distribution_shift(before: list, after: list) -> DistributionShift:
-    """Returns the shift between two results of `input_moments`. Features that are constant in either do not count."""
-    shifts = []
-    for first, second in zip(before, after, strict=True):
-        (mean, var), (new_mean, new_var) = np.asarray(first), np.asarray(second)
-        alive = (var > CONSTANT * mean**2) & (new_var > CONSTANT * new_mean**2)
-        mean, var, new_mean, new_var = (values[alive] for values in (mean, var, new_mean, new_var))
-        squares = np.square([(new_mean - mean) / np.sqrt((var + new_var) / 2), np.log(new_var / var)])
-        shifts.append(np.sqrt(squares.mean(axis=1)) if alive.any() else (math.nan, math.nan))
-    return DistributionShift(*map(_mean_of_finite, zip(*shifts, strict=True)))
+    """Computes the shift between two results of `input_moments`, without features that are constant in either."""
+    mean_shifts, var_shifts = [], []
+    for (mean, var), (new_mean, new_var) in zip(_arrays(before), _arrays(after), strict=True):
+        varies = (var > CONSTANT * mean**2) & (new_var > CONSTANT * new_mean**2)
+        if not varies.any():
+            continue
+        mean, var, new_mean, new_var = (values[varies] for values in (mean, var, new_mean, new_var))
+        in_stds = (new_mean - mean) / np.sqrt((var + new_var) / 2)
+        log_ratio = np.log(new_var / var)
+        mean_shifts.append(np.sqrt(np.square(in_stds).mean()))
+        var_shifts.append(np.sqrt(np.square(log_ratio).mean()))
+    return DistributionShift(_mean_of_finite(mean_shifts), _mean_of_finite(var_shifts))
+
+
+def _arrays(moments: list) -> list[np.ndarray]:
+    return [np.asarray(of_layer) for of_layer in moments]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Returns the mean cross-entropy of a batch, and its gradient with respect to `params`."""
+    """Computes the mean cross-entropy of a batch and its gradient with respect to `params`."""
     images, labels = batch
 
-    def loss_of(params):
+    def loss_of(params: dict) -> jax.Array:
         logits, _ = forward(net, variables | {"params": params}, images, key)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -78,7 +87,7 @@ def gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array) -> t
 
 
 class GradientShift(NamedTuple):
-    """How the gradient of a layer's weights changes when the layers below move, averaged over the layers.
+    """How the gradient of a layer's weights changes when the layers below take a step, averaged over the layers.
 
     Attributes:
       distance: between the two gradients, relative to the length of the first.
@@ -90,13 +99,14 @@ class GradientShift(NamedTuple):
 
 
 def gradient_shift(net: nn.Module, variables: dict, batch: Batch, key: jax.Array, step: float) -> GradientShift:
-    """Returns the internal covariate shift of Santurkar et al., for each layer from the second, averaged.
+    """Measures the internal covariate shift of Santurkar et al. for each layer from the second, and averages it.
 
-    G_i is the gradient with respect to the weights of layer i; G'_i the same once all that comes before layer i (norms
-    as well) has moved by -step times its gradient on the same batch. Layers without a gradient do not count.
+    G_i is the gradient with respect to the weights of layer i. G'_i is the same gradient after everything before layer
+    i (norms as well) has moved by -step times its gradient on the same batch. Layers without a gradient do not count.
 
     Differs from the definition in:
-      1. The distance is relative to the length of G_i, so that nets whose gradients differ in size can be compared.
+      1. The distance is relative to the length of G_i, so that networks with gradients of different size can be
+         compared.
 
     References:
       Santurkar, Tsipras, Ilyas, Madry 2018, arXiv:1805.11604, definition 2.1.
@@ -108,22 +118,23 @@ def gradient_shift(net: nn.Module, variables: dict, batch: Batch, key: jax.Array
     distances, cosines = [], []
     for depth, layer in enumerate(order.layers[1:], start=2):
         below = {path: value for path, value in stepped.items() if order.depth[path[:-1]] < depth}
-        _, moved = gradient(net, variables | {"params": unflatten_dict(params | below)}, batch, key)
+        _, shifted_gradients = gradient(net, variables | {"params": unflatten_dict(params | below)}, batch, key)
         path = (*layer, "kernel")
-        g, shifted = gradients[path], flatten_dict(moved)[path]
-        length = jnp.linalg.norm(g.ravel())
-        distances.append(jnp.linalg.norm((shifted - g).ravel()) / length)
-        cosines.append(jnp.vdot(shifted, g) / (jnp.linalg.norm(shifted.ravel()) * length))
+        g = gradients[path].ravel()
+        shifted = flatten_dict(shifted_gradients)[path].ravel()
+        length = jnp.linalg.norm(g)
+        distances.append(jnp.linalg.norm(shifted - g) / length)
+        cosines.append(jnp.vdot(shifted, g) / (jnp.linalg.norm(shifted) * length))
     return GradientShift(_mean_of_finite(distances), _mean_of_finite(cosines))
 
 
 class Smoothness(NamedTuple):
-    """How the loss bends along the negative gradient.
+    """How smooth the loss is along the negative gradient.
 
     Attributes:
-      loss_range: largest less smallest loss, the start included, in nats.
-      gradient_change: the largest change of the gradient, relative to the length of the one at the start.
-      beta: the largest change of the gradient per distance moved: the "effective beta-smoothness".
+      loss_range: largest minus smallest loss, including the start, in nats.
+      gradient_change: largest change of the gradient, relative to its length at the start.
+      beta: largest change of the gradient per distance moved: the "effective beta-smoothness".
     """
 
     loss_range: float
@@ -132,7 +143,7 @@ class Smoothness(NamedTuple):
 
 
 def along_gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array, steps: Iterable[float]) -> Smoothness:
-    """Returns how loss and gradient change over the distances steps[k] * |gradient| along the negative gradient.
+    """Measures how loss and gradient change at the distances steps[k] * |gradient| along the negative gradient.
 
     References:
       Santurkar, Tsipras, Ilyas, Madry 2018, arXiv:1805.11604, section 3.1.
@@ -143,8 +154,8 @@ def along_gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array
     losses, changes, betas = [loss], [], []
     for step in steps:
         moved = jax.tree.map(lambda value, slope, step=step: value - step * slope, params, g)
-        loss, there = gradient(net, variables | {"params": moved}, batch, key)
-        change = optax.tree.norm(jax.tree.map(jnp.subtract, there, g))
+        loss, g_there = gradient(net, variables | {"params": moved}, batch, key)
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, g_there, g))
         losses.append(loss)
         changes.append(change / length)
         betas.append(change / (step * length))
@@ -152,7 +163,7 @@ def along_gradient(net: nn.Module, variables: dict, batch: Batch, key: jax.Array
     return Smoothness(float(np.ptp(losses)), float(changes.max()), float(betas.max()))
 
 
-def _mean_of_finite(values):
-    """The mean of those values that are finite; NaN where none is."""
+def _mean_of_finite(values: Iterable[jax.Array | float]) -> float:
+    """Averages the finite values; NaN if there are none."""
     finite = [float(value) for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan

@@ -1,13 +1,14 @@
-"""The spread of batch norm's statistics over batches: the noise that their random choice of images adds to a net.
+"""The spread of batch statistics over batches: the noise that the random choice of images adds to a network.
 
-Conventions: the net is in evaluation mode, so that a layer's statistics differ from batch to batch by what enters this
-layer alone, and not by what the layers before it made of their batches. Then every image has moments of its own, and
-those of any group of images follow from them. Moments are float64 [images, features], over the positions of an image.
+Conventions: the network is in evaluation mode. The statistics of a layer then differ from batch to batch only because
+different images enter the network, and not because the layers before it normalized them by other statistics. The
+moments of each image are thus well defined, and those of any group of images follow from them. Moments are float64
+[images, features], over the positions of an image.
 """
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,23 +19,23 @@ from experiments.training import evaluation
 from jaxbn import calibrate
 
 IMAGES_AT_ONCE = 256
-NEGLIGIBLE = 1e-6  # a standard deviation below this part of a feature's size is rounding
-MIN_GROUPS = 5  # fewer groups of images say little about their spread
+NEGLIGIBLE = 1e-6  # a standard deviation below this fraction of a feature's root mean square is rounding
+MIN_GROUPS = 5  # fewer groups say little about their spread
 
 
 class ImageMoments(NamedTuple):
-    """Mean and biased variance of what enters a batch norm, image by image: both [images, features]."""
+    """Mean and biased variance of the inputs of a batch norm, image by image: both [images, features]."""
 
     mean: np.ndarray
     var: np.ndarray
 
 
 class GroupSpread(NamedTuple):
-    """Standard deviation over groups of images, in units of the feature's standard deviation over all of them.
+    """Standard deviations over groups of images, in units of the feature's standard deviation over all images.
 
     Attributes:
-      mean: of the groups' means.
-      std: of the groups' standard deviations.
+      mean: standard deviation of the groups' means.
+      std: standard deviation of the groups' standard deviations.
     """
 
     mean: float
@@ -42,7 +43,7 @@ class GroupSpread(NamedTuple):
 
 
 def image_moments(net: nn.Module, variables: dict, images: np.ndarray) -> list[ImageMoments]:
-    """Returns the moments of what enters each batch norm of a linen net.
+    """Measures the moments of the inputs of each batch norm, image by image.
 
     Args:
       net: as `nets.linen.build` returns it.
@@ -50,51 +51,56 @@ def image_moments(net: nn.Module, variables: dict, images: np.ndarray) -> list[I
       images: uint8 [n, height, width, channels].
     """
     batches = evaluation.split(images, IMAGES_AT_ONCE)
-    parts = [jax.device_get(_measure(net, variables, jnp.asarray(batch))) for batch in batches]
-    layers = jax.tree.map(lambda *each: np.concatenate(each, dtype=float), *parts)
+    parts = [jax.device_get(_moments_by_image(net, variables, jnp.asarray(batch))) for batch in batches]
+    layers = jax.tree.map(lambda *arrays: np.concatenate(arrays, dtype=float), *parts)
     return [ImageMoments(moments.mean, moments.var) for moments in layers.values()]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measure(net, variables, images):
-    def of_one(image):
+def _moments_by_image(net: nn.Module, variables: dict, images: jax.Array) -> Any:
+    def of_image(image: jax.Array) -> Any:
         return calibrate.measure(net, variables, image[None], call=evaluation.call)
 
-    return jax.vmap(of_one)(images)
+    return jax.vmap(of_image)(images)
 
 
 def group_spread(layers: Iterable[ImageMoments], group_size: int) -> GroupSpread:
-    """Returns the spread over groups of `group_size` consecutive images: the mean over features, then over layers.
+    """Computes the spread over groups of `group_size` consecutive images, averaged over features, then over layers.
 
-    With images drawn at random, that of the means is proportional to 1 / sqrt(group_size). Features that do not vary
-    are left out, and so are the images after the last whole group. Where no feature varies, it is NaN.
+    For images drawn at random, that of the means is proportional to 1 / sqrt(group_size). Features that do not vary are
+    left out, and so are the images after the last whole group. If no feature varies, the spread is NaN.
     """
-    found = [_of_layer(*moments, group_size) for moments in layers]
-    by_layer = [spreads.mean(1) for spreads in found if spreads.size] or [(np.nan, np.nan)]
+    by_feature = [_spread_of_layer(moments, group_size) for moments in layers]
+    by_layer = [spreads.mean(1) for spreads in by_feature if spreads.size] or [(np.nan, np.nan)]
     return GroupSpread(*np.mean(by_layer, axis=0).tolist())
 
 
-def _of_layer(mean, var, group_size):
-    """The spread of means and standard deviations, [2, features that vary]."""
-    squares = var + mean**2
-    whole = np.sqrt(np.maximum(squares.mean(0) - mean.mean(0) ** 2, 0))
-    varies = whole > NEGLIGIBLE * np.sqrt(squares.mean(0))  # not so where anything is NaN
+def _spread_of_layer(moments: ImageMoments, group_size: int) -> np.ndarray:
+    """Computes the spread of means and standard deviations, shape [2, features that vary]."""
+    mean = moments.mean
+    square = moments.var + mean**2  # E[x²] of each image; means of these, unlike variances, are those of larger groups
+    std = np.sqrt(np.maximum(square.mean(0) - mean.mean(0) ** 2, 0))  # over all images
+    varies = std > NEGLIGIBLE * np.sqrt(square.mean(0))  # false where anything is NaN
     count = len(mean) // group_size
-    groups = np.stack([mean, squares])[:, : count * group_size, varies]
-    means, squares = groups.reshape(2, count, group_size, varies.sum()).mean(2)
-    stds = np.sqrt(np.maximum(squares - means**2, 0))
-    return np.stack([means, stds]).std(1, ddof=1) / whole[varies]
+
+    def over_groups(values: np.ndarray) -> np.ndarray:
+        groups = values[: count * group_size, varies].reshape(count, group_size, varies.sum())
+        return groups.mean(1)
+
+    group_means = over_groups(mean)
+    group_stds = np.sqrt(np.maximum(over_groups(square) - group_means**2, 0))
+    return np.stack([group_means, group_stds]).std(1, ddof=1) / std[varies]
 
 
 def sizes_for(images: int) -> list[int]:
-    """Returns the group sizes 2, 4, 8, ... of which so many images make at least `MIN_GROUPS` groups."""
+    """Lists the group sizes 2, 4, 8, ... of which this many images make at least `MIN_GROUPS` groups."""
     return [2**k for k in range(1, images.bit_length()) if images >= MIN_GROUPS * 2**k]
 
 
 def log_slope(x: Iterable[float], y: Iterable[float]) -> float:
-    """Returns the exponent p of the power law y ~ x^p that fits best: the slope of log y against log x.
+    """Fits the power law y ~ x^p; returns p, the slope of log y against log x.
 
-    It is NaN where there are not two points, or a value is not positive and finite.
+    It is NaN if there are fewer than two points, or if a value of y is not positive and finite.
     """
     x, y = np.array(list(x), float), np.array(list(y), float)
     if len(x) < 2 or not np.all(np.isfinite(y) & (y > 0)):

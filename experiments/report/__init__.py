@@ -1,1 +1,1 @@
-"""Pages written from files: experiments/README.md from results, README.md and docs from measurements."""
+"""Generated pages: experiments/README.md from results, and blocks of README.md and docs from measurements."""

@@ -1,7 +1,7 @@
-"""What is measured, where README.md and the guides show it: between `<!-- measured: NAME -->` and `<!-- end -->`.
+"""Measurements in README.md and the guides: blocks between `<!-- measured: NAME -->` and `<!-- end -->`.
 
-Conventions: such a block is made from one file of measurements alone, and ends with the command that measures it anew.
-What stands outside of the blocks is left as it is.
+Conventions: a block is generated from a single file of measurements, and ends with the command that measures it again.
+Text outside of the blocks is left alone.
 """
 
 import re
@@ -31,7 +31,13 @@ MORE = f"[Batch norm as compiled for TPUs and GPUs]({COMPILED.name}).\n\n"
 
 
 class Shown(NamedTuple):
-    """A block: the file of its numbers in the folder of measurements, their command, and what makes its text."""
+    """How a block is made.
+
+    Attributes:
+      file: of its numbers, in the folder of measurements; without the suffix.
+      command: makes that file.
+      text: writes the block from the contents of the file.
+    """
 
     file: str | Path
     command: str
@@ -43,7 +49,7 @@ BLOCKS = {
     "layers": Shown(layers.NAME, "bench --only layers", layers.block),
     "steps": Shown(steps.NAME, "bench --only steps", steps.block),
     "collectives": Shown(collectives.NAME, "collectives", collectives.block),
-    "scoreboard": Shown(board.FOLDER / board.NAME, "scoreboard", board.summary),  # beside its page
+    "scoreboard": Shown(board.FOLDER / board.NAME, "scoreboard", board.summary),  # its file is next to its page
     "throughput": Shown(throughput.NAME, "throughput", throughput.block),
     "folding": Shown(folding.NAME, "folding", folding.block),
     "calibration": Shown(calibration.NAME, "calibration", calibration.block),
@@ -52,11 +58,11 @@ BLOCKS = {
 
 
 def write(folder: Path, project: Path) -> list[Path]:
-    """Writes what was measured into README.md, the guides and docs/bench; returns the files written.
+    """Writes measurements into README.md, the guides and docs/bench; returns the files written.
 
     Args:
-      folder: of the measurements.
-      project: that holds README.md and docs, and gets docs/bench.
+      folder: the measurements.
+      project: the folder with README.md and docs; docs/bench is written there.
 
     Raises:
       ValueError: see `rewrite`.
@@ -64,64 +70,68 @@ def write(folder: Path, project: Path) -> list[Path]:
     written = pages(project)
     for page in written:
         page.write_text(rewrite(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
-    compiled_programs = folder / f"{accelerators.NAME}.jsonl"
-    if (path := folder / f"{layers.NAME}.jsonl").is_file():
-        run, page, figure = files.read_records(path), project / layers.PAGE, project / layers.FIGURE
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(layers.page(run, MORE if compiled_programs.is_file() else ""), encoding="utf-8")
-        written += [page, layers.figure(run, figure)]
+    layer_times, compiled_programs = (folder / f"{module.NAME}.jsonl" for module in (layers, accelerators))
+    if layer_times.is_file():
+        run = files.read_records(layer_times)
+        text = layers.page(run, MORE if compiled_programs.is_file() else "")
+        written += [_write(project / layers.PAGE, text), layers.figure(run, project / layers.FIGURE)]
     if compiled_programs.is_file():
-        page = project / COMPILED
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(compiled_page(files.read_records(compiled_programs)), encoding="utf-8")
-        written.append(page)
+        text = compiled_page(files.read_records(compiled_programs))
+        written.append(_write(project / COMPILED, text))
     return written
 
 
+def _write(page: Path, text: str) -> Path:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
 def pages(project: Path) -> list[Path]:
-    """Returns the pages that have blocks: README.md, and guides in docs.
+    """Lists the pages with blocks: README.md, and guides in docs.
 
     Args:
-      project: that holds README.md and docs.
+      project: the folder with README.md and docs.
     """
     candidates = [*project.glob("README.md"), *sorted((project / "docs").glob("*.md"))]
     return [page for page in candidates if _MARKER in page.read_text(encoding="utf-8")]
 
 
 def rewrite(text: str, folder: Path) -> str:
-    """Returns a text with all its blocks made anew.
+    """Generates all blocks of a text again.
 
     Args:
-      text: in Markdown.
-      folder: of the measurements.
+      text: Markdown.
+      folder: the measurements.
 
     Raises:
-      ValueError: a block has no end, or an unknown name, or nothing was measured for it.
+      ValueError: a block has no end or an unknown name, or there are no measurements for it.
     """
-    found = list(_BLOCK.finditer(text))
-    if len(found) != text.count(_MARKER) or any(_MARKER in match["text"] for match in found):
-        raise ValueError("a block `<!-- measured: NAME -->` has no `<!-- end -->`; add it, on a line of its own.")
+    blocks = list(_BLOCK.finditer(text))
+    # A block without an end takes the end of the next one, so that it has the marker of that one in its text.
+    if len(blocks) != text.count(_MARKER) or any(_MARKER in match["text"] for match in blocks):
+        raise ValueError("a block `<!-- measured: NAME -->` has no `<!-- end -->`; add it, on a separate line.")
     return _BLOCK.sub(lambda match: f"{match['start']}\n{block(match['name'], folder)}\n\n{match['end']}", text)
 
 
 def block(name: str, folder: Path) -> str:
-    """Returns the text of a block.
+    """Writes the text of a block.
 
     Raises:
-      ValueError: the name is unknown, or nothing was measured for it.
+      ValueError: the name is unknown, or there are no measurements for it.
     """
     if name not in BLOCKS:
-        raise ValueError(f"`<!-- measured: {name} -->`; the blocks are {', '.join(BLOCKS)}; name one of those.")
+        raise ValueError(f"the name of a block must be one of {', '.join(BLOCKS)}, got `<!-- measured: {name} -->`.")
     shown = BLOCKS[name]
     path = folder / f"{shown.file}.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} is not there, but a block shows it; `{PYTHON} {shown.command}` measures it.")
+        raise ValueError(f"{path} does not exist, but a block shows it; `{PYTHON} {shown.command}` writes it.")
     run = files.read_records(path)
     return wrapped(f"{shown.text(run)} From `{PYTHON} {shown.command}`, {origin(run['header'])}.")
 
 
 def compiled_page(run: dict) -> str:
-    """Returns the text of docs/bench/accelerators.md, from the measurements of compiled programs."""
+    """Writes the text of docs/bench/accelerators.md from the measurements of compiled programs."""
     header = run["header"]
     versions = {name: header["versions"][name] for name in ("jax", "jaxlib", "flax")} | header["compilers"]
     with_what = ", ".join(f"{name} {version}" for name, version in versions.items())

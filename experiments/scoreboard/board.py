@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiments.evidence import files, text
+from experiments.evidence import files, provenance, text
 from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
 from jaxbn import testing
 
@@ -60,7 +60,7 @@ def run(*, peers: str | None = None, laws: str | None = None, out: Path | None =
     if out is None and peers is None and laws is None:
         out = FOLDER
     peers, laws = _chosen("peer", peers, PEERS), _chosen("law", laws, STATEMENTS)
-    files.commit()  # before anything is measured
+    provenance.commit()  # before anything is measured
     console, lines = Console(width=WIDTH), []
     for peer in peers:
         with console.status(f"{peer}: {len(laws)} laws"):
@@ -68,7 +68,7 @@ def run(*, peers: str | None = None, laws: str | None = None, out: Path | None =
     show(lines, console)
     if out is not None:
         # The header asks for JAX's devices, and so is made after the peers, which need the memory.
-        header = files.measurement_header({"laws": {law: STATEMENTS[law] for law in laws}})
+        header = provenance.measurement_header({"laws": {law: STATEMENTS[law] for law in laws}})
         faults = [run_fault(path) for path in fault_scripts()]
         files.write(out / f"{NAME}.jsonl", header, [*lines, *faults])
         (out / "README.md").write_text(readme(out), encoding="utf-8")

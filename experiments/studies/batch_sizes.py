@@ -4,24 +4,25 @@ Command: python -m experiments run batch_sizes --preset small
 
 Time: sized for 8 minutes on 2 CPU cores (small); measured: {time}
 
-Published: On CIFAR-10 with the Inception net at the rate 0.01, with 5, 10, 50, 100 and 250 images in a batch: best
-validation accuracy in 30 epochs ~92, ~92, ~91, ~90 and ~87 % with batch norm, ~85, ~87, ~84, ~79 and ~66 % without, in
-~223, ~173, ~54, ~47 and ~43 minutes with, and ~124, ~78, ~43, ~38 and ~34 without, read off bar charts; summed up as a
-longer step, and good work at medium sizes of 50 to 100 (Kiefer 2020).
+Published: On CIFAR-10 with the Inception network, learning rate 0.01, and 5, 10, 50, 100 and 250 images per batch: best
+validation accuracy in 30 epochs ~92, ~92, ~91, ~90 and ~87 % with batch norm and ~85, ~87, ~84, ~79 and ~66 % without;
+training time ~223, ~173, ~54, ~47 and ~43 minutes with and ~124, ~78, ~43, ~38 and ~34 minutes without (read off bar
+charts). The author concludes that batch norm makes a step longer and works well at medium batch sizes of 50 to 100
+(Kiefer 2020).
 
-Finding: The best test accuracy is higher with batch norm than without at {better} of the {sizes} sizes; over all sizes
-the difference is between {least} and {most} points. With batch norm it is highest at {best_size} images, {best} %; at
-50 and 100 images it is {lost_50} and {lost_100} points below that, while an epoch takes {epoch_50} and {epoch_100} % of
-the time that it takes at 5. A step takes longer with batch norm at {slower} of the {sizes} sizes; over all sizes it
-takes between {shortest} and {longest} times as long. {verdict}.
+Finding: The best test accuracy is higher with batch norm than without at {better} of the {sizes} batch sizes, by
+{least} to {most} points. With batch norm it is highest at {best_size} images, {best} %; at 50 and 100 images it is
+{lost_50} and {lost_100} points below that, and an epoch takes {epoch_50} and {epoch_100} % of the time that it takes at
+5 images. A step takes longer with batch norm at {slower} of the {sizes} sizes; over all sizes, it takes {shortest} to
+{longest} times as long. {verdict}.
 
 Agreement: Agrees in part ((1) holds, (2) and (3) are not shown): batch norm is better at every size, and most so at the
-largest, as published; but medium batches fall further behind small ones than published and save less of the time, and a
-step with batch norm takes only a little longer, clearly so at two sizes.
+largest, as published. But medium batches fall further behind small ones than published and save less time, and a step
+with batch norm takes only a little longer, clearly so at two sizes.
 
-Refuted if: (1) at one of the sizes the best accuracy with batch norm is no higher than without; (2) at one of them a
-step with batch norm takes no longer; (3) at 50 or at 100 images the best accuracy with batch norm is 2 points or more
-below that at its best size, or an epoch takes half the time that it takes at 5 images, or more.
+Refuted if: (1) at one of the sizes, the best accuracy with batch norm is not higher than without; (2) at one of them, a
+step with batch norm does not take longer; (3) at 50 or at 100 images, the best accuracy with batch norm is 2 or more
+points below that at its best size, or an epoch takes at least half the time that it takes at 5 images.
 """
 
 import numpy as np
@@ -36,7 +37,7 @@ from experiments.evidence.verdicts import (
     exceeds,
     judge,
     paired_differences,
-    pairs,
+    paired_runs,
     spread,
     step_milliseconds,
     training_seconds,
@@ -45,38 +46,38 @@ from experiments.evidence.verdicts import (
 ARMS = ("batch", "none")
 SIZES = (5, 10, 50, 100, 250)
 MEDIUM = (50, 100)
-LITTLE = 2.0  # points; what medium sizes may lose of the accuracy at the best size
-# The running statistics of `small` are averages of about so many images at every size: those of the same momentum would
-# be noisier in small batches, which is no effect of training with them.
+LITTLE = 2.0  # points that medium sizes may lose compared with the best size
+# The running statistics of `small` average about this many images at every batch size. With the same momentum, those of
+# small batches would be noisier, which would not be an effect of training with small batches.
 AVERAGED = 1_000
 PUBLISHED_ACCURACY = {"batch": (92, 92, 91, 90, 87), "none": (85, 87, 84, 79, 66)}  # best, in %, read off a bar chart
-PUBLISHED_MINUTES = {"batch": (223, 173, 54, 47, 43), "none": (124, 78, 43, 38, 34)}  # of training, as well
+PUBLISHED_MINUTES = {"batch": (223, 173, 54, 47, 43), "none": (124, 78, 43, 38, 34)}  # of training, read off as well
 PUBLISHED_COLUMN = {"small": "published (full protocol)", "full": "published"}
 
 
 def runs(preset: str) -> dict[str, Config]:
-    """Returns every batch size with batch norm and without, all at the same rate, as published."""
+    """Returns every batch size with batch norm and without, all at the same learning rate, as published."""
     return {_label(norm, size): _run(preset, norm, size) for size in SIZES for norm in ARMS}
 
 
-def _run(preset, norm, size):
+def _run(preset: str, norm: str, size: int) -> Config:
     config = PRESETS[preset].replace(norm=norm, batch_size=size)
     if preset == "small":
         config = config.replace(epochs=5, momentum=1 - size / AVERAGED if norm == "batch" else None)
     return config
 
 
-def _label(norm, size):
+def _label(norm: str, size: int) -> str:
     return f"{norm}-{size}"
 
 
 SETUP = {
-    "small": "Not the published net and protocol, but "
-    f"{runs('small')['none-250'].differences(runs('full')['none-250'])}. The running statistics of batch norm are "
-    f"averages of about {AVERAGED:,} images at every size: their momentum is 1 - n / {AVERAGED:,} with n images in a "
-    f"batch, from {1 - SIZES[0] / AVERAGED:g} at {SIZES[0]} to {1 - SIZES[-1] / AVERAGED:g} at {SIZES[-1]} images, "
-    "instead of 0.99 at all sizes. Trial runs with another seed set the number of epochs, by the time they took.",
-    "full": "The published net and protocol.",
+    "small": "The published network and protocol, except for "
+    f"{runs('small')['none-250'].differences(runs('full')['none-250'])}. The running statistics of batch norm average "
+    f"about {AVERAGED:,} images at every size: with n images per batch, the momentum is 1 - n / {AVERAGED:,}, from "
+    f"{1 - SIZES[0] / AVERAGED:g} at {SIZES[0]} to {1 - SIZES[-1] / AVERAGED:g} at {SIZES[-1]} images, instead of 0.99 "
+    "at all sizes. The number of epochs was set by the time that trial runs with another seed took.",
+    "full": "The published network and protocol.",
 }
 
 
@@ -97,8 +98,8 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         "most": max(gains, **by_mean).text(),
         "best_size": str(best_size),
         "best": best[best_size].text(),
-        **{f"lost_{size}": each.text() for size, each in lost.items()},
-        **{f"epoch_{size}": each.text() for size, each in epoch.items()},
+        **{f"lost_{size}": points.text() for size, points in lost.items()},
+        **{f"epoch_{size}": percent.text() for size, percent in epoch.items()},
         "slower": str(slower),
         "shortest": min(costs, **by_mean).text(2),
         "longest": max(costs, **by_mean).text(2),
@@ -111,9 +112,9 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     }
 
 
-def _count(found, least):
-    """How many are above `least`: clearly so, or at all where there is a single seed, which gets no verdict."""
-    return sum(exceeds(each, least) if each.n > 1 else each.mean > least for each in found)
+def _count(spreads: list[Spread], least: float) -> int:
+    """Counts those that clearly exceed `least`. A single seed has no spread and no verdict: the mean decides."""
+    return sum(exceeds(value, least) if value.n > 1 else value.mean > least for value in spreads)
 
 
 def gain(results: dict[str, list[dict]], size: int) -> Spread:
@@ -123,7 +124,8 @@ def gain(results: dict[str, list[dict]], size: int) -> Spread:
 
 def cost(results: dict[str, list[dict]], size: int) -> Spread:
     """Returns how many times as long a step takes with batch norm."""
-    return spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in pairs(*_arms(results, size)))
+    both = paired_runs(*_arms(results, size))
+    return spread(step_milliseconds(batch) / step_milliseconds(none) for batch, none in both)
 
 
 def loss(results: dict[str, list[dict]], size: int, best_size: int) -> Spread:
@@ -134,43 +136,49 @@ def loss(results: dict[str, list[dict]], size: int, best_size: int) -> Spread:
 
 def epoch_time(results: dict[str, list[dict]], size: int) -> Spread:
     """Returns the time of an epoch with batch norm, in % of that at the smallest size."""
-    both = pairs(results[_label("batch", size)], results[_label("batch", SIZES[0])])
+    both = paired_runs(results[_label("batch", size)], results[_label("batch", SIZES[0])])
     return spread(100 * epoch_seconds(run) / epoch_seconds(smallest) for run, smallest in both)
 
 
 def epoch_seconds(run: dict) -> float:
-    """Returns the seconds of training for each epoch."""
+    """Returns the seconds of training per epoch."""
     return training_seconds(run) / run["rows"][-1]["epoch"]
 
 
-def _arms(results, size):
+def _arms(results: dict[str, list[dict]], size: int) -> list[list[dict]]:
     return [results[_label(norm, size)] for norm in ARMS]
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
-    """Returns one line per batch size: accuracies and times of both arms, the published ones beside them."""
+    """Returns one line per batch size: accuracies and times of both arms, ours and the published ones."""
     lines = []
     for i, size in enumerate(SIZES):
         groups = {plots.NAMES[norm]: results[_label(norm, size)] for norm in ARMS}
         line = {"batch size": str(size)}
-        line |= {f"best, {name}, %": spread(map(best_accuracy, group)).text() for name, group in groups.items()}
+        line |= {
+            f"best accuracy, {name}, %": spread(map(best_accuracy, group)).text() for name, group in groups.items()
+        }
         line["difference, points"] = gain(results, size).text()
-        line[f"{PUBLISHED_COLUMN[preset]}, with / without, %"] = _both(PUBLISHED_ACCURACY, i)
-        line |= {f"step, {name}, ms": spread(map(step_milliseconds, group)).text() for name, group in groups.items()}
-        line["times as long"] = cost(results, size).text(2)
-        line |= {f"training, {name}, s": spread(map(training_seconds, group)).text() for name, group in groups.items()}
-        line[f"{PUBLISHED_COLUMN[preset]}, with / without, min"] = _both(PUBLISHED_MINUTES, i)
+        line[f"{PUBLISHED_COLUMN[preset]}, with / without batch norm, %"] = _both(PUBLISHED_ACCURACY, i)
+        line |= {
+            f"time per step, {name}, ms": spread(map(step_milliseconds, group)).text() for name, group in groups.items()
+        }
+        line["ratio of step times"] = cost(results, size).text(2)
+        line |= {
+            f"training time, {name}, s": spread(map(training_seconds, group)).text() for name, group in groups.items()
+        }
+        line[f"{PUBLISHED_COLUMN[preset]}, with / without batch norm, min"] = _both(PUBLISHED_MINUTES, i)
         line["seeds"] = str(len(results[_label("batch", size)]))
         lines.append(line)
     return lines
 
 
-def _both(published, i):
+def _both(published: dict[str, tuple[int, ...]], i: int) -> str:
     return " / ".join(f"~{published[norm][i]}" for norm in ARMS)
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns the best accuracy and the time of an epoch against the batch size."""
+    """Draws the best accuracy and the time of an epoch against the batch size."""
     accuracies, times = [], []
     for norm in ARMS:
         name, color = plots.NAMES[norm], plots.COLORS[norm]

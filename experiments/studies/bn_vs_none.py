@@ -4,17 +4,19 @@ Command: python -m experiments run bn_vs_none --preset small
 
 Time: sized for a quarter of an hour on 2 CPU cores (small); measured: {time}
 
-Published: On CIFAR-10 at 32x32, best validation accuracy in 30 epochs ~87 % with batch norm and ~66 % without, in ~43
-and ~34 minutes (read off a bar chart); summed up as higher accuracy, faster training and longer steps (Kiefer 2020).
+Published: On CIFAR-10 at 32x32, best validation accuracy in 30 epochs is ~87 % with batch norm and ~66 % without, in
+~43 and ~34 minutes (read off a bar chart). The author concludes that batch norm gives higher accuracy, faster training
+and longer steps (Kiefer 2020).
 
-Finding: With batch norm the net ends at {batch} % test accuracy, {gain} than without, where it ends at {none} %.
+Finding: With batch norm the network ends at {batch} % test accuracy, {gain} than without it, where it ends at {none} %.
 {passes}. A step takes {batch_ms} ms with batch norm and {none_ms} ms without, {cost} times as long. {verdict}.
 
-Agreement: Agrees: batch norm ends higher, by about as many points as published, and reaches the best of the net without
-it in clearly less time; a step costs more with it, though by less than the published training times suggest.
+Agreement: Agrees: batch norm ends higher, by about as many points as published, and reaches the best accuracy of the
+network without it in clearly less time. A step costs more with it, but by less than the published training times
+suggest.
 
-Refuted if: (1) the net with batch norm does not end with a higher test accuracy than the one without; (2) it does not
-reach the best accuracy of the one without in less time, or not with every seed.
+Refuted if: (1) the network with batch norm does not end with a higher test accuracy than the one without; (2) it does
+not reach the best accuracy of the one without in less time, or not with every seed.
 """
 
 from matplotlib.figure import Figure
@@ -32,7 +34,7 @@ from experiments.evidence.verdicts import (
     first_above,
     gains,
     judge,
-    pairs,
+    paired_runs,
     spread,
     step_milliseconds,
     training_seconds,
@@ -43,7 +45,7 @@ PUBLISHED = {"batch": "~87", "none": "~66"}  # best validation accuracy in %, re
 
 
 def runs(preset: str) -> dict[str, Config]:
-    """Returns the two arms; what `small` makes smaller is said in `SETUP`."""
+    """Returns the two arms; `SETUP` says how `small` differs."""
     config = PRESETS[preset]
     if preset == "small":
         config = config.replace(net="inception", width=0.125, batch_size=50, lr_decay_epochs=6)
@@ -51,20 +53,23 @@ def runs(preset: str) -> dict[str, Config]:
 
 
 SETUP = {
-    "small": f"Not the published net and protocol, but {runs('small')['batch'].differences(runs('full')['batch'])}. "
-    "After these results the criterion became stricter: a difference counted beyond one standard deviation before.",
-    "full": "The published net and protocol.",
+    "small": (
+        f"The published network and protocol, except for {runs('small')['batch'].differences(runs('full')['batch'])}. "
+        "After these results the criterion became stricter: before, a difference counted if it was more than one "
+        "standard deviation."
+    ),
+    "full": "The published network and protocol.",
 }
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     """Returns the fields of the finding. Differences and ratios are taken between runs of the same seed."""
-    paired = pairs(*(results[norm] for norm in ARMS))
+    paired = paired_runs(*(results[norm] for norm in ARMS))
     gain = spread(gains(results, "batch", "none"))
     targets = [best_accuracy(none) for _, none in paired]
     reached = [first_above(batch, target) for (batch, _), target in zip(paired, targets, strict=True)]
     if None in reached:
-        faster, passes = False, "Not with every seed does it reach the best accuracy of the net without"
+        faster, passes = False, "It does not reach the best accuracy of the network without it with every seed"
     else:
         epochs = spread(batch["rows"][row]["epoch"] for (batch, _), row in zip(paired, reached, strict=True))
         time = spread(
@@ -73,9 +78,9 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
         )
         faster = below(time, 100)
         passes = (
-            f"It reaches the best accuracy of the net without after {epochs.text()} of "
-            f"{paired[0][0]['header']['config']['epochs']} epochs, at the resolution of an epoch, in {time.text()} % "
-            "of the time"
+            f"It reaches the best accuracy of the network without it after {epochs.text()} of "
+            f"{paired[0][0]['header']['config']['epochs']} epochs, at a resolution of one epoch, in {time.text()} % of "
+            "the time"
         )
     return {
         "batch": spread(map(final_accuracy, results["batch"])).text(),
@@ -90,7 +95,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
-    """Returns one line per arm; the published figures beside ours where the protocol is the published one."""
+    """Returns one line per arm, with the published accuracy if the protocol is the published one."""
     lines = []
     for norm in ARMS:
         group = results[norm]
@@ -103,7 +108,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
             line["published best, %"] = PUBLISHED[norm]
         line |= {
             "time per step, ms": spread(map(step_milliseconds, group)).text(),
-            "training, s": spread(map(training_seconds, group)).text(),
+            "training time, s": spread(map(training_seconds, group)).text(),
             "seeds": str(len(group)),
         }
         lines.append(line)
@@ -111,7 +116,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns accuracy against epoch, accuracy against time, and the time of a step."""
+    """Draws accuracy against epoch, accuracy against time, and the time of a step."""
     by_epoch, by_time, bars = [], [], []
     for norm in ARMS:
         name, color = plots.NAMES[norm], plots.COLORS[norm]

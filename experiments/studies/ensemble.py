@@ -4,22 +4,23 @@ Command: python -m experiments run ensemble --preset small
 
 Time: sized for six minutes on 2 CPU cores (small); measured: {time}
 
-Published: On ImageNet, one Inception net with batch norm has a top-5 validation error of 5.82 %, and six of them, their
-probabilities averaged, 4.9 %: 16 % of the error is gone. Both are means over 144 crops of an image; with a single crop,
-one net has 7.82 %. The six differed in their first weights, in dropout and in the kind of norm in the last layers. On
-the test set they have 4.82 % (Ioffe and Szegedy 2015). No number published for CIFAR-10, or for the same net without
-batch norm.
+Published: On ImageNet, one Inception network with batch norm has a top-5 validation error of 5.82 %; six of them, with
+their probabilities averaged, have 4.9 %, so that 16 % of the error is removed. Both are means over 144 crops of an
+image; with a single crop, one network has 7.82 %. The six differed in their initial weights, in dropout, and in the
+kind of norm in the last layers. On the test set they have 4.82 % (Ioffe and Szegedy 2015). No numbers are published for
+CIFAR-10, or for the same network without batch norm.
 
-Finding: With batch norm, six nets together have {batch} % test accuracy and one alone {batch_single} % on average, so
-that together they make {batch_share} errors. Without, it is {none} % and {none_single} %, and they make {none_share}
-errors. The share of the errors that six nets remove is {more} with batch norm than without. {verdict}.
+Finding: With batch norm, six networks together reach {batch} % test accuracy and a single one {batch_single} % on
+average, so that together they make {batch_share} errors. Without it, these are {none} % and {none_single} %, and
+together they make {none_share} errors. The share of the errors that six networks remove is {more} with batch norm than
+without. {verdict}.
 
-Agreement: Not shown: six nets are clearly better than one, with batch norm and without; but the share of the errors
+Agreement: Not shown: six networks are clearly better than one, with batch norm and without. But the share of the errors
 that they remove is much smaller than the published one, of top-5 errors on ImageNet, and just below the bound of the
-claim. The spread leaves open whether it is larger with batch norm.
+claim. The spread over seeds leaves open whether it is larger with batch norm.
 
-Refuted if: (1) six nets with batch norm remove no more than 5 % of the errors that one of them makes on average; (2)
-the share that they remove is a point or more smaller than the share without batch norm.
+Refuted if: (1) six networks with batch norm remove no more than 5 % of the errors that one of them makes on average;
+(2) the share that they remove is one or more points smaller than the share without batch norm.
 """
 
 from collections.abc import Callable
@@ -39,14 +40,14 @@ from experiments.training import evaluation, loop
 
 ARMS = ("batch", "none")
 NETS = 6
-SEEDS_APART = 1_000  # between the first nets of two runs, so that no net belongs to both
+SEEDS_APART = 1_000  # between the first networks of two runs, so that no network is in both
 SETTINGS = {"nets": NETS, "seeds_apart": SEEDS_APART}
 LEAST_SHARE = 5  # % of the errors
-MARGIN = 1  # points, by which the share may be smaller than without batch norm
+MARGIN = 1  # points by which the share may be smaller than without batch norm
 
 
 def runs(preset: str) -> dict[str, Config]:
-    """Returns the two arms; each run trains `NETS` nets."""
+    """Returns the two arms; each run trains `NETS` networks."""
     config = PRESETS[preset]
     if preset == "small":
         config = config.replace(train_images=8_000, epochs=5)
@@ -54,10 +55,13 @@ def runs(preset: str) -> dict[str, Config]:
 
 
 _DIFFERENT = runs("small")["batch"].differences(runs("full")["batch"])
-_ALL = f"A run trains {NETS} nets, which differ in their first weights, the order of the images and their augmentation."
+_ALL = (
+    f"Each run trains {NETS} networks, which differ in their initial weights, the order of the images and their "
+    "augmentation."
+)
 SETUP = {
-    "small": f"Not the protocol of full, but {_DIFFERENT}. {_ALL} Nothing was tuned but the time it takes.",
-    "full": f"The net and protocol of the published comparison on CIFAR-10. {_ALL}",
+    "small": f"The protocol of the full preset, except for {_DIFFERENT}. {_ALL} Nothing was tuned except the duration.",
+    "full": f"The network and protocol of the published comparison on CIFAR-10. {_ALL}",
 }
 
 
@@ -69,10 +73,10 @@ def fit(
     on_progress: Callable[[loop.Progress], None] | None = None,
     **options,
 ) -> loop.Trained:
-    """Trains the nets one after the other, and tests the first k of them together, for every k.
+    """Trains the networks one after the other, and tests the first k of them as an ensemble, for every k.
 
     Returns:
-      The rows and variables of the first net, the seconds of all, and the tests.
+      The rows and variables of the first network, the seconds of all, and the scores.
     """
     nets = [
         loop.fit(
@@ -85,59 +89,62 @@ def fit(
         for k in range(NETS)
     ]
 
-    def measure(_):
+    def score_networks(_: dict) -> list[dict]:
         module = linen_nets.build(config, len(dataset.class_names))
         logits = [evaluation.predict(module, net.variables, dataset.test_images) for net in nets]
         return score_together(np.array(logits), dataset.test_labels)
 
-    return nets[0]._replace(seconds=sum(net.seconds for net in nets)).measure(measure)
+    return nets[0]._replace(seconds=sum(net.seconds for net in nets)).measure(score_networks)
 
 
-def _as_one_run(on_progress, k, epochs):
-    """Tells of net k as of a part of the whole run, which ends with the last net, whether it diverges or not."""
+def _as_one_run(on_progress: Callable[[loop.Progress], None], k: int, epochs: int) -> Callable[[loop.Progress], None]:
+    """Reports the progress of network k as a part of the whole run, so that a single progress bar shows all.
 
-    def tell(progress):
+    A row that says "diverged" ends the bar. Only the last network may do so: the run goes on with the others.
+    """
+
+    def report(progress: loop.Progress) -> None:
         row = progress.row
         if row is not None:
             row = row | {"epoch": k * epochs + row["epoch"], "diverged": row["diverged"] and k == NETS - 1}
         on_progress(progress._replace(step=k * progress.steps + progress.step, steps=NETS * progress.steps, row=row))
 
-    return tell
+    return report
 
 
 def score_together(logits: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """Returns the scores of every net alone, and of the first k together: of the mean of their probabilities.
+    """Scores every network alone, and the mean of the probabilities of the first k networks, for every k.
 
     Args:
-      logits: of the nets, [nets, n, classes].
-      labels: [n].
+      logits: of all networks, shape [networks, n, classes].
+      labels: shape [n].
     """
-    found = [{"net": k, **evaluation.score(each, labels)._asdict()} for k, each in enumerate(logits)]
+    entries = [{"net": k, **evaluation.score(of_net, labels)._asdict()} for k, of_net in enumerate(logits)]
     log_probabilities = np.asarray(jax.nn.log_softmax(logits))
     for k in range(1, len(logits) + 1):
-        # The logarithm of the sum, which softmax does not tell from that of the mean.
+        # The log of the sum is the log of the mean plus a constant, to which the softmax in `score` is invariant.
         together = np.asarray(logsumexp(log_probabilities[:k], axis=0))
-        found.append({"nets": k, **evaluation.score(together, labels)._asdict()})
-    return found
+        entries.append({"nets": k, **evaluation.score(together, labels)._asdict()})
+    return entries
 
 
 def accuracies(run: dict) -> list[float]:
-    """Returns the test accuracy of the first 1, 2, ... nets together, in %."""
+    """Returns the test accuracy of the first 1, 2, ... networks together, in %."""
     return [100 * measured(run, "accuracy", nets=k) for k in range(1, NETS + 1)]
 
 
 def single(run: dict) -> float:
-    """Returns the mean test accuracy of the nets alone, in %."""
+    """Returns the mean test accuracy of the single networks, in %."""
     return float(np.mean([100 * measured(run, "accuracy", net=k) for k in range(NETS)]))
 
 
 def gain(run: dict) -> float:
-    """Returns the points by which all nets together are more accurate than one is on average."""
+    """Returns the points by which all networks together are more accurate than one on average."""
     return accuracies(run)[-1] - single(run)
 
 
 def share(run: dict) -> float:
-    """Returns the part of the errors of one net that all nets together do not make, in %."""
+    """Returns the share of the errors of one network that all networks together avoid, in %."""
     errors = 100 - single(run)
     return 100 * gain(run) / errors if errors > 0 else 0.0  # where there are none, none are removed
 
@@ -159,16 +166,16 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
     lines = []
     for norm in ARMS:
         group = results[norm]
-        line = {"norm": plots.NAMES[norm], "one net on average, %": spread(map(single, group)).text()}
+        line = {"norm": plots.NAMES[norm], "one network on average, %": spread(map(single, group)).text()}
         for k in (2, 4, NETS):
-            line[f"{k} nets, %"] = spread(accuracies(run)[k - 1] for run in group).text()
+            line[f"{k} networks, %"] = spread(accuracies(run)[k - 1] for run in group).text()
         losses = [np.mean([measured(run, "loss", net=k) for k in range(NETS)]) for run in group]
         together = [measured(run, "loss", nets=NETS) for run in group]
         line |= {
             "gain, points": spread(map(gain, group)).text(),
             "errors removed, %": spread(map(share, group)).text(),
-            "loss of one, nats": quoted(spread(losses), 2),
-            f"loss of {NETS}, nats": quoted(spread(together), 2),
+            "loss of one network, nats": quoted(spread(losses), 2),
+            f"loss of {NETS} networks, nats": quoted(spread(together), 2),
             "seeds": str(len(group)),
         }
         lines.append(line)
@@ -176,19 +183,19 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns the accuracy, and the share of the errors of one net that is removed, against the number of nets."""
+    """Draws the accuracy, and the share of errors removed, against the number of networks."""
     nets, accuracy, removed = np.arange(1, NETS + 1), [], []
     for norm in ARMS:
         name, color = plots.NAMES[norm], plots.COLORS[norm]
         together = np.array([accuracies(run) for run in results[norm]])
         alone = np.array([[single(run)] for run in results[norm]])
-        together[:, :1] = alone  # of any one net, and not of that which happens to be the first
+        together[:, :1] = alone  # the mean over networks, not the one that happens to come first
         accuracy.append(plots.Line(name, nets, together, color, marker="o"))
         shares = 100 * (together - alone) / np.maximum(100 - alone, 1e-9)
         removed.append(plots.Line(name, nets, shares, color, marker="o"))
     return plots.draw(
         [
-            plots.Lines("nets together", "test accuracy (%)", accuracy),
-            plots.Lines("nets together", "errors of one net removed (%)", removed, bottom=None),
+            plots.Lines("networks in the ensemble", "test accuracy (%)", accuracy),
+            plots.Lines("networks in the ensemble", "errors of one network removed (%)", removed, bottom=None),
         ]
     )

@@ -4,19 +4,21 @@ Command: python -m experiments run placement --preset small
 
 Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
 
-Published: No number published. Ioffe and Szegedy (2015) put batch norm before the activation; others put it after, and
-it is a common view that it is better there. Scale and bias fixed at 1 and 0 are commonly said not to affect the net
-very much.
+Published: No numbers. Ioffe and Szegedy (2015) put batch norm before the activation; others put it after, and it is a
+common view that it is better there. Fixing scale and bias at 1 and 0 is commonly said not to affect the network very
+much.
 
-Finding: The net ends at {before_learned} % test accuracy with batch norm before the activation and at {after_learned} %
-with batch norm after it, {after}. With scale and bias fixed it ends at {before_fixed} % before the activation,
-{fixed_before} than with both learned, and at {after_fixed} % after it, {fixed_after}. {verdict}.
+Finding: The network ends at {before_learned} % test accuracy with batch norm before the activation and at
+{after_learned} % with batch norm after it, {after}. With scale and bias fixed, it ends at {before_fixed} % with batch
+norm before the activation, {fixed_before} than with both learned, and at {after_fixed} % with batch norm after it,
+{fixed_after}. {verdict}.
 
-Agreement: Agrees: batch norm after the activation ends a little higher, as many say; fixed scale and bias change next
-to nothing, as said.
+Agreement: Agrees: with batch norm after the activation, the network ends a little higher, as many say; fixing scale and
+bias changes next to nothing, as is said.
 
-Refuted if: (1) the net does not end with a higher test accuracy where batch norm comes after the activation; (2) before
-the activation, fixing scale and bias may change the accuracy by a point or more; (3) after it, it may.
+Refuted if: (1) the network does not end with a higher test accuracy if batch norm comes after the activation; (2) with
+batch norm before the activation, fixing scale and bias may change the accuracy by one or more points; (3) with batch
+norm after it, it may.
 """
 
 from matplotlib.figure import Figure
@@ -33,11 +35,11 @@ ARMS = {  # label: name, color, dashes
     "after-learned": ("after", plots.PALETTE["vermilion"], "-"),
     "after-fixed": ("after, fixed", plots.PALETTE["orange"], "--"),
 }
-LITTLE = 1.0  # points; what "not very much" is taken to mean
+LITTLE = 1.0  # points; our reading of "not very much"
 
 
 def runs(preset: str) -> dict[str, Config]:
-    """Returns the four arms; what `small` makes smaller is said in `SETUP`."""
+    """Returns the four arms; `SETUP` says how `small` differs."""
     return {
         f"{place}-{kind}": PRESETS[preset].replace(placement=place, affine=affine)
         for place in PLACES
@@ -46,14 +48,14 @@ def runs(preset: str) -> dict[str, Config]:
 
 
 _SHARED = (
-    "Convolutions have a bias of their own where batch norm comes after the activation; where it comes before, it "
-    "would take the bias away."
+    "Convolutions have a bias only if batch norm comes after the activation; if it comes before, it would subtract the "
+    "bias."
 )
 SETUP = {
-    "small": "Not the net and protocol of the published comparisons, but "
+    "small": "The network and protocol of the published comparisons, except for "
     f"{runs('small')['before-learned'].differences(runs('full')['before-learned'])}. {_SHARED} Nothing was tuned.",
-    "full": "The net and protocol of the published comparisons; its norms never have a scale, so that what is learned "
-    f"or fixed at 0 is the bias. {_SHARED}",
+    "full": "The network and protocol of the published comparisons; its norms never have a scale, so that only the "
+    f"bias is learned or fixed at 0. {_SHARED}",
 }
 
 
@@ -64,7 +66,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
     return {
         **{label.replace("-", "_"): spread(map(final_accuracy, results[label])).text() for label in ARMS},
         "after": compared(after, "more", "less"),
-        **{f"fixed_{place}": compared(each, "more", "less") for place, each in fixed.items()},
+        **{f"fixed_{place}": compared(gained, "more", "less") for place, gained in fixed.items()},
         **judge(exceeds(after), *(within(fixed[place], LITTLE) for place in PLACES), seeds=after.n),
     }
 
@@ -80,8 +82,8 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
                 "batch norm": f"{place} the activation",
                 "scale and bias learned, %": spread(map(final_accuracy, results[learned])).text(),
                 "scale and bias fixed, %": spread(map(final_accuracy, results[fixed])).text(),
-                "fixed less learned, points": spread(gains(results, fixed, learned)).text(),
-                "learned: after less before, points": "" if place == "before" else above,
+                "fixed - learned, points": spread(gains(results, fixed, learned)).text(),
+                "after - before, both learned, points": "" if place == "before" else above,
                 "seeds": str(len(results[learned])),
             }
         )
@@ -89,7 +91,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns accuracy against the epoch, accuracy at the end, and the differences that the claims are about."""
+    """Draws accuracy against the epoch, final accuracy, and the differences that the claims are about."""
     lines = []
     for label, (name, color, dashes) in ARMS.items():
         accuracy = 100 * column(results[label], "test_accuracy")
@@ -99,10 +101,10 @@ def plot(results: dict[str, list[dict]]) -> Figure:
         for label, (name, color, _) in ARMS.items()
     ]
     differences = [
-        plots.Bar("after\nless\nbefore", gains(results, "after-learned", "before-learned"), ARMS["after-learned"][1]),
+        plots.Bar("after -\nbefore", gains(results, "after-learned", "before-learned"), ARMS["after-learned"][1]),
         *(
             plots.Bar(
-                f"{place}:\nfixed less\nlearned",
+                f"{place}:\nfixed -\nlearned",
                 gains(results, f"{place}-fixed", f"{place}-learned"),
                 ARMS[f"{place}-fixed"][1],
             )

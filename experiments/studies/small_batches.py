@@ -4,23 +4,23 @@ Command: python -m experiments run small_batches --preset small
 
 Time: sized for ten minutes on 2 CPU cores (small); measured: {time}
 
-Published: Of ResNet-50 on ImageNet, trained on 8 GPUs: validation error of batch norm 23.6 % at 32 images per GPU and
-34.7 % at 2, of group norm 24.1 % at both; batch norm is said to ask for 32 images per worker (Wu and He 2018). No
-number published for CIFAR-10.
+Published: For ResNet-50 on ImageNet, trained on 8 GPUs, the validation error of batch norm is 23.6 % at 32 images per
+GPU and 34.7 % at 2, and that of group norm 24.1 % at both; batch norm is said to need 32 images per worker (Wu and He
+2018). No numbers are published for CIFAR-10.
 
-Finding: With batch norm the net ends at {batch_32} % test accuracy at 32 images per device and at {batch_2} % at 2,
-{batch_change}; with group norm at {group_32} % and at {group_2} %, {group_change}. So small batches cost batch norm
-{beyond} than group norm. At 2 images, eight devices with synchronised statistics end {sync} than the same eight
+Finding: With batch norm, the network ends at {batch_32} % test accuracy at 32 images per device and at {batch_2} % at
+2, {batch_change}; with group norm, at {group_32} % and at {group_2} %, {group_change}. Small batches thus cost batch
+norm {beyond} than group norm. At 2 images, eight devices with synchronized statistics end {sync} than the same eight
 without; batch renorm ends {renorm} than batch norm on one device. {verdict}.
 
-Agreement: Agrees: from 32 to two images batch norm loses accuracy and group norm does not, as published; at two images
-synchronised statistics and batch renormalization do better. At all larger sizes batch renormalization is behind batch
-norm, as it is run here, with limits open from the start; its running average of 100 steps is the longer one only at 32
-and 64 images.
+Agreement: Agrees: from 32 to two images, batch norm loses accuracy and group norm does not, as published; at two
+images, synchronized statistics and batch renormalization do better. At all larger sizes, batch renormalization is
+behind batch norm, as it is run here, with its limits open from the start; its running average over 100 steps is the
+longer one only at 32 and 64 images.
 
-Refuted if: (1) from 32 to 2 images per device batch norm loses no more accuracy than group norm; (2) at 2 images, eight
-devices with synchronised statistics are no more accurate than eight without; (3) at 2 images, batch renorm is no more
-accurate than batch norm.
+Refuted if: (1) from 32 to 2 images per device, batch norm loses no more accuracy than group norm; (2) at 2 images,
+eight devices with synchronized statistics are no more accurate than eight without; (3) at 2 images, batch renorm is no
+more accurate than batch norm.
 """
 
 import numpy as np
@@ -31,18 +31,18 @@ from experiments.evidence import plots
 from experiments.evidence.verdicts import compared, exceeds, final_accuracy, gains, judge, spread
 
 SIZES = (2, 4, 8, 16, 32, 64)  # images per device
-DEVICES = 8  # of the arms that have several
-# Whole batches of all sizes, since groups must fill the last one as well.
+DEVICES = 8  # in the arms with several devices
+# Divisible by all batch sizes: groups must divide the last batch, too.
 TRAIN_IMAGES = {"small": 4_096, "full": 49_664}
-RATE = 0.1 / 128  # for each image of a step: the linear scaling rule
-RENORM_MOMENTUM = 0.99  # as published; batch renorm trains with its running statistics, so they have to follow the net
+RATE = 0.1 / 128  # per image in a step: the linear scaling rule
+RENORM_MOMENTUM = 0.99  # as published; batch renorm trains with its running statistics, so they must keep up
 
 ARMS = {
     "batch": ("batch norm", plots.COLORS["batch"]),
     "renorm": ("batch renorm", plots.COLORS["renorm"]),
     "group": ("group norm", plots.COLORS["group"]),
-    "ghost": ("8 devices, each alone", plots.COLORS["ghost"]),
-    "sync": ("8 devices, synchronised", plots.PALETTE["sky"]),
+    "ghost": ("8 devices, separate", plots.COLORS["ghost"]),
+    "sync": ("8 devices, synchronized", plots.PALETTE["sky"]),
 }
 
 
@@ -54,35 +54,35 @@ def runs(preset: str) -> dict[str, Config]:
     return {f"{arm}-{size}": _run(config, arm, size) for arm in ARMS for size in SIZES}
 
 
-def _run(config, arm, size):
-    """The run of one arm. The gradient of a step is the mean over the images of all devices."""
+def _run(config: Config, arm: str, size: int) -> Config:
+    """Returns the run of one arm. The gradient of a step is the mean over the images of all devices."""
     images = size * DEVICES if arm in ("ghost", "sync") else size
     changes = {"norm": "batch" if arm == "sync" else arm, "batch_size": images, "learning_rate": RATE * images}
     if arm == "ghost":
         changes["group_size"] = size
     if arm != "group":
-        # Half an epoch is looked back over, whatever a step holds: no size is tested with staler statistics.
+        # The average covers half an epoch at every size, so that no size is tested with staler statistics than another.
         momentum = RENORM_MOMENTUM if arm == "renorm" else 1 - images / (config.train_images / 2)
         changes |= {"momentum": momentum, "debias": True}
     return config.replace(**changes)
 
 
 _ALL = (
-    f"In all arms the learning rate is {RATE * 128:g} for 128 images in a step, and in proportion to them. Eight "
-    "devices are one batch of eight times the images: normalized as a whole where they are synchronised, in eight "
-    "groups where each is alone. Running statistics are corrected for their start, and look back over half an epoch. "
-    f"Only those of batch renorm, with which it trains as well, have the published momentum of {RENORM_MOMENTUM}, so "
-    "that they look back over 100 steps: over 200 images at 2 in a step. Its limits are 3 and 5 from the first step; "
-    "the published recipe begins with 1 and 0, which is batch norm, and widens them in thousands of steps."
+    f"In all arms the learning rate is {RATE * 128:g} for 128 images per step, and proportional to them. Eight devices "
+    "are one batch of eight times the images: normalized as a whole if they are synchronized, in eight groups if not. "
+    "Running statistics are debiased and average over half an epoch. Only those of batch renorm, which also trains "
+    f"with them, have the published momentum of {RENORM_MOMENTUM}, so that they average over 100 steps: over 200 "
+    "images at 2 per step. Its limits are 3 and 5 from the first step; the published recipe begins with 1 and 0, which "
+    "is batch norm, and widens them over thousands of steps."
 )
 _DIFFERENT = runs("small")["batch-32"].differences(runs("full")["batch-32"])
 SETUP = {
     "small": (
-        f"{_ALL} With batch norm at 32 images, {_DIFFERENT}. Trial runs with another seed set the numbers of images "
-        "and epochs, and showed that statistics that look back over 100 steps, as those of batch renorm do, are too "
-        "old at large batches."
+        f"{_ALL} Compared with the full preset, at 32 images with batch norm: {_DIFFERENT}. Trial runs with another "
+        "seed set the numbers of images and epochs, and showed that statistics averaged over 100 steps, like those of "
+        "batch renorm, are too old at large batches."
     ),
-    "full": f"{_ALL} Net and epochs are those of the published comparison on CIFAR-10.",
+    "full": f"{_ALL} Network and epochs are those of the published comparison on CIFAR-10.",
 }
 
 
@@ -103,17 +103,17 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
 
 
 def claims(results: dict[str, list[dict]]) -> dict[str, np.ndarray]:
-    """Returns the differences that are said to be above 0, in points, seed by seed, under the names of their bars."""
+    """Returns the differences that are claimed to be positive, in points, seed by seed: name of a bar -> values."""
     lost = {arm: gains(results, f"{arm}-32", f"{arm}-2") for arm in ("batch", "group")}
     return {
-        "32 to 2: batch's\nloss beyond\ngroup's": lost["batch"] - lost["group"],
-        "at 2: sync.\nless alone": gains(results, "sync-2", "ghost-2"),
-        "at 2: renorm\nless batch": gains(results, "renorm-2", "batch-2"),
+        "32 to 2:\nextra loss\nvs group": lost["batch"] - lost["group"],
+        "at 2: sync.\n- separate": gains(results, "sync-2", "ghost-2"),
+        "at 2: renorm\n- batch": gains(results, "renorm-2", "batch-2"),
     }
 
 
 def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
-    """Returns one line per arm: final test accuracy by images per device, and what is lost from 32 to 2."""
+    """Returns one line per arm: final test accuracy by images per device, and the loss from 32 to 2."""
     lines = []
     for arm, (name, _) in ARMS.items():
         by_size = {f"{size} per device, %": spread(map(final_accuracy, results[f"{arm}-{size}"])) for size in SIZES}
@@ -121,7 +121,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
             {
                 "norm": name,
                 **{size: accuracy.text() for size, accuracy in by_size.items()},
-                "at 32 less at 2, points": spread(gains(results, f"{arm}-32", f"{arm}-2")).text(),
+                "loss from 32 to 2, points": spread(gains(results, f"{arm}-32", f"{arm}-2")).text(),
                 "seeds": str(len(results[f"{arm}-2"])),
             }
         )
@@ -129,7 +129,7 @@ def table(results: dict[str, list[dict]], preset: str) -> list[dict[str, str]]:
 
 
 def plot(results: dict[str, list[dict]]) -> Figure:
-    """Returns accuracy against images per device, and the differences that the claims are about."""
+    """Draws accuracy against images per device, and the differences that the claims are about."""
     lines = []
     for arm, (name, color) in ARMS.items():
         accuracy = np.array([[final_accuracy(run) for run in results[f"{arm}-{size}"]] for size in SIZES]).T

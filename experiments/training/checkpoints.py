@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from experiments.config import Config
-from experiments.evidence.files import differences
+from experiments.evidence.provenance import differences
 from experiments.processes import distributed
 
 KEPT = 2  # the newest, and the one before

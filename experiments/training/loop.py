@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import files
+from experiments.evidence import provenance
 from experiments.processes import distributed
 from experiments.training import transfer
 from experiments.training.checkpoints import Checkpoints
@@ -220,7 +220,7 @@ def _agree_on_the_run(config, dataset):
         images.update(np.ascontiguousarray(array))
     facts = dataclasses.asdict(config) | {"images": f"{dataset.name} {images.hexdigest()[:16]}"}
     distributed.agree(facts, remedy="start all processes with the same command, and the same images.")
-    distributed.agree(files.versions(), remedy="start all processes in the same environment.")
+    distributed.agree(provenance.versions(), remedy="start all processes in the same environment.")
 
 
 def _steps_per_epoch(config, dataset):

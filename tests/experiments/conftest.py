@@ -1,6 +1,8 @@
 """What the tests of training share: a data set that needs no file, and a net that compiles in seconds."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,6 +45,18 @@ def blobs() -> Dataset:
 def tiny() -> Config:
     """A run of 2 epochs of 4 steps on `blobs`."""
     return Config(data="digits", image_size=8, net="cnn7", width=0.25, batch_size=16, epochs=2, learning_rate=0.05)
+
+
+def write_study(folder: Path, study: str, preset: str, results: dict[str, list[dict]]) -> None:
+    """Writes the results of a study (label -> runs) at once, instead of a run at a time as `files.save` does."""
+    lines = []
+    for label, runs in results.items():
+        for run in runs:
+            name = f"{label}-seed{run['header']['config']['seed']}"
+            lines += [{"run": name} | run["header"], *run["rows"], *({"measured": entry} for entry in run["measured"])]
+    path = folder / study / f"{preset}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

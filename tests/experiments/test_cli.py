@@ -59,7 +59,7 @@ def test_reader_that_has_seen_enough_is_no_error():
 @pytest.mark.parametrize("command", ["run", "plot"])
 def test_unknown_study_is_an_error_in_a_sentence(monkeypatch, capsys, command):
     assert call(monkeypatch, command, "nope") == 2
-    assert capsys.readouterr().err.startswith("Error: study='nope'; the studies are")
+    assert capsys.readouterr().err.startswith("Error: study must be one of")
 
 
 def test_wrong_data_dir_is_an_error_in_a_sentence(monkeypatch, capsys, tmp_path):

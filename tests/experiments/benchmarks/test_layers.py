@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import Settings, arms, layers, limit, pytorch
-from experiments.evidence import files
+from experiments.evidence import provenance
 from jaxbn.testing import _oracle
 
 SHAPES = ((6, 3, 2, 4), (12, 5))
@@ -160,7 +160,7 @@ def test_worker_that_has_ended_is_an_error_that_says_so():
 
 def test_worker_does_not_import_jax():
     code = "import sys, experiments.benchmarks.pytorch; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=files.ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=provenance.ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import __main__ as cli
 from experiments.benchmarks import Settings, parts
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.report import pages
 
 TINY = Settings(
@@ -132,5 +132,7 @@ def test_whole_run_measures_every_row_and_the_tables_are_made_of_it(monkeypatch,
     )
     assert len(pages.write(tmp_path, tmp_path)) == 3
     assert "| ResNet-20, bfloat16 | jaxbn |" in (tmp_path / "README.md").read_text()
-    again = subprocess.run(parts._command("layers", tmp_path, TINY), cwd=files.ROOT, capture_output=True, text=True)
+    again = subprocess.run(
+        parts._command("layers", tmp_path, TINY), cwd=provenance.ROOT, capture_output=True, text=True
+    )
     assert again.returncode == 0 and "(2 of 2)" in again.stdout

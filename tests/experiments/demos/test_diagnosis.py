@@ -43,8 +43,8 @@ def small_net(monkeypatch):
 def checkpoint(tmp_path, tiny, blobs, monkeypatch):
     """The folder of checkpoints that a finished run leaves."""
     monkeypatch.setattr(runs, "_load", lambda *_: blobs)
-    runs.train_missing([("run", tmp_path / "r.jsonl", tiny)], data_dir=None, keep_checkpoints=True)
-    return runs.kept_checkpoints(tmp_path / "r.jsonl")
+    runs.train_missing([("run", files.Place(tmp_path / "r.jsonl"), tiny)], data_dir=None, keep_checkpoints=True)
+    return runs.kept_checkpoints(files.Place(tmp_path / "r.jsonl"))
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_run_that_finished_without_keeping_its_checkpoint_is_told_so(monkeypatch
 def test_checkpoint_of_a_run_that_was_killed_before_it_was_put_away_is_kept(checkpoint, tiny):
     path = checkpoint.with_suffix(".jsonl")
     checkpoint.rename(path.with_suffix(".unfinished"))
-    runs.train_missing([("r", path, tiny)], data_dir=None, keep_checkpoints=True)
+    runs.train_missing([("r", files.Place(path), tiny)], data_dir=None, keep_checkpoints=True)
     assert checkpoints.load(checkpoint)[0] == tiny
 
 

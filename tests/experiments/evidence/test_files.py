@@ -1,18 +1,17 @@
 """Result files: what is written is what is read, completely or not at all, and never over another run's."""
 
-import dataclasses
 import json
 import math
 import os
-import platform
-import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.config import Config
 from experiments.evidence import files
+from experiments.evidence.provenance import ROOT
 
 CONFIG = Config(data="digits", image_size=8, learning_rate=0.1)
 
@@ -45,52 +44,61 @@ def test_interrupted_write_leaves_the_old_file_as_it_was(tmp_path, make_run, mon
     assert files.read(path) == run
 
 
+def add(folder, run, label="a", seed=None):
+    """Adds a run to the file of a study; its name has the seed of its config, if no other is given."""
+    seed = run["header"]["config"]["seed"] if seed is None else seed
+    place = files.place_in_study(folder, "study", "small", label, seed)
+    files.save(place, run["header"], run["rows"], run["measured"])
+    return place
+
+
 def test_unfinished_write_is_no_result(tmp_path, make_run, monkeypatch):
-    run = make_run(CONFIG)
     monkeypatch.setattr(os, "replace", lambda *_: None)
-    files.write(files.run_path(tmp_path, "study", "small", "a", 0), run["header"], run["rows"])
+    add(tmp_path, make_run(CONFIG))
     assert files.read_study(tmp_path, "study", "small") == {}
 
 
-def test_run_without_a_file_is_not_finished(tmp_path):
-    assert not files.finished(tmp_path / "r.jsonl", CONFIG)
+@pytest.fixture(params=[None, "a-seed0"], ids=["file of one run", "file of a study"])
+def place(request, tmp_path):
+    """Where a run with the seed 0 may be kept."""
+    return files.Place(tmp_path / "r.jsonl", request.param)
 
 
-def test_run_with_its_file_is_finished(tmp_path, make_run):
+def test_run_without_a_result_is_not_finished(place, make_run):
+    assert not files.finished(place, CONFIG)
+    other_seed = make_run(CONFIG.with_seed(1))
+    if place.name is not None:
+        files.save(place._replace(name="a-seed1"), other_seed["header"], other_seed["rows"])
+        assert not files.finished(place, CONFIG)
+
+
+def test_run_with_its_result_is_finished(place, make_run):
     run = make_run(CONFIG)
-    files.write(tmp_path / "r.jsonl", run["header"], run["rows"])
-    assert files.finished(tmp_path / "r.jsonl", CONFIG)
+    files.save(place, run["header"], run["rows"])
+    assert files.finished(place, CONFIG)
 
 
-def test_file_of_another_config_is_refused_and_says_what_differs(tmp_path, make_run):
+def test_result_of_another_config_is_refused_and_says_what_differs(place, make_run):
     run = make_run(CONFIG)
-    files.write(tmp_path / "r.jsonl", run["header"], run["rows"])
-    with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.1 and is now 0\.2\..*delete it"):
-        files.finished(tmp_path / "r.jsonl", CONFIG.replace(learning_rate=0.2))
+    files.save(place, run["header"], run["rows"])
+    with pytest.raises(
+        ValueError, match=r"r\.jsonl is .*another run: learning_rate was 0\.1 and is now 0\.2\..*delete"
+    ):
+        files.finished(place, CONFIG.replace(learning_rate=0.2))
 
 
-def test_setting_added_after_the_run_had_its_default_value(make_run):
-    stored = make_run(CONFIG)["header"]["config"]
-    del stored["evaluations"]
-    assert files.differences(stored, CONFIG) == ""
-    assert files.differences(stored, CONFIG.replace(evaluations=2)) == "evaluations was 1 and is now 2"
-
-
-def test_differences_reach_into_the_run_that_another_starts_from():
-    config = CONFIG.replace(classes=(1, 2), start=CONFIG.replace(classes=(3, 4)))
-    stored = json.loads(json.dumps(dataclasses.asdict(config)))
-    del stored["start"]["evaluations"]
-    assert files.differences(stored, config) == ""
-    other = config.replace(start=CONFIG.replace(classes=(3, 5)))
-    assert files.differences(stored, other) == "start.classes was [3, 4] and is now [3, 5]"
-
-
-def test_result_that_was_measured_with_other_settings_is_refused(tmp_path, make_run):
+def test_result_that_was_measured_with_other_settings_is_refused(place, make_run):
     run = make_run(CONFIG)
-    files.write(tmp_path / "r.jsonl", run["header"] | {"settings": {"images": [10, 100]}}, run["rows"])
-    assert files.finished(tmp_path / "r.jsonl", CONFIG, {"images": (10, 100)})
+    files.save(place, run["header"] | {"settings": {"images": [10, 100]}}, run["rows"])
+    assert files.finished(place, CONFIG, {"images": (10, 100)})
     with pytest.raises(ValueError, match=r"another run: images was \[10, 100\] and is now \[10\]\..*delete it"):
-        files.finished(tmp_path / "r.jsonl", CONFIG, {"images": (10,)})
+        files.finished(place, CONFIG, {"images": (10,)})
+
+
+def test_what_belongs_to_a_run_alone_is_beside_the_file():
+    assert files.Place(Path("out/result.jsonl")).working_path(".unfinished") == Path("out/result.unfinished")
+    place = files.place_in_study(Path("results"), "study", "small", "0.99", 3)
+    assert place.working_path(".unfinished") == Path("results/study/small/0.99-seed3.unfinished")
 
 
 @pytest.mark.parametrize(
@@ -104,88 +112,92 @@ def test_file_that_is_no_result_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("label", ["", "../up", "a b", "a/b", ".hidden"])
 def test_label_that_cannot_name_a_file_is_refused(label):
-    with pytest.raises(ValueError, match="label=.*rename it"):
-        files.run_path(Path(), "study", "small", label, 0)
+    with pytest.raises(ValueError, match="label must consist of letters.*rename it"):
+        files.place_in_study(Path(), "study", "small", label, 0)
 
 
 def test_runs_of_a_study_come_by_label_in_the_order_of_seeds(tmp_path, make_run):
-    for label, seed in (("a", 10), ("a", 2), ("b-1", 0)):
-        run = make_run(CONFIG.replace(seed=seed))
-        files.write(files.run_path(tmp_path, "study", "small", label, seed), run["header"], run["rows"])
-    found = files.read_study(tmp_path, "study", "small")
-    seeds = {label: [run["header"]["config"]["seed"] for run in runs] for label, runs in found.items()}
+    for label, seed in (("b-1", 0), ("a", 10), ("a", 2)):
+        add(tmp_path, make_run(CONFIG.with_seed(seed)), label)
+    stored = files.read_study(tmp_path, "study", "small")
+    assert list(stored) == ["a", "b-1"]
+    seeds = {label: [run["header"]["config"]["seed"] for run in runs] for label, runs in stored.items()}
     assert seeds == {"a": [2, 10], "b-1": [0]}
 
 
-def test_file_named_after_another_seed_is_refused(tmp_path, make_run):
+def test_file_of_a_study_does_not_depend_on_the_order_in_which_its_runs_end(tmp_path, make_run):
+    runs = [make_run(CONFIG.with_seed(seed), accuracies=(0.1 * seed,)) for seed in range(3)]
+    for folder, order in ((tmp_path / "1", runs), (tmp_path / "2", runs[::-1])):
+        for run in order:
+            add(folder, run)
+    first, second = ((tmp_path / folder / "study" / "small.jsonl").read_text() for folder in "12")
+    assert first == second
+
+
+def test_run_that_is_added_leaves_the_others_as_they_are(tmp_path, make_run):
+    first, second = make_run(CONFIG), make_run(CONFIG.with_seed(1))
+    first["rows"][0]["test_loss"] = 1 / 3
+    first["measured"] = [{"images": 10, "sizes": [1.0, 0.1 + 0.2]}]
+    file = add(tmp_path, first).file
+    before = file.read_text()
+    add(tmp_path, second)
+    assert file.read_text().startswith(before)
+    assert files.read_study(tmp_path, "study", "small") == {"a": [first, second]}
+
+
+def test_runs_added_by_two_processes_at_once_are_all_kept(tmp_path, make_run):
+    """Without the lock, each process would write back the runs that it had read, without the other's."""
     run = make_run(CONFIG)
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    code = """
+import json, pathlib, sys, time
+from experiments.evidence import files
+folder, first = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+run = json.loads((folder / "run.json").read_text())
+(folder / f"ready-{first}").touch()
+while len(list(folder.glob("ready-*"))) < 2:
+    time.sleep(0.001)
+for seed in range(first, first + 20):
+    run["header"]["config"]["seed"] = seed
+    files.save(files.place_in_study(folder, "study", "small", "a", seed), run["header"], run["rows"])
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(first)], cwd=ROOT) for first in (0, 20)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    seeds = [run["header"]["config"]["seed"] for run in files.read_study(tmp_path, "study", "small")["a"]]
+    assert seeds == list(range(40))
+
+
+def test_run_is_saved_where_the_file_system_has_no_locks(tmp_path, make_run, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    run = make_run(CONFIG)
+    add(tmp_path, run)
+    assert files.read_study(tmp_path, "study", "small") == {"a": [run]}
+
+
+@pytest.mark.parametrize("name", ["a-seed1", "a-seed00", "a", "seed0", None])
+def test_run_whose_name_does_not_fit_its_seed_is_refused(tmp_path, make_run, name):
+    run = make_run(CONFIG)
+    header = run["header"] if name is None else {"run": name} | run["header"]
+    files.write(tmp_path / "study" / "small.jsonl", header, run["rows"])
+    with pytest.raises(ValueError, match=r"small\.jsonl has a run with seed=0 that is named .*correct the name"):
+        files.read_study(tmp_path, "study", "small")
+
+
+def test_two_runs_of_the_same_name_are_refused(tmp_path, make_run):
+    file = add(tmp_path, make_run(CONFIG)).file
+    file.write_text(2 * file.read_text())
+    with pytest.raises(ValueError, match=r"small\.jsonl has two runs named 'a-seed0'"):
+        files.read_study(tmp_path, "study", "small")
+
+
+def test_file_of_a_study_is_not_taken_for_a_single_run(tmp_path, make_run):
     for seed in (0, 1):
-        files.write(files.run_path(tmp_path, "study", "small", "a", seed), run["header"], run["rows"])
-    with pytest.raises(ValueError, match=r"a-seed1\.jsonl is named after another run: its header has seed=0;.*delete"):
-        files.read_study(tmp_path, "study", "small")
-
-
-def test_file_whose_name_spells_its_seed_otherwise_is_refused(tmp_path, make_run):
-    run = make_run(CONFIG.replace(seed=1))
-    files.write(tmp_path / "study" / "small" / "a-seed01.jsonl", run["header"], run["rows"])
-    with pytest.raises(ValueError, match=r"a-seed01\.jsonl is named after another run"):
-        files.read_study(tmp_path, "study", "small")
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A repository with sources and a result, all committed."""
-    for name in (
-        "jaxbn/a.py",
-        "experiments/studies/b.py",
-        "experiments/results/r.jsonl",
-        "pyproject.toml",
-        "docs/c.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
-        subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    return tmp_path
-
-
-def modified(repository):
-    files.commit.cache_clear()
-    return files.commit(repository).endswith("-modified")
-
-
-@pytest.mark.parametrize("name", ["jaxbn/a.py", "experiments/studies/b.py", "experiments/new.py", "pyproject.toml"])
-def test_commit_says_that_the_sources_differ(repository, name):
-    assert not modified(repository)
-    (repository / name).write_text("2")
-    assert modified(repository)
-
-
-@pytest.mark.parametrize("name", ["experiments/results/r.jsonl", "experiments/figures/f.png", "docs/c.py", "README.md"])
-def test_what_no_run_depends_on_leaves_the_commit_as_it_is(repository, name):
-    (repository / name).parent.mkdir(exist_ok=True)
-    (repository / name).write_text("2")
-    assert not modified(repository)
-
-
-def test_commit_stays_that_of_the_first_call(repository):
-    before = files.commit(repository)
-    (repository / "jaxbn" / "a.py").write_text("2")
-    assert files.commit(repository) == before
-
-
-def test_header_names_images_versions_hardware_and_commit():
-    header = files.header(CONFIG, images="digits", parameters=5, seconds=1.5)
-    assert header["images"] == "digits"
-    assert set(header["versions"]) == {"python", "jax", "jaxlib", "flax", "optax"}
-    assert set(header["hardware"]) == {"platform", "device", "devices", "processes", "cpu", "cpu_count"}
-    assert (header["parameters"], header["seconds"]) == (5, 1.5) and "commit" in header
-
-
-def test_header_names_neither_the_host_nor_a_path():
-    text = json.dumps(files.header(CONFIG, images="digits", parameters=5, seconds=1.5))
-    assert platform.node() not in text and str(Path.home()) not in text and str(Path.cwd()) not in text
+        file = add(tmp_path, make_run(CONFIG.with_seed(seed))).file
+    with pytest.raises(ValueError, match="not a result file of one run: it holds 2"):
+        files.read(file)
 
 
 def test_digest_tells_other_results(make_run):
@@ -209,7 +221,7 @@ def pieces(log, *, stops_at=None):
 
 
 def test_measurements_are_a_header_and_the_records_of_all_pieces(tmp_path):
-    files.measure(tmp_path / "m.jsonl", SETTINGS, pieces([]), say=lambda _: None)
+    files.measure_in_pieces(tmp_path / "m.jsonl", SETTINGS, pieces([]), say=lambda _: None)
     found = files.read_records(tmp_path / "m.jsonl")
     assert found["header"] == SETTINGS and [record["x"] for record in found["records"]][::2] == [1.5, 3]
     assert math.isnan(found["records"][1]["x"])
@@ -219,29 +231,29 @@ def test_measurements_are_a_header_and_the_records_of_all_pieces(tmp_path):
 def test_interrupted_measurement_continues_with_the_next_piece(tmp_path):
     path, log = tmp_path / "m.jsonl", []
     with pytest.raises(KeyboardInterrupt):
-        files.measure(path, SETTINGS, pieces(log, stops_at="b"), say=lambda _: None)
+        files.measure_in_pieces(path, SETTINGS, pieces(log, stops_at="b"), say=lambda _: None)
     assert not path.exists()
-    files.measure(path, SETTINGS | {"date": "2002-02-02"}, pieces(log), say=lambda _: None)
+    files.measure_in_pieces(path, SETTINGS | {"date": "2002-02-02"}, pieces(log), say=lambda _: None)
     assert log == ["a", "b"] and files.read_records(path)["header"]["date"] == "2001-01-01"
 
 
 @pytest.mark.parametrize("changed", [{"settings": {"rounds": 4}}, {"commit": "decaf"}])
-def test_measurement_that_was_begun_under_other_conditions_begins_anew_and_says_so(tmp_path, changed):
+def test_measurement_that_was_begun_under_other_conditions_starts_over_and_says_so(tmp_path, changed):
     path, log, said = tmp_path / "m.jsonl", [], []
     with pytest.raises(KeyboardInterrupt):
-        files.measure(path, SETTINGS, pieces(log, stops_at="b"), say=said.append)
-    files.measure(path, SETTINGS | changed, pieces(log), say=said.append)
-    assert log == ["a", "a", "b"] and f"m.jsonl: begun with another {next(iter(changed))}; begins anew" in said
+        files.measure_in_pieces(path, SETTINGS, pieces(log, stops_at="b"), say=said.append)
+    files.measure_in_pieces(path, SETTINGS | changed, pieces(log), say=said.append)
+    assert log == ["a", "a", "b"] and f"m.jsonl: begun with another {next(iter(changed))}; starts over" in said
 
 
-def test_finished_measurement_is_made_anew_and_replaced_when_that_is_complete(tmp_path):
+def test_finished_measurement_is_made_again_and_replaced_when_that_is_complete(tmp_path):
     path, log = tmp_path / "m.jsonl", []
-    files.measure(path, SETTINGS, pieces(log), say=lambda _: None)
+    files.measure_in_pieces(path, SETTINGS, pieces(log), say=lambda _: None)
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        files.measure(path, SETTINGS | {"date": "2002-02-02"}, pieces(log, stops_at="b"), say=lambda _: None)
+        files.measure_in_pieces(path, SETTINGS | {"date": "2002-02-02"}, pieces(log, stops_at="b"), say=lambda _: None)
     assert path.read_bytes() == before
-    files.measure(path, SETTINGS, pieces(log), say=lambda _: None)
+    files.measure_in_pieces(path, SETTINGS, pieces(log), say=lambda _: None)
     assert log == ["a", "b", "a", "b"] and files.read_records(path)["header"]["date"] == "2002-02-02"
 
 
@@ -250,10 +262,3 @@ def test_file_that_holds_no_measurements_is_refused(tmp_path, content):
     (tmp_path / "m.jsonl").write_text(content)
     with pytest.raises(ValueError, match="m.jsonl is not a file of measurements"):
         files.read_records(tmp_path / "m.jsonl")
-
-
-def test_header_of_measurements_says_what_and_when_and_with_what():
-    header = files.measurement_header({"rounds": 3})
-    assert header["settings"] == {"rounds": 3} and re.fullmatch(r"\d{4}-\d\d-\d\d", header["date"])
-    assert {"jax", "flax", "python"} <= set(header["versions"]) and None not in header["versions"].values()
-    assert header["hardware"]["cpu"] and "largest_cache" in header["hardware"]

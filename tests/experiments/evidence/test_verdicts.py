@@ -41,7 +41,7 @@ def test_time_stands_still_after_divergence(make_run):
 
 def test_pairs_have_the_same_seed(make_run):
     first, second = ([make_run(Config(seed=seed)) for seed in seeds] for seeds in ((0, 1), (1, 0)))
-    assert verdicts.pairs(first, second) == [(first[0], second[1]), (first[1], second[0])]
+    assert verdicts.paired_runs(first, second) == [(first[0], second[1]), (first[1], second[0])]
 
 
 def test_final_and_best_accuracy_are_percentages(run):
@@ -113,7 +113,7 @@ def test_accuracy_that_was_not_measured_is_no_number(run):
 
 def test_ambiguous_measurements_are_refused(run):
     found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
-    with pytest.raises(ValueError, match="2 entries have {}"):
+    with pytest.raises(ValueError, match="one entry must have {}, got 2"):
         verdicts.measured_accuracy(found)
 
 
@@ -127,5 +127,5 @@ def test_differences_are_taken_between_runs_of_the_same_seed(make_run):
     other = [make_run(Config(seed=seed), accuracies=[0.4]) for seed in (0, 1)]
     np.testing.assert_allclose(verdicts.paired_differences(verdicts.final_accuracy, first, other), [10, 20])
     np.testing.assert_allclose(verdicts.gains({"first": first, "other": other}, "first", "other"), [10, 20])
-    with pytest.raises(ValueError, match="pairs need the same seeds"):
+    with pytest.raises(ValueError, match="both arms must have the same seeds"):
         verdicts.paired_differences(verdicts.final_accuracy, first, other[:1])

@@ -104,7 +104,7 @@ def test_scaling_is_measured_with_products_in_full_float32(variables, images, mo
 
     def gradients(*_):
         chosen.append(jax.config.jax_default_matmul_precision)
-        return [None, None], None, None
+        return activations._Gradients([None, None], [], {})
 
     monkeypatch.setattr(activations, "_gradients", gradients)
     with pytest.raises(ValueError):  # nothing was measured, and nothing is the largest

@@ -166,8 +166,11 @@ def test_block_ends_with_the_command_that_measures_it_and_the_machine(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- measured: nothing -->\n<!-- end -->", "`<!-- measured: nothing -->`; the blocks are numerics, layers"),
-        ("<!-- measured: numerics -->\n<!-- end -->", "numerics.jsonl is not there.*experiments numerics` measures it"),
+        (
+            "<!-- measured: nothing -->\n<!-- end -->",
+            "must be one of numerics, .*got `<!-- measured: nothing -->`",
+        ),
+        ("<!-- measured: numerics -->\n<!-- end -->", "numerics.jsonl does not exist.*experiments numerics` writes it"),
         ("<!-- measured: steps -->\n", "has no `<!-- end -->`"),
         ("<!-- measured: steps -->\n<!-- measured: layers -->\n<!-- end -->", "has no `<!-- end -->`"),
     ],

@@ -10,6 +10,7 @@ from experiments.config import PRESETS
 from experiments.evidence import files
 from experiments.report import studies
 from experiments.studies import protocol
+from tests.experiments.conftest import write_study
 
 PROJECT = README.parents[1] / "README.md"
 
@@ -37,7 +38,7 @@ def test_agreement_was_written_for_the_committed_results(name, committed):
     module = protocol.load(name)
     said = studies.agreement(module, module.summary(protocol.collect(module, studies.COMPARED, RESULTS)))
     assert said, "the claims came out another way: write the Agreement of the study anew"
-    assert f"Beside what was published: {said}" in committed
+    assert f"Compared with what was published: {said}" in committed
 
 
 @pytest.mark.parametrize(
@@ -74,17 +75,17 @@ def test_study_without_results_says_so(tmp_path):
 
 def write_all(module, preset, folder, make_run, seeds=3):
     """Writes made-up results of a study, all that it takes."""
-    for label, config in module.runs(preset).items():
-        for seed in range(seeds):
-            run = make_run(config.replace(seed=seed))
-            path = files.run_path(folder, protocol.short_name(module), preset, label, seed)
-            files.write(path, run["header"], run["rows"])
+    results = {
+        label: [make_run(config.with_seed(seed)) for seed in range(seeds)]
+        for label, config in module.runs(preset).items()
+    }
+    write_study(folder, protocol.short_name(module), preset, results)
 
 
 def test_study_with_some_of_its_results_is_unfinished(tmp_path, make_run):
     module = protocol.load("bn_vs_none")
     run = make_run(module.runs("small")["batch"])
-    files.write(files.run_path(tmp_path, "bn_vs_none", "small", "batch", 0), run["header"], run["rows"])
+    files.save(files.place_in_study(tmp_path, "bn_vs_none", "small", "batch", 0), run["header"], run["rows"])
     assert studies.state(module, tmp_path) == "small: 1 run, unfinished; full: not run yet"
 
 
@@ -140,7 +141,7 @@ def test_overview_says_whether_a_claim_held(tmp_path, make_run, accuracies, said
     for (label, config), accuracy in zip(module.runs("small").items(), accuracies, strict=True):
         for seed in range(3):
             run = make_run(config.with_seed(seed), accuracy)
-            files.write(files.run_path(tmp_path, "bn_vs_none", "small", label, seed), run["header"], run["rows"])
+            files.save(files.place_in_study(tmp_path, "bn_vs_none", "small", label, seed), run["header"], run["rows"])
     (line,) = [line for line in studies.readme(tmp_path).splitlines() if line.startswith("| [bn_vs_none](#bn_vs_none)")]
     assert line.endswith(f"| {said} | no results yet |")
 

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from experiments import __main__ as cli
-from experiments.evidence import files
+from experiments.evidence import provenance
 from experiments.scoreboard import board
 from experiments.scoreboard.board import FOLDER
 from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
@@ -247,7 +247,7 @@ def test_summary_has_a_row_for_each_installed_peer_with_the_laws_that_it_breaks(
 
 
 def test_versions_of_all_peers_are_recorded():
-    assert set(LIBRARIES.values()) <= set(files.PEER_PACKAGES)
+    assert set(LIBRARIES.values()) <= set(provenance.PEER_PACKAGES)
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.report import studies
 from experiments.studies import protocol
 from experiments.training import loop
@@ -71,10 +71,10 @@ def rehearse(module, configs, preset, folder):
             options["start"] = loop.fit(config.start, source).variables
         trained = fit(config, generate(len(config.classes or range(10))), checkpoint_dir=None, **options)
         for seed in range(protocol.MIN_SEEDS[preset]):
-            header = files.header(config.with_seed(seed), images="generated", parameters=1, seconds=1.0)
+            header = provenance.run_header(config.with_seed(seed), images="generated", parameters=1, seconds=1.0)
             header["settings"] = protocol.settings_of(module)
-            path = files.run_path(folder, protocol.short_name(module), preset, label, seed)
-            files.write(path, header, copy.deepcopy(trained.rows), trained.measured)
+            place = files.place_in_study(folder, protocol.short_name(module), preset, label, seed)
+            files.save(place, header, copy.deepcopy(trained.rows), trained.measured)
 
 
 @pytest.mark.slow

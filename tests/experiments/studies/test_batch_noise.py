@@ -84,7 +84,7 @@ def test_single_seed_gives_no_verdict_and_no_spread(made_up):
 def test_law_is_quoted_with_both_ends_and_the_power(made_up):
     law = summary(made_up())["law"]
     assert "From 2 to 256 images" in law and "from 0.283 ± 0.000 to 0.025 ± 0.000" in law
-    assert "to the power -0.50 ± 0.00, where" in law
+    assert "to the power -0.50 ± 0.00 (independent draws give -0.5)" in law
 
 
 def test_diverged_run_is_reported_without_a_law(made_up):
@@ -107,7 +107,7 @@ def test_lines_of_both_kinds_end_in_the_whole_batch(made_up):
 def test_table_has_a_line_for_each_arm(made_up):
     lines = table(made_up(training=SMALLER), "small")
     assert [line["statistics"] for line in lines] == list(ARMS.values())
-    assert [line["gap less than with whole batches, points"] for line in lines][2] == "10.0 ± 0.0"
+    assert [line["gap closed vs whole batch, points"] for line in lines][2] == "10.0 ± 0.0"
 
 
 @pytest.mark.parametrize("preset", ["small", "full"])

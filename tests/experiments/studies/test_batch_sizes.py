@@ -91,9 +91,9 @@ def test_best_size_is_that_of_batch_norm(made_up):
 def test_table_has_accuracy_and_time_of_each_size_with_the_published_ones_beside_them(made_up):
     lines = table(made_up(), "small")
     assert [line["batch size"] for line in lines] == [str(size) for size in SIZES]
-    assert lines[0]["published (full protocol), with / without, %"] == "~92 / ~85"
-    assert lines[0]["published (full protocol), with / without, min"] == "~223 / ~124"
-    assert (lines[0]["training, no norm, s"], lines[0]["times as long"]) == ("24.0 ± 0.0", "1.50 ± 0.00")
+    assert lines[0]["published (full protocol), with / without batch norm, %"] == "~92 / ~85"
+    assert lines[0]["published (full protocol), with / without batch norm, min"] == "~223 / ~124"
+    assert (lines[0]["training time, no norm, s"], lines[0]["ratio of step times"]) == ("24.0 ± 0.0", "1.50 ± 0.00")
 
 
 def test_time_of_an_epoch_is_drawn_and_not_that_of_a_run_that_ended_early(made_up):

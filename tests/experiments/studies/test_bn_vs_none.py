@@ -59,11 +59,11 @@ def test_difference_is_quoted_with_its_spread_in_words_that_fit(made_up, batch, 
 
 def test_epochs_and_time_to_the_other_net_s_best_are_quoted(made_up):
     passes = summary(made_up((0.3, 0.6), (0.1, 0.2)))["passes"]
-    assert "after 1.0 ± 0.0 of 6 epochs, at the resolution of an epoch, in 50.0 ± 0.0 % of the time" in passes
+    assert "after 1.0 ± 0.0 of 6 epochs, at a resolution of one epoch, in 50.0 ± 0.0 % of the time" in passes
 
 
 def test_accuracy_never_reached_is_said(made_up):
-    assert "Not with every seed" in summary(made_up((0.1, 0.1), (0.1, 0.2)))["passes"]
+    assert "does not reach the best accuracy" in summary(made_up((0.1, 0.1), (0.1, 0.2)))["passes"]
 
 
 def test_single_seed_gives_no_verdict(made_up):
@@ -85,7 +85,7 @@ def test_missing_middle_seed_is_refused(make_run):
     configs = runs("small")
     seeds = {"batch": (0, 1, 2), "none": (0, 2)}
     results = {norm: [make_run(configs[norm].replace(seed=seed)) for seed in seeds[norm]] for norm in configs}
-    with pytest.raises(ValueError, match=r"seeds=\[0, 1, 2\] beside \[0, 2\]; pairs need the same seeds"):
+    with pytest.raises(ValueError, match=r"the same seeds, got \[0, 1, 2\] and \[0, 2\]"):
         summary(results)
 
 

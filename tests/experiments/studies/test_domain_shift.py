@@ -59,7 +59,7 @@ def test_share_that_one_seed_does_not_have_is_told_with_the_reason(made_up):
     for entry in entries_of(results["batch"][1], statistics="recalibrated", images=1000, strength=5):
         entry["accuracy"] = 0.2
     fields = summary(results)
-    assert fields["enough"] == "a part that is not defined (nothing is won back in 1 of 2 runs)"
+    assert fields["enough"] == "an undefined part (nothing is won back in 1 of 2 runs)"
     assert fields["claims"].endswith("are not shown")
 
 
@@ -81,7 +81,7 @@ def test_new_statistics_that_harm_are_said_to(made_up):
 def test_nothing_lost_and_nothing_won_does_not_show_the_claim(made_up):
     fields = summary(made_up(running=0.5, of_100=0.5, of_1000=0.5))
     assert fields["verdict"] == "fails"
-    assert fields["back"] == "a part that is not defined (nothing is lost in 2 of 2 runs)"
+    assert fields["back"] == "an undefined part (nothing is lost in 2 of 2 runs)"
 
 
 def test_single_seed_gives_no_verdict_and_no_spread(made_up):
@@ -103,7 +103,7 @@ def test_table_has_a_line_for_each_corruption_and_for_their_mean(made_up):
     lines = table(made_up(), "small")
     names = [line["corruption, strength"] for line in lines]
     assert names == ["none", *(f"{name}, {s}" for name in (*CORRUPTIONS, "mean") for s in (3, 5))]
-    assert lines[-1]["1,000 unlabelled images, %"] == "46.5 ± 0.7"
+    assert lines[-1]["1,000 unlabeled images, %"] == "46.5 ± 0.7"
 
 
 def test_no_image_serves_both_for_statistics_and_for_testing(tiny, blobs, monkeypatch):
@@ -115,7 +115,9 @@ def test_no_image_serves_both_for_statistics_and_for_testing(tiny, blobs, monkey
 
     monkeypatch.setattr(domain_shift, "answers", answers)
     numbered = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1) * np.ones((1, 8, 8, 1), np.uint8)
-    domain_shift.measure(tiny, blobs._replace(test_images=numbered, test_labels=blobs.test_labels[:40]), {})
+    domain_shift.scores_on_corruptions(
+        tiny, blobs._replace(test_images=numbered, test_labels=blobs.test_labels[:40]), {}
+    )
     assert len(seen) == len(CELLS)
     images, others, counts = seen[0]
     assert sorted([*images[:, 0, 0, 0], *others[:, 0, 0, 0]]) == list(range(40))

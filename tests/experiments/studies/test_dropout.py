@@ -86,7 +86,7 @@ def test_change_of_the_gap_is_said_in_words(made_up, batch, text):
 
 def test_differences_in_test_accuracy_are_said_in_words_that_fit(made_up):
     fields = summary(made_up(both=(0.7, 0.45)))
-    quoted = [fields[name] for name in ("over", "beside", "added")]
+    quoted = [fields[name] for name in ("vs_neither", "vs_dropout", "added")]
     assert quoted == ["20.0 ± 0.0 points better", "10.0 ± 0.0 points better", "5.0 ± 0.0 points worse"]
 
 
@@ -120,7 +120,7 @@ def test_what_was_not_measured_is_said_and_the_rest_is_shown(made_up, how, seeds
 
 def test_table_has_the_published_accuracy_of_every_arm_beside_ours(made_up):
     lines = table(made_up(), "small")
-    assert [line["published test accuracy (a simpler net), %"] for line in lines] == list(PUBLISHED.values())
+    assert [line["published test accuracy (simpler network), %"] for line in lines] == list(PUBLISHED.values())
     assert lines[0]["test accuracy, %"] == "30.5 ± 0.7" and lines[0]["gap, points"] == "60.0 ± 0.0"
 
 

@@ -80,7 +80,7 @@ def test_single_seed_gives_no_verdict(made_up):
 def test_table_shows_the_three_tunings_side_by_side(made_up):
     lines = table(made_up(small_far_64_affine=0.6, small_far_64_frozen=0.4), "small")
     assert len(lines) == 8
-    (line,) = [line for line in lines if (line["target"], line["images"], line["batch"]) == ("far", "100", "64")]
+    (line,) = [line for line in lines if (line["target"], line["images"], line["batch size"]) == ("far", "100", "64")]
     assert [line[f"{tuning}, %"] for tuning in ("trained", "frozen", "affine")] == [
         "50.5 ± 0.7",
         "40.5 ± 0.7",
@@ -90,7 +90,7 @@ def test_table_shows_the_three_tunings_side_by_side(made_up):
 
 def test_figure_shows_each_batch_with_every_target(made_up):
     left, right = plot(made_up()).axes
-    assert (left.get_title(), right.get_title()) == ("batch 4", "batch 64")
+    assert (left.get_title(), right.get_title()) == ("batch size 4", "batch size 64")
     assert len(left.get_yticks()) == len(right.get_yticks()) == 8
 
 

@@ -7,7 +7,7 @@ import pytest
 from experiments.config import Config
 from experiments.nets import linen as linen_nets
 from experiments.studies import folding
-from experiments.studies.folding import measure, plot, runs, summary, table
+from experiments.studies.folding import compare_folded, plot, runs, summary, table
 
 
 @pytest.fixture
@@ -93,10 +93,12 @@ def test_nets_that_diverged_are_said_to_be_unmeasured(made_up, diverged):
 
 def test_table_has_a_line_for_each_net_and_batch(made_up):
     lines = table(made_up(), "small")
-    assert [(line["net"], line["batch"]) for line in lines] == [
+    assert [(line["network"], line["batch size"]) for line in lines] == [
         (net, batch) for net in ("7-layer CNN", "ResNet-20", "Inception") for batch in ("1", "100")
     ]
-    assert all(line["time before, ms"] == "10.00 ± 0.00" and line["after / before"] == "0.80 ± 0.00" for line in lines)
+    assert all(
+        line["time before, ms"] == "10.00 ± 0.00" and line["time after / before"] == "0.80 ± 0.00" for line in lines
+    )
 
 
 @pytest.mark.slow
@@ -106,7 +108,7 @@ def test_net_is_measured_before_and_after(blobs, monkeypatch):
     variables = net.init(jax.random.key(0), blobs.test_images[:2] / np.float32(255), train=False)
     # Statistics and biases of a net that has learned nothing would leave nothing to fold.
     variables = jax.tree.map(lambda a: a + np.linspace(0.1, 0.5, a.size).reshape(a.shape), variables)
-    outputs, one, hundred = measure(net, variables, blobs)
+    outputs, one, hundred = compare_folded(net, variables, blobs)
     assert outputs["norms"] == outputs["folded"] == 6
     assert 0 < outputs["difference"] < 1e-5 and outputs["accuracy_before"] == outputs["accuracy_after"]
     assert (one["batch"], hundred["batch"]) == (1, 100)

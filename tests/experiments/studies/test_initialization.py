@@ -130,8 +130,8 @@ def test_outputs_that_do_not_change_at_all_are_drawn_too(made_up):
 def test_table_has_a_line_for_each_arm_and_both_ends(made_up):
     lines = table(made_up(), "small")
     assert len(lines) == 5
-    assert lines[0]["pre-activations (rms), first layer, start"] == "1.0e-03 ± 0e+00"
-    assert lines[0]["pre-activations (rms), last layer, end"] == "2.000 ± 0.000"
+    assert lines[0]["rms of pre-activations, first layer, start"] == "1.0e-03 ± 0e+00"
+    assert lines[0]["rms of pre-activations, last layer, end"] == "2.000 ± 0.000"
 
 
 def test_small_numbers_are_quoted_by_their_order():

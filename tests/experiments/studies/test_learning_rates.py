@@ -53,10 +53,10 @@ def test_single_seed_gives_no_verdict_and_no_spread(made_up):
 
 
 def test_rate_works_by_the_best_accuracy_of_all_epochs_and_not_the_last(made_up):
-    assert summary(made_up((0.01,), ()))["batch_range"] == "1 of 7 does (0.01)"
+    assert summary(made_up((0.01,), ()))["batch_range"] == "1 of 7 works (0.01)"
 
 
-@pytest.mark.parametrize(("accuracies", "text"), [((0.5, 0.19), "none of them does"), ((0.5, 0.2), "7 of 7 do")])
+@pytest.mark.parametrize(("accuracies", "text"), [((0.5, 0.19), "none of them works"), ((0.5, 0.2), "7 of 7 work")])
 def test_rate_works_only_where_it_does_with_every_seed(make_run, accuracies, text):
     results = {
         label: [make_run(config.replace(seed=seed), [accuracy]) for seed, accuracy in enumerate(accuracies)]
@@ -76,9 +76,17 @@ def test_claims_are_larger_and_smaller_in_this_order(made_up, batch, claims):
 @pytest.mark.parametrize(
     ("batch", "none", "text"),
     [
-        ((1e-3, 0.01, 1.0), (0.01,), "With batch norm the largest is 100 times larger, the smallest 10 times smaller"),
-        ((0.01,), (0.01, 0.1), "With batch norm the largest is 10 times smaller, the smallest the same"),
-        ((0.01,), (), "So there is no largest and no smallest rate to compare"),
+        (
+            (1e-3, 0.01, 1.0),
+            (0.01,),
+            "With batch norm, the largest rate that works is 100 times larger, and the smallest 10 times smaller",
+        ),
+        (
+            (0.01,),
+            (0.01, 0.1),
+            "With batch norm, the largest rate that works is 10 times smaller, and the smallest the same",
+        ),
+        ((0.01,), (), "There are thus no largest and no smallest rates to compare"),
     ],
 )
 def test_extremes_are_compared_in_words(made_up, batch, none, text):
@@ -94,7 +102,7 @@ def test_table_has_a_line_for_each_rate_with_the_published_numbers_beside_ours(m
     lines = table(made_up((0.1,), (0.01,)), "small")
     assert [line["learning rate"] for line in lines] == [f"{rate:g}" for rate in RATES]
     line = lines[RATES.index(0.1)]
-    assert line["best, batch norm, %"] == "50.5 ± 0.7" and line["difference, points"] == "40.0 ± 0.0"
+    assert line["best accuracy, batch norm, %"] == "50.5 ± 0.7" and line["difference, points"] == "40.0 ± 0.0"
     assert line["published (full protocol), batch norm, %"] == "~92"
 
 
@@ -104,7 +112,7 @@ def test_published_protocol_is_named_only_where_ours_is_another(made_up):
 
 def test_diverged_runs_are_counted_for_each_arm(made_up):
     lines = table(made_up((0.1,), (0.01,), diverged=("none-10",)), "small")
-    assert [line["diverged, batch norm + no norm"] for line in lines] == ["0 + 0"] * 6 + ["0 + 2"]
+    assert [line["diverged runs, batch norm + no norm"] for line in lines] == ["0 + 0"] * 6 + ["0 + 2"]
 
 
 def test_figure_shows_ours_and_the_published_accuracies_by_rate(made_up):

@@ -36,7 +36,7 @@ def test_all_four_parts_show_the_claim(made_up):
         "half_beyond": "10.0 ± 0.0 points more",
         "one_beyond": "40.0 ± 0.0 points more",
         "renorm": "10.0 ± 0.0 points higher",
-        "read": "make batch norm 10.0 ± 0.0 points more accurate",
+        "batch_statistics": "make batch norm 10.0 ± 0.0 points more accurate",
     }
     assert {name: fields[name] for name in expected} == expected
     assert [fields[f"group_{name}"] for name in ("shuffled", "half", "one")] == ["50.5 ± 0.7"] * 3
@@ -60,7 +60,7 @@ def test_one_part_that_is_not_found_leaves_the_claim_in_part(made_up, other, mis
 def test_differences_the_other_way_are_told_as_such(made_up):
     fields = summary(made_up({"batch-half_the_classes": 0.6}))
     assert fields["half_beyond"] == "10.0 ± 0.0 points less" and fields["renorm"] == "10.0 ± 0.0 points lower"
-    assert fields["read"] == "make batch norm 10.0 ± 0.0 points less accurate"
+    assert fields["batch_statistics"] == "make batch norm 10.0 ± 0.0 points less accurate"
 
 
 def test_no_difference_does_not_show_the_claim(made_up):
@@ -78,7 +78,7 @@ def test_diverged_run_is_reported_without_the_numbers_that_it_has_not(made_up, m
     label = "batch-half_the_classes"
     results[label][1] = make_run(runs("small")[label].replace(seed=1), (0.1,), diverged=True)
     fields = summary(results)
-    assert fields["verdict"] == "partly" and fields["read"] == "were not measured with every seed"
+    assert fields["verdict"] == "partly" and fields["batch_statistics"] == "were not measured with every seed"
     assert not any("nan" in text for line in table(results, "small") for text in line.values())
     assert len(plot(results).axes) == 2
 
@@ -125,7 +125,7 @@ def test_test_batches_are_put_together_as_in_training(tiny, blobs, monkeypatch, 
     labels = np.arange(80, dtype=np.int32) % 4
     config = tiny.replace(batch_size=4, sampling=sampling)
     made = blobs._replace(test_images=(10 * labels).astype(np.uint8), test_labels=labels)
-    same, shuffled = non_iid.measure(config, made, {})
+    same, shuffled = non_iid.scores_on_test_batches(config, made, {})
     assert (same["sampling"], shuffled["sampling"]) == (sampling, "shuffled")
     assert same["accuracy"] == shuffled["accuracy"] == 1  # images and labels keep together
     assert all(len(set(batch)) == classes for batch in batches[0])
@@ -134,4 +134,4 @@ def test_test_batches_are_put_together_as_in_training(tiny, blobs, monkeypatch, 
 
 def test_shuffled_batches_are_measured_once(tiny, blobs, monkeypatch):
     monkeypatch.setattr(non_iid, "predict", lambda net, variables, images, **_: np.zeros((len(images), 4)))
-    assert [entry["sampling"] for entry in non_iid.measure(tiny, blobs, {})] == ["shuffled"]
+    assert [entry["sampling"] for entry in non_iid.scores_on_test_batches(tiny, blobs, {})] == ["shuffled"]

@@ -61,8 +61,8 @@ def test_accuracies_and_differences_are_those_at_the_end(made_up):
 
 def test_table_has_a_line_for_each_place(made_up):
     before, after = table(made_up(after_fixed=0.52), "small")
-    assert after["fixed less learned, points"] == "2.0 ± 0.0"
-    assert (before["learned: after less before, points"], after["learned: after less before, points"]) == (
+    assert after["fixed - learned, points"] == "2.0 ± 0.0"
+    assert (before["after - before, both learned, points"], after["after - before, both learned, points"]) == (
         "",
         "10.0 ± 0.0",
     )

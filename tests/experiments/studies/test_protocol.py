@@ -5,10 +5,11 @@ import types
 import pytest
 
 from experiments.config import PRESETS, Config
-from experiments.evidence import files
+from experiments.evidence import files, provenance
 from experiments.report import studies
 from experiments.studies import protocol
 from experiments.training import loop, runs
+from tests.experiments.conftest import write_study
 
 STUDIES = [protocol.load(name) for name in protocol.names()]
 every_study = pytest.mark.parametrize("module", STUDIES, ids=protocol.short_name)
@@ -32,17 +33,18 @@ def trained(monkeypatch, make_run):
     """Replaces training by made-up results; the list of configs trained."""
     configs = []
 
-    def train_to_file(config, path, **_):
+    def train_to_file(config, place, **_):
         configs.append(config)
         run = make_run(config)
-        files.write(path, run["header"], run["rows"])
+        files.save(place, run["header"], run["rows"])
 
     monkeypatch.setattr(runs, "train_to_file", train_to_file)
+    monkeypatch.setattr(protocol.programs, "release", lambda: None)  # nothing was compiled, but by other tests
     return configs
 
 
 def run_toy(toy, folder, seeds=3, preset="small"):
-    protocol.run(toy, preset=preset, seeds=seeds, data_dir=None, folder=folder)
+    protocol.train_study(toy, preset=preset, seeds=seeds, data_dir=None, folder=folder)
 
 
 @every_study
@@ -58,32 +60,34 @@ def test_runs_are_configs_whose_labels_name_files(module, preset, tmp_path):
     runs = module.runs(preset)
     assert runs and all(isinstance(config, Config) and config.seed == 0 for config in runs.values())
     for label in runs:
-        files.run_path(tmp_path, protocol.short_name(module), preset, label, 0)
+        files.place_in_study(tmp_path, protocol.short_name(module), preset, label, 0)
 
 
 @of_rows
-@pytest.mark.parametrize(("preset", "seeds"), [("small", 3), ("full", 1), ("full", 3)])
-def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run):
-    for label, config in module.runs(preset).items():
-        for seed in range(seeds):
-            run = make_run(config.with_seed(seed), accuracies=(0.1 + 0.01 * seed, 0.5))
-            path = files.run_path(tmp_path, protocol.short_name(module), preset, label, seed)
-            files.write(path, run["header"], run["rows"])
+@pytest.mark.parametrize(("preset", "seeds"), [("small", 3), ("full", 1)])
+def test_finding_table_and_figure_come_from_results_alone(module, preset, seeds, tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr(protocol, "names", lambda: [protocol.short_name(module)])  # the page of this study alone
+    results = {
+        label: [make_run(config.with_seed(seed), accuracies=(0.1 + 0.01 * seed, 0.5)) for seed in range(seeds)]
+        for label, config in module.runs(preset).items()
+    }
+    write_study(tmp_path, protocol.short_name(module), preset, results)
     assert "{" not in studies.readme(tmp_path)
     assert len(studies.figures(module, tmp_path, tmp_path)) == 1
 
 
 @of_rows
-@pytest.mark.parametrize("preset", PRESETS)
-def test_diverged_runs_are_reported_too(module, preset, make_run):
-    found = {
-        label: [make_run(config, accuracies=(0.1,), diverged=True)] for label, config in module.runs(preset).items()
+def test_diverged_runs_are_reported_too(module, make_run):
+    results = {
+        label: [make_run(config, accuracies=(0.1,), diverged=True)] for label, config in module.runs("small").items()
     }
-    assert module.table(found, preset) and module.summary(found) and module.plot(found)
+    assert module.table(results, "small") and module.summary(results) and module.plot(results)
 
 
 def test_unknown_study_is_refused_with_the_names_of_all():
-    with pytest.raises(ValueError, match="study='bn_vs_nome'; the studies are .*bn_vs_none.*did you mean 'bn_vs_none'"):
+    with pytest.raises(
+        ValueError, match="study must be one of .*bn_vs_none.*, got 'bn_vs_nome'; did you mean 'bn_vs_none'"
+    ):
         protocol.load("bn_vs_nome")
 
 
@@ -110,19 +114,19 @@ def test_finished_runs_are_not_repeated(toy, trained, tmp_path):
 
 def test_stale_result_is_refused_before_any_training(toy, trained, tmp_path, make_run, tiny):
     stale = make_run(tiny.replace(norm="none", seed=1, epochs=99))
-    files.write(files.run_path(tmp_path, "toy", "small", "none", 1), stale["header"], stale["rows"])
+    files.save(files.place_in_study(tmp_path, "toy", "small", "none", 1), stale["header"], stale["rows"])
     with pytest.raises(ValueError, match="epochs was 99 and is now 2"):
         run_toy(toy, tmp_path)
     assert trained == []
 
 
 def test_unknown_preset_is_refused(toy, tmp_path):
-    with pytest.raises(ValueError, match="preset='huge'; the presets are small, full"):
+    with pytest.raises(ValueError, match="preset must be one of small, full, got 'huge'"):
         run_toy(toy, tmp_path, preset="huge")
 
 
 def test_no_seeds_are_refused(toy, tmp_path):
-    with pytest.raises(ValueError, match="seeds=0; at least 1"):
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         run_toy(toy, tmp_path, seeds=0)
 
 
@@ -130,8 +134,9 @@ def test_no_seeds_are_refused(toy, tmp_path):
 def test_results_count_only_when_every_arm_has_the_same_seeds(toy, trained, tmp_path, seeds):
     run_toy(toy, tmp_path, seeds=4)
     assert protocol.collect(toy, "small", tmp_path)
-    for seed in seeds:
-        files.run_path(tmp_path, "toy", "small", "none", seed).unlink()
+    results = files.read_study(tmp_path, "toy", "small")
+    results["none"] = [run for seed, run in enumerate(results["none"]) if seed not in seeds]
+    write_study(tmp_path, "toy", "small", results)
     assert protocol.collect(toy, "small", tmp_path) is None
 
 
@@ -161,47 +166,23 @@ def test_results_of_another_config_are_not_reported(toy, trained, tmp_path, tiny
 
 def test_result_named_after_another_arm_is_not_reported(toy, trained, tmp_path):
     run_toy(toy, tmp_path)
-    one, other = (files.run_path(tmp_path, "toy", "small", label, 1) for label in ("batch", "none"))
-    one.write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match=r"batch-seed1.jsonl is the result of another run: norm was 'none'"):
+    run = files.read_study(tmp_path, "toy", "small")["none"][1]
+    files.save(files.place_in_study(tmp_path, "toy", "small", "batch", 1), run["header"], run["rows"])
+    with pytest.raises(ValueError, match=r"batch-seed1 in .* is the result of another run: norm was 'none'"):
         protocol.collect(toy, "small", tmp_path)
 
 
 def test_commit_is_looked_up_before_the_first_run(toy, trained, tmp_path, monkeypatch):
     trained_by_then = []
-    monkeypatch.setattr(files, "commit", lambda: trained_by_then.append(len(trained)))
+    monkeypatch.setattr(provenance, "commit", lambda: trained_by_then.append(len(trained)))
     run_toy(toy, tmp_path)
     assert trained_by_then[0] == 0 and len(trained) == 6
-
-
-def test_result_says_which_images_were_used(tmp_path, tiny, blobs, make_run, monkeypatch):
-    monkeypatch.setattr(runs, "_load", lambda *_: blobs._replace(provenance="blobs of the tests"))
-    trained = loop.Trained(make_run(tiny)["rows"], {"params": {}}, 1.0)
-    (tmp_path / "r.unfinished").mkdir()
-    runs.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None, fit=lambda *_, **__: trained)
-    assert files.read(tmp_path / "r.jsonl")["header"]["images"] == "blobs of the tests"
-
-
-def test_checkpoints_of_a_finished_run_are_removed(tmp_path, tiny, make_run):
-    run = make_run(tiny)
-    files.write(tmp_path / "r.jsonl", run["header"], run["rows"])
-    (tmp_path / "r.unfinished").mkdir()  # as if killed between writing the result and removing them
-    runs.train_missing([("r", tmp_path / "r.jsonl", tiny)], data_dir=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
-
-
-@pytest.mark.slow
-def test_finished_run_leaves_a_result_and_no_checkpoints(tmp_path, tiny, blobs, monkeypatch):
-    monkeypatch.setattr(runs, "_load", lambda *_: blobs)
-    runs.train_to_file(tiny, tmp_path / "r.jsonl", data_dir=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
-    assert files.read(tmp_path / "r.jsonl")["header"]["parameters"] > 1000
 
 
 @pytest.mark.slow
 def test_net_that_runs_start_from_is_trained_once_and_is_a_result_too(tmp_path, tiny, blobs, monkeypatch):
     monkeypatch.setattr(runs, "_load", lambda *_: blobs)
-    runs._trained.cache_clear()
+    runs._pretrained.cache_clear()
     trained_configs, fit = [], loop.fit
     monkeypatch.setattr(loop, "fit", lambda config, *a, **k: (trained_configs.append(config), fit(config, *a, **k))[1])
     module = types.ModuleType("experiments.studies.tuned", "What? Command: c. Time: {time}")
@@ -211,7 +192,8 @@ def test_net_that_runs_start_from_is_trained_once_and_is_a_result_too(tmp_path, 
     module.fit = lambda config, dataset, **options: loop.fit(config, dataset, **options)
     run_toy(module, tmp_path, seeds=1)
     assert [config.start for config in trained_configs] == [None, tiny, tiny]
-    names = sorted(path.name for path in (tmp_path / "tuned" / "small").iterdir())
-    assert len(names) == 3 and names[:2] == ["affine-seed0.jsonl", "frozen-seed0.jsonl"]
-    start = files.read(tmp_path / "tuned" / "small" / names[2])
-    assert names[2].startswith(runs.START) and len(start["rows"]) == 2 and start["header"]["seconds"] > 0
+    assert [path.name for path in sorted((tmp_path / "tuned").iterdir())] == ["small.jsonl", "small.lock"]
+    stored = files.read_study(tmp_path, "tuned", "small")
+    affine, frozen, start = sorted(stored)
+    assert (affine, frozen) == ("affine", "frozen") and start.startswith(runs.START)
+    assert len(stored[start][0]["rows"]) == 2 and stored[start][0]["header"]["seconds"] > 0

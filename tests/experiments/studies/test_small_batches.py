@@ -61,7 +61,7 @@ def test_single_seed_gives_no_verdict_and_no_spread(made_up):
 
 def test_table_has_a_line_for_each_norm_with_what_it_loses(made_up):
     lines = table(made_up(**AS_CLAIMED), "small")
-    assert [line["at 32 less at 2, points"][:4] for line in lines] == ["20.0", "0.0 ", "0.0 ", "20.0", "0.0 "]
+    assert [line["loss from 32 to 2, points"][:4] for line in lines] == ["20.0", "0.0 ", "0.0 ", "20.0", "0.0 "]
 
 
 def test_figure_shows_the_differences_that_the_claims_are_about(made_up):
