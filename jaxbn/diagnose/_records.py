@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxbn._core import checks
 from jaxbn._core.dtypes import abs2, in_float64, widen
-from jaxbn._core.measure import fill
+from jaxbn._core.measure import zero_masked
 from jaxbn._core.stats import BatchStats
 from jaxbn._core.variants import batch_renormalize, ghost_normalize
 from jaxbn._models import dataflow
@@ -220,7 +220,7 @@ def _record_call(norm: Norm, sizes):
         values = values if mask is None else jnp.where(mask, values, 0)
         return values.transpose(*reduced, *axes).reshape(rows, -1, *features).sum(1)
 
-    wide = widen(fill(x, mask))
+    wide = widen(zero_masked(x, mask))
     counts = by_example(jnp.ones(x.shape, wide.real.dtype))
     count = jnp.maximum(counts.sum(0), 1)
     mean = by_example(wide).sum(0) / count

@@ -512,7 +512,10 @@ WRONG = {
     ),
     "all frozen": (dict(model=jaxbn.linen.BatchNorm(frozen=True)), "every batch norm that was called is frozen"),
     "long mask": (dict(mask=lambda x: np.ones(3, bool)), r"mask returned an array of shape \(3,\), but the inputs of"),
-    "a weight mask": (dict(mask=lambda x: np.ones(len(x))), "mask has dtype float"),
+    "a weight mask": (
+        dict(mask=lambda x: np.ones(len(x))),
+        "mask must hold booleans, or integers 0 and 1, got dtype float",
+    ),
     "nothing counts": (dict(mask=lambda x: np.zeros(len(x), bool)), "4 of the 4 features of .* have no value behind"),
     "NaN": (dict(batches=[X, np.where(X > 8, np.nan, X)]), "the inputs of .* are not finite in"),
 }

@@ -182,5 +182,5 @@ def test_layers_that_do_not_accumulate_have_no_variables_for_it():
 
 @pytest.mark.parametrize("accumulate", [0, -1])
 def test_accumulating_over_no_batches_is_refused(accumulate):
-    with pytest.raises(ValueError, match=f"accumulate={accumulate} is below 1, its smallest value"):
+    with pytest.raises(ValueError, match=f"accumulate must be at least 1, got {accumulate}"):
         jaxbn.init_stats(3, accumulate=accumulate)

@@ -21,8 +21,8 @@ from experiments.benchmarks import hlo
 from experiments.benchmarks.numerics import errors, ours, sample
 from jaxbn._core import platforms
 from jaxbn._core.devices import Devices
-from jaxbn._core.local import CANCELLATION, SAMPLES, SMALLEST_SAMPLED, _median_of_three, sample_positions
 from jaxbn._core.measure import measure
+from jaxbn._core.moment_algorithms import CANCELLATION, SAMPLES, SMALLEST_SAMPLED, _median_of_three, sample_positions
 from tests import reference
 from tests.core import test_parallel
 from tests.core.test_numerics import GRADIENT_ERROR, OUTPUT_ERROR, ROUNDING

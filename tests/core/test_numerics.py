@@ -13,7 +13,7 @@ import pytest
 import jaxbn
 from experiments.benchmarks.numerics import SHAPES, errors, ours, sample
 from experiments.benchmarks.numerics import measure as measure_errors
-from jaxbn._core.local import CANCELLATION
+from jaxbn._core.moment_algorithms import CANCELLATION
 from tests import reference
 
 OUTPUT_ERROR = 5e-6  # largest, absolute

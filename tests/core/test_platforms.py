@@ -13,7 +13,7 @@ import pytest
 import jaxbn
 from experiments.benchmarks.numerics import ours, sample
 from jaxbn._core import platforms
-from jaxbn._core.local import SAMPLES
+from jaxbn._core.moment_algorithms import SAMPLES
 from tests import reference
 from tests.core.test_numerics import GRADIENT_ERROR, OUTPUT_ERROR
 

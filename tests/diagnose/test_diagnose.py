@@ -626,7 +626,7 @@ class NoNorm(nn.Module):
             {},
             r"batches is an array of shape .*, which looks like a single batch; .*pass \[batch\]",
         ),
-        (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices=0 is below 1"),
+        (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices must be at least 1, got 0"),
         (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', but .* was given; pass what model.init returns"),
         (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model is a method; accepted are"),
         (nn.BatchNorm(), STANDARD, [normal(32, 3)], {}, "use_running_average of the model is given neither by"),

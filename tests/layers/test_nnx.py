@@ -84,7 +84,9 @@ def test_call_has_flaxs_arguments():
 
 def test_use_running_average_given_nowhere_is_refused():
     layer = BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"use_running_average is given nowhere.*nnx\.view"):
+    with pytest.raises(
+        ValueError, match=r"use_running_average must be True to evaluate or False to train, got None.*nnx\.view"
+    ):
         layer(X)
 
 

@@ -490,8 +490,8 @@ def test_variables_that_lack_a_layer_are_refused():
     ("message", "options"),
     [
         ("steps=5 is given, but first does not count its batches", {"steps": 5}),
-        ("steps=-3 is below 0", {"steps": -3, "debias": True}),
-        (r"momentum=2.0 is outside \[0, 1\]", {"momentum": 2.0}),
+        ("steps must be at least 0, got -3", {"steps": -3, "debias": True}),
+        (r"momentum must be between 0 and 1, got 2.0", {"momentum": 2.0}),
         ("layers is empty; it names batch norms to change: 'first', 'second'; None is all", {"layers": []}),
     ],
 )
