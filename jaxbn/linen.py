@@ -123,6 +123,7 @@ class BatchNorm(nn.Module):
         Raises:
           ValueError: if ``use_running_average`` is passed twice or not at all, or an argument does not fit ``x``.
         """
+        # From the constructor or from the call, but not from both; a frozen layer always evaluates.
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -139,7 +140,7 @@ class BatchNorm(nn.Module):
         if jnp.iscomplexobj(x):
             stats_dtype = jnp.promote_types(stats_dtype, jnp.complex64)
 
-        # Checked before Flax would silently start to count at 0, with statistics of many batches.
+        # Otherwise Flax would create the missing variable, and count from 0 next to statistics of many batches.
         if counted and self.has_variable("batch_stats", "mean"):
             checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
 

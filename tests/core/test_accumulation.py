@@ -1,5 +1,7 @@
 """Gradient accumulation: one update of the running statistics for each optimizer step, as for one big batch."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,16 +33,16 @@ def expected_after(steps, *, momentum=0.9, unbiased=True):
     return mean, var
 
 
+@functools.partial(jax.jit, static_argnames="momentum")
 def train(stats, x, mask, momentum=0.9):
-    """Trains on parts one after the other, in one compiled scan; returns the statistics."""
+    """Trains on one part after the other; returns the statistics, and the mean after every part."""
 
     def step(stats, part):
-        _, stats = jaxbn.batch_norm(
-            part[0], stats, use_running_average=False, momentum=momentum, unbiased=True, mask=part[1]
-        )
+        x, mask = part
+        _, stats = jaxbn.batch_norm(x, stats, use_running_average=False, momentum=momentum, unbiased=True, mask=mask)
         return stats, stats.mean
 
-    return jax.jit(lambda stats: jax.lax.scan(step, stats, (x, mask)))(stats)
+    return jax.lax.scan(step, stats, (x, mask))
 
 
 def test_statistics_after_the_parts_are_those_of_one_big_batch():
@@ -82,7 +84,7 @@ def test_a_part_that_is_not_finite_is_left_out_for_its_feature_alone():
 
 
 def test_a_step_of_empty_parts_leaves_the_statistics():
-    stats, _ = train(jaxbn.init_stats(3, accumulate=2), X[0, :2], np.zeros_like(MASK[0, :2]))
+    stats, _ = train(jaxbn.init_stats(3, accumulate=PARTS), X[0], np.zeros_like(MASK[0]))
     chex.assert_trees_all_equal(stats.running, jaxbn.init_stats(3))
 
 
