@@ -77,11 +77,12 @@ class BatchNorm(nnx.Module):
         ``functools.partial(jaxbn.ghost_normalize, group_size=16)``; create it once, because ``nnx.jit`` compares it by
         identity.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      debias: correct the running statistics for their initial values, as Adam does; adds the variable ``steps``. A
-        checkpoint from a layer without it lacks that variable: set it to the number of batches averaged so far.
+      debias: correct the running statistics for their initial values, as Adam does; adds the variable ``steps``.  A
+        checkpoint of a layer without this option lacks it: set it to the number of batches averaged so far.
       frozen: always evaluate, even after ``train()``; for fine-tuning.
       accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
-        updated once per step, with the moments of all its calls, which are collected in variables ``pending_...``.
+        updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
+        which a checkpoint of a layer without this option lacks.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.

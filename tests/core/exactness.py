@@ -37,7 +37,7 @@ def require_step(found, x, scale, bias, dy, **options):
 
 
 def require_output(y, exact):
-    # An outlier among many values is normalised to more than 5, and rounded there.
+    # An outlier among many values is normalized to more than 5, and rounded there.
     assert (abs(np.asarray(y) - exact) <= OUTPUT_ERROR * np.maximum(1, abs(exact))).all()
 
 

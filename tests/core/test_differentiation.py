@@ -16,7 +16,7 @@ import jaxbn
 from tests import reference
 
 ROUNDING = float(jnp.finfo(jnp.float32).eps)
-MEANS = [0.0, 1e3]  # below and above the ratio at which the sums are taken again, centred
+MEANS = [0.0, 1e3]  # below and above the ratio at which the sums are taken again, centered
 RNG = np.random.default_rng(0)
 
 SHAPE = (12, 5, 3)
@@ -287,7 +287,7 @@ def gradients_of_models(stacked):
 
 @pytest.mark.slow
 def test_gradients_through_a_scan_equal_those_of_the_steps_one_by_one():
-    """A chain: each step normalises the output of the one before, and the statistics count in the loss."""
+    """A chain: each step normalizes the output of the one before, and the statistics count in the loss."""
     x, scale, bias = arguments(3.0)
 
     def body(carry, scale):

@@ -91,7 +91,7 @@ ON_ACCELERATORS = pytest.mark.parametrize("platform", ["tpu", "cuda"], indirect=
 @pytest.mark.slow
 @ON_ACCELERATORS
 @pytest.mark.parametrize(("api", "case"), test_parallel.MATRIX)
-def test_on_every_api_a_batch_over_devices_is_normalised_as_if_in_one_piece(platform, api, case):
+def test_on_every_api_a_batch_over_devices_is_normalized_as_if_in_one_piece(platform, api, case):
     found = test_parallel.errors(api, case)
     wrong = {name: f"{error:.1e}" for name, error in found.items() if not error <= test_parallel.TOLERANCE}
     assert not wrong, f"relative errors above {test_parallel.TOLERANCE:.1e}: {wrong}"

@@ -193,7 +193,16 @@ def test_functions_under_jit_give_what_they_give_without(name):
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The others under vmap are in tests/core/test_variants.py and test_functional.py too.
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("batch_norm", "ghost_normalize", "batch_renormalize") else []
+        )
+        for name in CALLS
+    ],
+)
 def test_functions_under_vmap_give_what_they_give_for_each(name):
     batches = jnp.stack([X, 2 * X])
     together = jax.jit(jax.vmap(CALLS[name]))(batches)
