@@ -1,7 +1,7 @@
-"""Batch normalisation for JAX and Flax: pure functions over explicit statistics, and two thin layers.
+"""Batch normalization for JAX and Flax: pure functions over explicit statistics, and two thin layers.
 
-The layers and the tools are modules: jaxbn.linen, jaxbn.nnx, jaxbn.calibrate, jaxbn.surgery, jaxbn.diagnose,
-jaxbn.interop and jaxbn.testing.  Each is imported where it is used first.
+The layers and tools are modules: jaxbn.linen, jaxbn.nnx, jaxbn.calibrate, jaxbn.surgery, jaxbn.diagnose, jaxbn.interop
+and jaxbn.testing.  Each is imported on first use.
 """
 
 import importlib
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a module of the library when it is named first: ``import jaxbn`` alone does not load Flax."""
+    """Imports a module of the library on first use, so that ``import jaxbn`` does not load Flax."""
     if not name.startswith("_") and importlib.util.find_spec(f"jaxbn.{name}"):
         return importlib.import_module(f"jaxbn.{name}")
     if name == "__version__":

@@ -1,10 +1,11 @@
 """Batch norm as a linen module: ``from jaxbn.linen import BatchNorm`` in place of ``flax.linen.BatchNorm``.
 
-An adapter without arithmetic: parameters and statistics out of the scope, into :func:`jaxbn.batch_norm`, and back.
+The layers only adapt: they read parameters and statistics from the scope, call a function of :mod:`jaxbn`, and write
+the new statistics back.
 """
 
-import warnings
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +15,19 @@ from flax.typing import Dtype, Initializer
 from jax.nn import initializers
 
 from jaxbn._core import checks
-from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
-from jaxbn._core.stats import from_variables, init_stats, to_variables, variable_names
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize_at_init
+from jaxbn._core.stats import init_stats
+from jaxbn._core.variables import from_variables, to_variables, variable_names
 
 __all__ = ["BatchNorm", "Affine"]
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation with running statistics in the collection ``batch_stats``.
+    """Batch normalization with running statistics in the collection ``batch_stats``.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the moments of the batch in training and the running
     statistics in evaluation.  Arguments and variables are those of ``flax.linen.BatchNorm``, in the same order and
-    with the same defaults, so a model changes over by its import, and its checkpoints load.
+    with the same defaults, so a model only changes an import, and its checkpoints load.
 
     >>> layer = jaxbn.linen.BatchNorm(momentum=0.9)
     >>> x = jnp.array([[1., 10.], [3., 30.]])
@@ -36,43 +38,44 @@ class BatchNorm(nn.Module):
     >>> y = layer.apply(variables | updates, x, use_running_average=True)
 
     Differs from flax.linen.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and training in float32 needs no more memory than without a norm.
-      2. A batch that is empty, masked everywhere or not finite leaves the running statistics as they were.
+      1. Variance and gradient are exact at any mean, and in float32, training needs no more memory for activations than
+         the network needs without batch norm.
+      2. A batch that is empty, masked everywhere or not finite does not change the running statistics.
       3. Devices with different numbers of masked positions are weighted by their counts.
-      4. A position that is masked may hold NaN.
-      5. The statistics keep their dtype, so that a scan over steps works in float64 too.
-      6. Refused with a message: integer inputs, masks of floats, ``epsilon=0``, and ``axis_index_groups`` without
-         ``axis_name``.  Training on one value per feature warns.
-      7. In evaluation too, a masked position that is not finite counts as 0.
-      8. For complex inputs the running mean is complex from the start.
+      4. Masked positions may hold NaN.
+      5. The statistics keep their dtype, so a scan over steps works in float64 too.
+      6. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
+         Training on one value per feature warns.
+      7. In evaluation too, masked values that are not finite count as 0.
+      8. For complex inputs, the running mean is complex from the start.
 
     Attributes:
-      use_running_average: True to evaluate, False to train; may be given to the call instead.
+      use_running_average: True to evaluate, False to train; can be passed to the call instead.
       axis: feature axis or axes of the input; statistics have the shape of those axes.
-      momentum: weight of the old running statistics, in [0, 1]; None averages all batches alike, and keeps their
+      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally, and stores their
         number in the variable ``steps``.
       epsilon: added to the variance; positive.
-      dtype: dtype of the result; by default what input and parameters promote to.
+      dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
       use_bias: whether to add a learned bias (beta).
       use_scale: whether to multiply by a learned scale (gamma).
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap;
-        under jit a sharded batch needs none.
-      axis_index_groups: groups of device indices to normalise separately, as in ``jax.lax.psum``.
-      use_fast_variance: accepted and without effect: there is one variance, fast and exact.
-      force_float32_reductions: False stores the running statistics in ``param_dtype``, as Flax does; the sums are in
-        float32 all the same.
-      method: what training does with a batch: ``jaxbn.batch_normalize``, or a variant such as
+        a batch sharded under jit does not need it.
+      axis_index_groups: groups of device indices to normalize separately, as in ``jax.lax.psum``.
+      use_fast_variance: accepted for compatibility, without effect: the only variance is both fast and exact.
+      force_float32_reductions: False stores the running statistics in ``param_dtype``, as in Flax; the sums are in
+        float32 in any case.
+      method: how training normalizes a batch: ``jaxbn.batch_normalize``, or a variant such as
         ``functools.partial(jaxbn.ghost_normalize, group_size=16)``.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
-        which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
-      frozen: evaluate always, whatever ``use_running_average`` says; for fine-tuning.
-      accumulate: number of calls in training that make one optimizer step, as in ``optax.MultiSteps``; the running
-        statistics move once in so many calls, by the moments of all of them, which wait in variables ``pending_...``
-        that a checkpoint made without it lacks.
+      debias: correct the running statistics for their initial values, as Adam does; adds the variable ``steps``.  A
+        checkpoint of a layer without this option lacks it: set it to the number of batches averaged so far.
+      frozen: always evaluate, and ignore ``use_running_average``; for fine-tuning.
+      accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
+        updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
+        which a checkpoint of a layer without this option lacks.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -106,21 +109,22 @@ class BatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalises ``x``; in training, updates ``batch_stats``, which must be mutable then.
+        """Normalizes ``x``; in training, updates ``batch_stats``, which must be mutable.
 
         During ``init`` the statistics are not updated, and ``axis_name`` need not be bound.
 
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
-          use_running_average: True to evaluate, False to train, if the constructor does not say.
+          use_running_average: True to evaluate, False to train; if not passed to the constructor.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
 
         Returns:
           y, shape [..., C].
 
         Raises:
-          ValueError: if ``use_running_average`` is given twice or not at all, or an argument does not fit ``x``.
+          ValueError: if ``use_running_average`` is passed twice or not at all, or an argument does not fit ``x``.
         """
+        # From the constructor or from the call, but not from both; a frozen layer always evaluates.
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -128,52 +132,65 @@ class BatchNorm(nn.Module):
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
         features = [x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis)]
+
+        # Plain averages and debiased ones need the number of batches.
+        counted = self.momentum is None or self.debias
+        # Evaluation does not need the pending moments, so it accepts checkpoints that lack them.
+        accumulate = 1 if use_running_average and not self.is_initializing() else self.accumulate
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         if jnp.iscomplexobj(x):
             stats_dtype = jnp.promote_types(stats_dtype, jnp.complex64)
-        # What waits is left alone in evaluation, so that a checkpoint made without it serves there.
-        accumulate = 1 if use_running_average and not self.is_initializing() else self.accumulate
-        options = {"counted": self.momentum is None or self.debias, "accumulate": accumulate}
 
-        def start(name):
-            return to_variables(init_stats(features, **options, dtype=stats_dtype))[name]
-
-        if options["counted"] and self.has_variable("batch_stats", "mean"):
+        # Otherwise Flax would create the missing variable, and count from 0 next to statistics of many batches.
+        if counted and self.has_variable("batch_stats", "mean"):
             checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
-        variables = {name: self.variable("batch_stats", name, start, name) for name in variable_names(**options)}
+
+        @functools.cache  # all variables start from one call, which is not made if they exist
+        def initial_stats() -> dict[str, jax.Array]:
+            return to_variables(init_stats(features, counted=counted, accumulate=accumulate, dtype=stats_dtype))
+
+        # The variables of Flax's layer, "mean" and "var", and those for our options.
+        variables = {
+            name: self.variable("batch_stats", name, lambda name=name: initial_stats()[name])
+            for name in variable_names(counted=counted, accumulate=accumulate)
+        }
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
+
         if self.is_initializing() and not use_running_average:
-            # Often a single example: no devices, no variant, no warning, no update.
-            with warnings.catch_warnings(action="ignore"):
-                y, _ = batch_normalize(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
-        else:
-            y, stats = batch_norm(
-                x,
-                from_variables({n: v.value for n, v in variables.items()}, accumulate=accumulate),
-                scale,
-                bias,
-                use_running_average=use_running_average,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                axis=self.axis,
-                axis_name=self.axis_name,
-                axis_index_groups=self.axis_index_groups,
-                mask=mask,
-                unbiased=self.unbiased,
-                method=self.method,
-            )
-            if not use_running_average:
-                for name, value in to_variables(stats).items():
-                    variables[name].value = value
+            # As in Flax, initialization does not update the statistics and is not spread over devices.  Nor does it
+            # call the method, because the example batch may be too small for it.
+            y = normalize_at_init(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
+            return y if self.dtype is None else y.astype(self.dtype)
+
+        stats = from_variables({name: v.value for name, v in variables.items()}, accumulate=accumulate)
+        y, stats = batch_norm(
+            x,
+            stats,
+            scale,
+            bias,
+            use_running_average=use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis=self.axis,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            mask=mask,
+            unbiased=self.unbiased,
+            method=self.method,
+        )
+        # Not in evaluation, where the collection is usually immutable.
+        if not use_running_average:
+            for name, value in to_variables(stats).items():
+                variables[name].value = value
         return y if self.dtype is None else y.astype(self.dtype)
 
 
 class Affine(nn.Module):
-    """What is left of a batch norm whose statistics have gone into its scale and bias: y = scale * x + bias.
+    """A batch norm whose statistics have been merged into scale and bias: y = scale * x + bias.
 
-    It is called as batch norm is, and behaves the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
-    puts it in the place of trained batch norms.
+    It is called like batch norm, and does the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
+    replaces trained batch norms by it.
 
     >>> layer = jaxbn.linen.Affine()
     >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 3)))
@@ -182,11 +199,11 @@ class Affine(nn.Module):
 
     Attributes:
       axis: feature axis or axes of the input.
-      dtype: dtype of the result; by default what input and parameters promote to.
+      dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
-      fixed: keep scale and bias in ``batch_stats``, out of the optimizer's sight, instead of ``params``.
+      fixed: store scale and bias in ``batch_stats`` instead of ``params``, so that the optimizer does not update them.
     """
 
     axis: int | Sequence[int] = -1
@@ -208,7 +225,7 @@ class Affine(nn.Module):
 
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
-          use_running_average: without effect.
+          use_running_average: accepted for compatibility, without effect.
           mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
 
         Returns:
@@ -221,12 +238,12 @@ class Affine(nn.Module):
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         features = [jnp.shape(x)[axis] for axis in checks.feature_axes(jnp.shape(x), self.axis)]
 
-        def array(name, init):
-            if not self.fixed:
-                return self.param(name, init, features, self.param_dtype)
-            return self.variable("batch_stats", name, lambda: init(None, features, self.param_dtype)).value
+        def parameter(name: str, init: Callable[..., jax.Array]) -> jax.Array:
+            if self.fixed:
+                return self.variable("batch_stats", name, lambda: init(None, features, self.param_dtype)).value
+            return self.param(name, init, features, self.param_dtype)
 
-        scale = array("scale", initializers.ones) if self.use_scale else None
-        bias = array("bias", initializers.zeros) if self.use_bias else None
+        scale = parameter("scale", initializers.ones) if self.use_scale else None
+        bias = parameter("bias", initializers.zeros) if self.use_bias else None
         y = affine(x, scale, bias, axis=self.axis, mask=mask)
         return y if self.dtype is None else y.astype(self.dtype)

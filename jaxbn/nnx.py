@@ -1,6 +1,7 @@
 """Batch norm as an nnx module: ``from jaxbn.nnx import BatchNorm`` in place of ``flax.nnx.BatchNorm``.
 
-An adapter without arithmetic: parameters and statistics out of the module, into :func:`jaxbn.batch_norm`, and back.
+The layers only adapt: they read parameters and statistics from their variables, call a function of :mod:`jaxbn`, and
+write the new statistics back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,18 @@ from jax import lax
 
 from jaxbn._core import checks
 from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
-from jaxbn._core.stats import from_variables, init_stats, to_variables, variable_names
+from jaxbn._core.stats import init_stats
+from jaxbn._core.variables import from_variables, to_variables, variable_names
 
 __all__ = ["BatchNorm", "Affine"]
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation with running statistics in ``BatchStat`` variables.
+    """Batch normalization with running statistics in ``BatchStat`` variables.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the moments of the batch in training and the running
     statistics in evaluation.  Arguments and variables are those of ``flax.nnx.BatchNorm``, with the same defaults, so
-    a model changes over by its import, and its checkpoints load.
+    a model only changes an import, and its checkpoints load.
 
     >>> layer = jaxbn.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
     >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
@@ -37,49 +39,50 @@ class BatchNorm(nnx.Module):
     >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
 
     Differs from flax.nnx.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and training in float32 needs no more memory than without a norm.
-      2. A batch that is empty, masked everywhere or not finite leaves the running statistics as they were.
+      1. Variance and gradient are exact at any mean, and in float32, training needs no more memory for activations than
+         the network needs without batch norm.
+      2. A batch that is empty, masked everywhere or not finite does not change the running statistics.
       3. Devices with different numbers of masked positions are weighted by their counts.
-      4. A position that is masked may hold NaN.
-      5. ``dtype`` is that of the result alone: inputs, parameters and statistics are not rounded to it first.  Without
-         it, the result has the dtype to which input and parameters promote, as in linen.
+      4. Masked positions may hold NaN.
+      5. ``dtype`` is the dtype of the result only: inputs, parameters and statistics are not rounded to it first.
+         Without it, the result has the dtype to which input and parameters promote, as in linen.
       6. The statistics keep their dtype and carry no gradient.
-      7. Refused with a message: integer inputs, masks of floats, ``epsilon=0``, and
-         ``axis_index_groups`` without ``axis_name``.  Training on one value per feature warns.
-      8. In evaluation too, a masked position that is not finite counts as 0.
+      7. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
+         Training on one value per feature warns.
+      8. In evaluation too, masked values that are not finite count as 0.
 
     Args:
       num_features: number of features C.
       use_running_average: True to evaluate, False to train; ``train()``, ``eval()`` and ``nnx.view`` set it.
       axis: feature axis of the input.
-      momentum: weight of the old running statistics, in [0, 1]; None averages all batches alike, and keeps their
+      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally, and stores their
         number in the variable ``steps``.
       epsilon: added to the variance; positive.
-      dtype: dtype of the result; by default what input and parameters promote to.
+      dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
       use_bias: whether to add a learned bias (beta).
       use_scale: whether to multiply by a learned scale (gamma).
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap;
-        under jit a sharded batch needs none.
-      axis_index_groups: groups of device indices to normalise separately, as in ``jax.lax.psum``.
-      use_fast_variance: accepted and without effect: there is one variance, fast and exact.
-      promote_dtype: if not Flax's default, called on ``(x, mean, var, scale, bias)`` with ``dtype`` before anything
-        else.
+        a batch sharded under jit does not need it.
+      axis_index_groups: groups of device indices to normalize separately, as in ``jax.lax.psum``.
+      use_fast_variance: accepted for compatibility, without effect: the only variance is both fast and exact.
+      promote_dtype: a function other than Flax's default is called first, on ``(x, mean, var, scale, bias)`` and with
+        ``dtype``.
       rngs: keys for the initializers.
       bias_metadata: metadata of the bias variable, such as its sharding.
       scale_metadata: metadata of the scale variable.
-      method: what training does with a batch: ``jaxbn.batch_normalize``, or a variant such as
-        ``functools.partial(jaxbn.ghost_normalize, group_size=16)``; bind it once, since ``nnx.jit`` compares it by
+      method: how training normalizes a batch: ``jaxbn.batch_normalize``, or a variant such as
+        ``functools.partial(jaxbn.ghost_normalize, group_size=16)``; create it once, because ``nnx.jit`` compares it by
         identity.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      debias: correct the running statistics for their start at 0 and 1, as Adam does; adds the variable ``steps``,
-        which a checkpoint made without it lacks: set it to the number of batches behind the statistics.
-      frozen: evaluate always, also after ``train()``; for fine-tuning.
-      accumulate: number of calls in training that make one optimizer step, as in ``optax.MultiSteps``; the running
-        statistics move once in so many calls, by the moments of all of them, which wait in variables ``pending_...``
-        that a checkpoint made without it lacks.
+      debias: correct the running statistics for their initial values, as Adam does; adds the variable ``steps``.  A
+        checkpoint of a layer without this option lacks it: set it to the number of batches averaged so far.
+      frozen: always evaluate, even after ``train()``; for fine-tuning.
+      accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
+        updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
+        which a checkpoint of a layer without this option lacks.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -114,8 +117,10 @@ class BatchNorm(nnx.Module):
     ):
         checks.inexact(dtype=dtype, param_dtype=param_dtype)
         features = (checks.whole("num_features", num_features, least=0),)
-        start = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
-        for name, value in to_variables(start).items():
+        # The variables of Flax's layer, "mean" and "var", and those for our options.  Plain averages and debiased ones
+        # need the number of batches.
+        stats = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
+        for name, value in to_variables(stats).items():
             setattr(self, name, nnx.BatchStat(value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
@@ -148,41 +153,45 @@ class BatchNorm(nnx.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalises ``x``; in training, updates the running statistics.
+        """Normalizes ``x``; in training, updates the running statistics.
 
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
-          use_running_average: True to evaluate, False to train; goes before what the constructor or ``eval()`` said.
+          use_running_average: True to evaluate, False to train; overrides the constructor, ``train()`` and ``eval()``.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
 
         Returns:
           y, shape [..., C].
 
         Raises:
-          ValueError: if ``use_running_average`` is given nowhere, or an argument does not fit ``x``.
+          ValueError: if ``use_running_average`` is not set anywhere, or an argument does not fit ``x``.
         """
         use_running_average = self.frozen or first_from(
             use_running_average,
             self.use_running_average,
             error_msg=(
-                "use_running_average is given nowhere; it is True to evaluate and False to train; "
-                "pass it to the constructor or the call, or use train(), eval() or nnx.view."
+                "use_running_average must be True to evaluate or False to train, got None. "
+                "Pass it to the constructor or the call, or use train(), eval() or nnx.view."
             ),
         )
-        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
-        variables = {name: getattr(self, name) for name in names}
-        stats = {name: v[...] for name, v in variables.items()}
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
+
+        # By name, and not all `BatchStat` variables, because a subclass may have more of them.
+        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
+        variables = {name: getattr(self, name) for name in names}
+        arrays = {name: variable[...] for name, variable in variables.items()}
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        # Flax's default promotion would round inputs and statistics to `dtype`.
         if self.promote_dtype is not dtypes.promote_dtype:
-            x, stats["mean"], stats["var"], scale, bias = self.promote_dtype(
-                (x, stats["mean"], stats["var"], scale, bias), dtype=self.dtype
+            x, arrays["mean"], arrays["var"], scale, bias = self.promote_dtype(
+                (x, arrays["mean"], arrays["var"], scale, bias), dtype=self.dtype
             )
+
         y, stats = batch_norm(
             x,
-            from_variables(stats, accumulate=self.accumulate),
+            from_variables(arrays, accumulate=self.accumulate),
             scale,
             bias,
             use_running_average=use_running_average,
@@ -197,15 +206,16 @@ class BatchNorm(nnx.Module):
         )
         if not use_running_average:
             for name, value in to_variables(stats).items():
+                # State rather than an output: no gradient flows through it.
                 variables[name].set_value(lax.stop_gradient(value))
         return y if self.dtype is None else y.astype(self.dtype)
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
-        """Sets the mode; ``nnx.view`` calls it.
+        """Sets the mode; called by ``nnx.view``.
 
         Args:
-          use_running_average: True to evaluate, False to train; None leaves it.
-          frozen: True to evaluate always; None leaves it.
+          use_running_average: True to evaluate, False to train; None keeps the current value.
+          frozen: True to always evaluate; None keeps the current value.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -214,10 +224,10 @@ class BatchNorm(nnx.Module):
 
 
 class Affine(nnx.Module):
-    """What is left of a batch norm whose statistics have gone into its scale and bias: y = scale * x + bias.
+    """A batch norm whose statistics have been merged into scale and bias: y = scale * x + bias.
 
-    It is called as batch norm is, and behaves the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
-    puts it in the place of trained batch norms.
+    It is called like batch norm, and does the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
+    replaces trained batch norms by it.
 
     >>> layer = jaxbn.nnx.Affine(3)
     >>> layer(jnp.ones((8, 3))).shape
@@ -226,11 +236,12 @@ class Affine(nnx.Module):
     Args:
       num_features: number of features C.
       axis: feature axis of the input.
-      dtype: dtype of the result; by default what input and parameters promote to.
+      dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
-      fixed: keep scale and bias in ``BatchStat`` variables, out of the optimizer's sight, instead of ``Param``.
+      fixed: store scale and bias in ``BatchStat`` variables instead of ``Param``, so that the optimizer does not update
+        them.
     """
 
     def __init__(
@@ -264,7 +275,7 @@ class Affine(nnx.Module):
 
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
-          use_running_average: without effect.
+          use_running_average: accepted for compatibility, without effect.
           mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
 
         Returns:

@@ -1,6 +1,6 @@
-"""What a clean environment with the wheel alone has to do: `python tests/smoke.py`, outside of the repository's folder.
+"""Checks an installed wheel in a clean environment: `python smoke.py README.md`, outside the repository.
 
-It runs the examples of the README's section "Use", and a training step in linen and in nnx.
+Runs the examples of the README's section "Use", and a training step in linen and in nnx.
 """
 
 import importlib.util
@@ -17,11 +17,11 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-NOT_NEEDED = ("matplotlib", "tyro", "sklearn", "pooch", "pytest")  # what experiments and tests depend on
+NOT_NEEDED = ("matplotlib", "tyro", "sklearn", "pooch", "pytest")  # dependencies of the experiments and tests
 
 
 def main(readme: Path) -> None:
-    """Runs everything; raises what goes wrong."""
+    """Runs all checks."""
     here = Path(jaxbn.__file__).parent
     assert "site-packages" in here.parts, f"this is the source folder {here}, not the installed wheel"
     assert (here / "py.typed").is_file()

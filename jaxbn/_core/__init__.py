@@ -1,1 +1,1 @@
-"""Batch norm as functions on arrays. Nothing here knows of Flax."""
+"""Batch norm as functions on arrays.  Nothing here depends on Flax."""

@@ -1,8 +1,7 @@
-"""What the public functions accept, and what they say when given something else.
+"""Argument checks of the public functions, and their error messages.
 
-Every check reads static facts (shapes, dtypes), and values where they are known before the program runs, so it costs
-nothing in a compiled step.
-Each message says what was given, what is accepted, and what to do.
+Every check reads static facts (shapes and dtypes), or values that are known before the program runs, so it costs
+nothing in a compiled step.  A message says what an argument must be, what it was, and what to do.
 """
 
 import inspect
@@ -23,12 +22,12 @@ AxisNames = str | Sequence[str]
 
 
 def inputs(x: ArrayLike, axis: Axes) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
-    """Returns ``x`` as an array, its feature axes and its other axes, sorted and not negative."""
+    """Returns ``x`` as an array, its feature axes, and the other axes, both sorted and non-negative."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ValueError(
-            f"x has dtype {x.dtype}; batch norm takes floating-point or complex inputs; "
-            "convert it first, for example with x.astype(jnp.float32)."
+            f"x must be floating-point or complex, got dtype {x.dtype}. "
+            "Convert it first, for example with x.astype(jnp.float32)."
         )
     axes = feature_axes(x.shape, axis)
     return x, axes, tuple(i for i in range(x.ndim) if i not in axes)
@@ -38,147 +37,147 @@ def feature_axes(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     """Returns the feature axes as sorted, non-negative integers."""
     rank = len(shape)
     if rank == 0:
-        raise ValueError("x is a scalar; batch norm takes inputs with an axis of features, such as [N, C]; reshape it.")
-    given = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+        raise ValueError("x must have a feature axis, as in shape [N, C], got a scalar. Reshape it.")
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     try:
-        given = tuple(operator.index(one) for one in given)
+        axes = tuple(map(operator.index, axes))
     except TypeError:
-        raise ValueError(f"axis={axis} is not an integer or a sequence of integers; use for example axis=-1.") from None
-    for one in given:
-        if not -rank <= one < rank:
-            raise ValueError(
-                f"axis={axis} is out of range for an input of shape {shape}; "
-                f"an axis lies between {-rank} and {rank - 1}; name an axis that holds features."
-            )
-    found = sorted(one % rank for one in given)
-    if not found or len(set(found)) < len(found):
         raise ValueError(
-            f"axis={axis} names {'no axis' if not found else 'an axis twice'} of an input of shape {shape}; "
-            "give each feature axis once."
+            f"axis must be an integer or a sequence of integers, got {axis}. Use for example axis=-1."
+        ) from None
+    if any(not -rank <= i < rank for i in axes):
+        raise ValueError(
+            f"axis must be between {-rank} and {rank - 1} for an input of shape {shape}, got {axis}. "
+            "Choose an axis that holds features."
         )
-    return tuple(found)
+    axes = sorted(i % rank for i in axes)
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axis must name at least one axis of an input of shape {shape}, and none twice, got {axis}. "
+            "List each feature axis once."
+        )
+    return tuple(axes)
 
 
 def parameters(x: jax.Array, axes: tuple[int, ...], epsilon: ArrayLike, **per_feature: ArrayLike | None) -> None:
-    """Refuses an epsilon that is not positive, and parameters or statistics that do not fit the features of ``x``."""
+    """Refuses a non-positive epsilon, and parameters or statistics that do not fit the features of ``x``."""
     if _known("epsilon", epsilon, lambda value: not (value > 0).all()):
-        raise ValueError(f"epsilon={epsilon} is not positive; it is added to the variance; use for example 1e-5.")
+        raise ValueError(f"epsilon must be positive, got {epsilon}. It is added to the variance; use for example 1e-5.")
     expected = tuple(x.shape[axis] for axis in axes)
     for name, value in per_feature.items():
         if value is not None and jnp.shape(value) != expected:
             raise ValueError(
-                f"{name} has shape {jnp.shape(value)}, but an input of shape {x.shape} has features of shape "
-                f"{expected} on axis {axes}; pass {name} of that shape (does it come from another layer?), "
-                "or set axis to where the features are."
+                f"{name} must have shape {expected}, the features of an input of shape {x.shape} on axis {axes}, "
+                f"got {jnp.shape(value)}. Check that {name} belongs to this layer, or set axis to where the features "
+                "are."
             )
 
 
-def same_features(given: str, shape: tuple[int, ...], accepted: str, expected: tuple[int, ...]) -> None:
+def same_features(name: str, shape: tuple[int, ...], reference: str, expected: tuple[int, ...]) -> None:
     """Refuses to combine statistics of different features."""
     if shape != expected:
         raise ValueError(
-            f"{given} have features of shape {shape}, but {accepted} of shape {expected}; "
-            "combine statistics of the same layer."
+            f"{name} must have shape {expected}, like {reference}, got {shape}. "
+            "Combine only statistics of the same layer."
         )
 
 
 def num_features(num: int, x: jax.Array, axis: int) -> None:
-    """Refuses an input with another number of features than a layer was made for."""
-    (found,) = (x.shape[i] for i in feature_axes(x.shape, axis))
-    if found != num:
+    """Refuses an input with another number of features than the layer was constructed for."""
+    (size,) = (x.shape[i] for i in feature_axes(x.shape, axis))
+    if size != num:
         raise ValueError(
-            f"num_features={num}, but an input of shape {x.shape} has {found} features on axis {axis}; "
-            f"construct the layer with num_features={found}, or set axis to where the features are."
+            f"num_features must be {size} for an input of shape {x.shape} with features on axis {axis}, got {num}. "
+            f"Construct the layer with num_features={size}, or set axis to where the features are."
         )
 
 
 def momentum(value: ArrayLike | None) -> None:
-    """Refuses a momentum outside [0, 1]; values known only at run time pass."""
+    """Refuses a momentum outside [0, 1]; a value known only at run time passes."""
     if value is not None and _known("momentum", value, lambda value: not ((0 <= value) & (value <= 1)).all()):
         raise ValueError(
-            f"momentum={value} is outside [0, 1]; it is the weight of the old value, 0.99 by default; "
+            f"momentum must be between 0 and 1, got {value}. It is the weight of the old value, 0.99 by default; "
             "PyTorch's momentum is 1 minus ours."
         )
 
 
 def at_least(name: str, value: ArrayLike, least: float) -> None:
-    """Refuses a value below ``least``; values known only at run time pass."""
+    """Refuses a value below ``least``; a value known only at run time passes."""
     if _known(name, value, lambda value: not (value >= least).all()):
-        raise _too_small(name, value, least)
-
-
-def _too_small(name, value, least):
-    return ValueError(f"{name}={value} is below {least}, its smallest value; use {name}={least} or more.")
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def whole(name: str, value: Any, *, least: int) -> int:
-    """Returns an integer; refuses what is none, or is below ``least``."""
+    """Returns ``value`` as an integer; refuses other types, and values below ``least``."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; an integer is accepted; pass one.") from None
+        raise ValueError(f"{name} must be an integer, got {value!r}, a {type(value).__name__}.") from None
     if number < least:
-        raise _too_small(name, number, least)
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
 
 
 def boolean(name: str, value: Any) -> None:
-    """Refuses a number in the place of a flag."""
+    """Refuses a number in place of a flag, such as the number of features in place of ``use_running_average``."""
     if not isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
         raise ValueError(
-            f"{name}={value!r} is a {type(value).__name__}; accepted are True and False; the number of features is "
-            "taken from the input, and is no argument of the linen layer."
+            f"{name} must be True or False, got {value!r}. The linen layer takes the number of features from its "
+            "input; do not pass it."
         )
 
 
 def has_steps(present: bool, path: str) -> None:
-    """Refuses running statistics that do not say how many batches are behind them, to a layer that counts."""
+    """Refuses running statistics that do not say how many batches they average, in a layer that counts batches."""
     if not present:
         raise ValueError(
-            f"the statistics of {path or 'the layer'} have no 'steps', the number of batches behind them, which "
-            "debias=True and momentum=None count on from; add it beside 'mean', int32 and of the same shape, or let "
-            "jaxbn.surgery.replace(..., steps=...) do that."
+            f"the statistics of {path or 'the layer'} must include 'steps', the number of batches that they average, "
+            "because debias=True and momentum=None continue from it. Add it next to 'mean', int32 and of the same "
+            "shape, or let jaxbn.surgery.replace(..., steps=...) add it."
         )
 
 
 def statistics(stats: Any, accepted: tuple[type, ...]) -> None:
-    """Refuses running statistics that are of none of these classes, such as a dict."""
+    """Refuses running statistics of any other class, such as a dict."""
     if not isinstance(stats, accepted):
         raise ValueError(
-            f"stats is a {type(stats).__name__}; accepted are {', '.join(one.__name__ for one in accepted)}; "
-            "start with jaxbn.init_stats(features), or put arrays into jaxbn.BatchStats(mean=mean, var=var)."
+            f"stats must be one of {', '.join(kind.__name__ for kind in accepted)}, got a {type(stats).__name__}. "
+            "Start with jaxbn.init_stats(features), or wrap arrays as jaxbn.BatchStats(mean=mean, var=var)."
         )
 
 
 def method(value: Any) -> None:
-    """Refuses what cannot be called as batch_normalize is, such as a variant whose own options are not bound."""
+    """Refuses what cannot be called like batch_normalize, such as a variant whose own options are not bound."""
     remedy = (
-        "pass jaxbn.batch_normalize, or a variant with its options bound, as in "
+        "Pass jaxbn.batch_normalize, or a variant with its options bound, such as "
         "functools.partial(jaxbn.ghost_normalize, group_size=16)."
     )
     if not callable(value):
-        raise ValueError(f"method={value!r} is a {type(value).__name__}; accepted is a function; {remedy}")
+        raise ValueError(f"method must be a function, got {value!r}. {remedy}")
     function = getattr(value, "func", value)  # of functools.partial
-    names = ("axis", "epsilon", "axis_name", "axis_index_groups", "mask", "stats")
     try:
         inspect.signature(function)
-    except ValueError:  # a compiled function may not say what it takes
+    except ValueError:  # some compiled functions have no signature
         return
+    options = ("axis", "epsilon", "axis_name", "axis_index_groups", "mask", "stats")
     try:
-        inspect.signature(value).bind("x", "scale", "bias", **dict.fromkeys(names))
-    except (TypeError, ValueError) as error:  # the latter where a partial binds an option that the function lacks
-        bound = sorted(getattr(value, "keywords", {}))
-        why = error if isinstance(error, TypeError) else f"{bound} are not all options of it"
+        inspect.signature(value).bind("x", "scale", "bias", **dict.fromkeys(options))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TypeError):
+            reason = str(error)
+        else:  # `inspect.signature` raises ValueError if a partial binds an option that the function lacks
+            reason = f"it does not have all of the options {sorted(getattr(value, 'keywords', {}))}"
+        name = getattr(function, "__name__", value)
         raise ValueError(
-            f"method={getattr(function, '__name__', value)} cannot be called as batch_normalize is: {why}; {remedy}"
+            f"method must accept the arguments of batch_normalize, got {name}: {reason}. {remedy}"
         ) from None
 
 
 def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: AxisNames | None) -> None:
-    """Warns of a batch with one value per feature, which is its own mean."""
+    """Warns about a batch with one value per feature, which is its own mean."""
     if axis_name is None and math.prod(shape[i] for i in reduced) == 1:
         warnings.warn(
-            f"an input of shape {shape} has one value per feature, so that training normalises it to 0; "
+            f"an input of shape {shape} has one value per feature, so training normalizes it to 0; "
             "use a batch of at least two examples, or use_running_average=True.",
             stacklevel=3,
         )
@@ -187,15 +186,15 @@ def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: 
 def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns the mask as booleans with as many axes as ``x``; refuses weights, and shapes that do not broadcast.
 
-    Integers other than 0 and 1 are refused where they are known before the program runs.
+    Integers other than 0 and 1 are refused if they are known before the program runs.
     """
     if value is None:
         return None
     value = value if isinstance(value, jax.Array) else np.asarray(value)
     if not (value.dtype == np.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
         raise ValueError(
-            f"mask has dtype {value.dtype}; a mask says which positions count, as booleans or as integers 0 and 1; "
-            "pass for example mask > 0."
+            f"mask must hold booleans, or integers 0 and 1, got dtype {value.dtype}. "
+            "It says which positions count, not how much; pass for example mask > 0."
         )
     try:
         fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
@@ -208,14 +207,14 @@ def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
         )
     if value.dtype != np.bool_ and _known("mask", value, lambda value: ((value != 0) & (value != 1)).any()):
         raise ValueError(
-            "mask holds integers other than 0 and 1; a mask says which positions count, and does not weigh them; "
-            "pass for example mask > 0, or for lengths, jnp.arange(size) < lengths[:, None]."
+            "mask must hold booleans, or integers 0 and 1, got other integers. "
+            "Pass for example mask > 0, or for lengths, jnp.arange(size) < lengths[:, None]."
         )
     return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
-def _mask_hint(mask_shape, shape):
-    """What to do about a mask that does not fit an input of that shape."""
+def _mask_hint(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """Suggests a shape in place of a mask's shape that does not broadcast to ``shape``."""
     last_axes_are_missing = mask_shape == shape[: len(mask_shape)]
     kept = mask_shape if last_axes_are_missing else shape[:1]
     entry = "example" if len(kept) == 1 else "position"
@@ -223,58 +222,56 @@ def _mask_hint(mask_shape, shape):
 
 
 def inexact(**dtypes: Any) -> None:
-    """Refuses dtypes that cannot hold results, parameters or statistics; None is a default."""
+    """Refuses integer dtypes for results, parameters and statistics; None stands for a default."""
     for name, dtype in dtypes.items():
         if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-            raise ValueError(
-                f"{name}={dtype!r}; a floating-point or complex dtype is accepted; use for example jnp.float32."
-            )
+            raise ValueError(f"{name} must be floating-point or complex, got {dtype!r}. Use for example jnp.float32.")
 
 
 def axis_names(
     names: AxisNames | None, groups: Sequence[Sequence[int]] | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Returns the axis names and the groups as tuples, empty for none.
+    """Returns the axis names and the groups as tuples, empty for None.
 
     Refuses names that are not bound here, and groups that do not partition the axis.
     """
-    # Read once, since an iterator cannot be read again.
-    shown = [[operator.index(index) for index in group] for group in (() if groups is None else groups)]
+    # Copied first: either level may be an iterator, which can be read only once.
+    groups = None if groups is None else [[operator.index(index) for index in group] for group in groups]
     if names is None:
         if groups is not None:
             raise ValueError(
-                f"axis_index_groups={shown} without axis_name; groups divide a named axis of devices; pass its name."
+                f"axis_name must be given with axis_index_groups={groups}. The groups divide a named axis of devices."
             )
         return (), ()
     if not isinstance(names, Iterable):
         raise ValueError(
-            f"axis_name={names!r} is no name; accepted are the name of an axis of devices and a sequence of names; "
-            'name the axis, as in jax.pmap(..., axis_name="data").'
+            f"axis_name must be a string or a sequence of strings, got {names!r}. "
+            'Name the axis of devices, as in jax.pmap(..., axis_name="data").'
         )
-    spread_over = (names,) if isinstance(names, str) else tuple(names)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    shown = repr(names[0] if len(names) == 1 else names)
     try:
-        size = math.prod(lax.axis_size(name) for name in spread_over)
+        size = math.prod(lax.axis_size(name) for name in names)
     except NameError:
         raise ValueError(
-            f"axis_name={names!r} is not bound here; it names an axis of jax.shard_map, jax.pmap or jax.vmap; "
-            "call inside one of them, or leave axis_name out: under jax.jit a sharded batch needs none."
+            f"axis_name must be an axis of an enclosing jax.shard_map, jax.pmap or jax.vmap, got {shown}. "
+            "Call inside one of them, or leave axis_name out: under jax.jit a sharded batch does not need it."
         ) from None
-    if groups is not None and sorted(index for group in shown for index in group) != list(range(size)):
+    if groups is not None and sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups={shown} does not partition axis_name={names!r} of size {size}; "
-            f"name each index from 0 to {size - 1} in exactly one group."
+            f"axis_index_groups must hold each index of axis_name={shown}, 0 to {size - 1}, exactly once, got {groups}."
         )
-    return spread_over, tuple(map(tuple, shown))
+    return names, tuple(map(tuple, groups or ()))
 
 
-def _known(name: str, value: ArrayLike, wrong: Callable[[np.ndarray], bool]) -> bool:
-    """Returns whether ``value`` is known before the program runs, and wrong; refuses what is no number at all."""
+def _known(name: str, value: ArrayLike, is_wrong: Callable[[np.ndarray], bool]) -> bool:
+    """Tells whether ``value`` is known before the program runs, and wrong; refuses anything but numbers."""
     try:
         known = np.asarray(value)
     except ValueError:  # a ragged list
         known = np.asarray(None)
-    except (jax.errors.TracerArrayConversionError, RuntimeError):  # the latter of an array on several machines
+    except (jax.errors.TracerArrayConversionError, RuntimeError):  # the latter for an array on several machines
         return False
     if not jnp.issubdtype(known.dtype, jnp.number):
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; a number is accepted; pass one.")
-    return bool(wrong(known))
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return bool(is_wrong(known))

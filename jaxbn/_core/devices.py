@@ -1,4 +1,4 @@
-"""The devices that measure a batch together: named axes, groups, and collectives over them."""
+"""The devices that measure a batch together: named axes, groups of devices, and the collectives over them."""
 
 import math
 from typing import NamedTuple
@@ -9,58 +9,77 @@ from jax import lax
 
 
 class Devices(NamedTuple):
-    """The device axes that a batch is spread over; hashable, so that compiled functions are found again.
+    """The named device axes over which a batch is spread.
+
+    Hashable, so that `jax.jit` and `jax.custom_jvp` can take it as a static argument.
 
     Attributes:
-      names: names of the axes; none for a batch in one piece.
-      groups: groups of device indices that are summed separately; none for all together.
+      names: names of the axes; empty if the batch is not spread over named axes.
+      groups: groups of device indices that are summed separately; empty if all devices are summed together.
     """
 
     names: tuple[str, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
 
     def total(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
-        """Adds arrays of one shape over the devices, or over the group of this device, in one collective."""
+        """Adds arrays of one shape over the devices, or over this device's group, in one collective."""
         return self.own(*self.totals(*sums))
 
     def totals(self, *sums: jax.Array) -> tuple[jax.Array, ...]:
-        """Adds as :meth:`total` does, but leaves the choice of this device's group to :meth:`own`.
+        """Adds like :meth:`total`, but leaves it to :meth:`own` to pick the totals of this device's group.
 
-        Where JAX cannot add within groups, the totals of all groups come back, stacked on a new first axis.
+        Where JAX cannot add within groups, returns the totals of all groups, stacked on a new first axis.
         """
         if not self.names:
             return sums
-        stacked = jnp.stack([part for s in sums for part in ((s.real, s.imag) if jnp.iscomplexobj(s) else (s,))])
+        # One array, and so one collective: its latency, not its size, is what a few numbers per feature cost.
+        reals: list[jax.Array] = []
+        for values in sums:
+            reals += (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
+        stacked = jnp.stack(reals)
         if self._adds_within_groups():
             added = lax.psum(stacked, self.names, axis_index_groups=self.groups or None)
         else:
-            mine = jnp.expand_dims(jnp.arange(len(self.groups)) == self._group(), (0, *range(2, stacked.ndim + 1)))
-            added = lax.psum(jnp.where(mine, stacked[:, None], 0), self.names)
+            # Each device adds zeros to the rows of the other groups.
+            is_own_row = jnp.arange(len(self.groups)) == self._group()
+            is_own_row = jnp.expand_dims(is_own_row, (0, *range(2, stacked.ndim + 1)))
+            added = lax.psum(jnp.where(is_own_row, stacked[:, None], 0), self.names)
         parts = iter(added)
-        return tuple(lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(s) else next(parts) for s in sums)
+        return tuple(
+            lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(values) else next(parts) for values in sums
+        )
 
     def own(self, *totals: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns what :meth:`totals`, or a function of it, holds for the group of this device."""
-        return totals if self._adds_within_groups() else tuple(total[self._group()] for total in totals)
+        """Picks this device's group from the totals of all groups, or from a function of them."""
+        if self._adds_within_groups():
+            return totals
+        return tuple(total[self._group()] for total in totals)
 
     def size(self) -> int | None:
-        """Returns how many devices add together, None if that differs from group to group."""
-        sizes = {len(group) for group in self.groups} or {math.prod(lax.axis_size(name) for name in self.names)}
+        """Returns how many devices add together; None if that differs between groups."""
+        sizes = {len(group) for group in self.groups}
+        if not self.groups:
+            sizes = {math.prod(lax.axis_size(name) for name in self.names)}
         return sizes.pop() if len(sizes) == 1 else None
 
-    def _group(self):
-        """The number of this device's group."""
-        number = {index: group for group, members in enumerate(self.groups) for index in members}
-        return jnp.asarray([number[index] for index in range(len(number))])[lax.axis_index(self.names)]
+    def _group(self) -> jax.Array:
+        """Returns the number of this device's group."""
+        group_of = {index: number for number, members in enumerate(self.groups) for index in members}
+        group_by_index = jnp.asarray([group_of[index] for index in range(len(group_of))])
+        return group_by_index[lax.axis_index(self.names)]
 
-    def _adds_within_groups(self):
-        """Whether JAX can add within the groups: not under vmap, nor under shard_map with check_vma=True.
+    def _adds_within_groups(self) -> bool:
+        """Tells whether `lax.psum` accepts these groups here.
 
-        Groups of unequal size it can add on some platforms only.
+        It does under pmap and under shard_map with check_vma=False, but not under vmap or with check_vma=True, and
+        groups of unequal size work on some platforms only.
         """
         if not self.groups:
             return True
-        if len(set(map(len, self.groups))) > 1 or not {*self.names} <= {*jax.sharding.get_abstract_mesh().manual_axes}:
+        if len(set(map(len, self.groups))) > 1:
             return False
-        # Only with check_vma=True does a value that was cast to vary over the devices say that it does.
-        return not jax.typeof(lax.pcast(jnp.zeros(()), self.names, to="varying")).manual_axis_type.varying
+        if not {*self.names} <= {*jax.sharding.get_abstract_mesh().manual_axes}:  # vmap
+            return False
+        # JAX has no query for check_vma.  Only with check_vma=True does a value cast to vary say that it varies.
+        probe = lax.pcast(jnp.zeros(()), self.names, to="varying")
+        return not jax.typeof(probe).manual_axis_type.varying

@@ -9,25 +9,30 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def wide_dtype(dtype: DTypeLike) -> Any:
-    """Returns the dtype that arithmetic on arrays of a dtype is done in."""
+    """Returns the dtype for arithmetic on arrays of ``dtype``: float32 in place of bfloat16 and float16."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """Returns ``x`` in at least float32; inside a reduction or a fused loop the wide copy is never in memory."""
+    """Casts ``x`` to at least float32.
+
+    XLA fuses the cast into the reduction or elementwise loop that reads it, so the wide copy never reaches memory.
+    """
     return x.astype(wide_dtype(x.dtype))
 
 
 def is_narrow(x: jax.Array) -> bool:
-    """Returns whether the arithmetic on ``x`` is in a wider dtype than its own."""
+    """Tells whether arithmetic on ``x`` needs a wider dtype than its own."""
     return x.dtype != wide_dtype(x.dtype)
 
 
 def in_float64(value: ArrayLike) -> Any:
-    """Returns ``value`` as a NumPy array of float64 or complex128."""
+    """Converts ``value`` to a NumPy array of float64 or complex128."""
     return np.asarray(value, np.complex128 if jnp.iscomplexobj(value) else np.float64)
 
 
 def abs2(x: jax.Array) -> jax.Array:
-    """Returns |x|^2, real also where x is complex."""
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+    """Computes |x|^2, which is real even if x is complex."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)

@@ -1,8 +1,8 @@
-"""Batch normalisation as pure functions: in evaluation, in training, and both with the running statistics.
+"""Batch normalization as pure functions: in evaluation, in training, and both with the running statistics.
 
 y = scale * (x - mean) / sqrt(var + epsilon) + bias.  ``axis`` names the feature axes of ``x``; mean, var, scale and
-bias have their shape, [C] for inputs [..., C].  All arithmetic is in at least float32; y has the dtype to which x,
-scale and bias promote, as in Flax.
+bias have the shape of these axes, [C] for inputs [..., C].  All arithmetic is in at least float32; y has the dtype to
+which x, scale and bias promote, as in Flax.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,19 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxbn._core import checks, platforms
+from jaxbn._core import checks
 from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
-from jaxbn._core.dtypes import is_narrow, widen
-from jaxbn._core.measure import Measured, fill, measure
+from jaxbn._core.dtypes import widen
+from jaxbn._core.measure import measure, zero_masked
+from jaxbn._core.scaling import apply_measured, normalize_about, result_dtype, scale_and_shift
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean, update_stats
-from jaxbn._core.sums import broadcast, pair_broadcast
 
 
 class Method(Protocol):
-    """What training does with a batch: the signature that :func:`jaxbn.batch_normalize` and its variants share."""
+    """A way to normalize a batch in training: the signature of :func:`jaxbn.batch_normalize` and its variants."""
 
     def __call__(
         self,
@@ -38,7 +37,7 @@ class Method(Protocol):
         mask: ArrayLike | None = None,
         stats: AnyStats | None = None,
     ) -> tuple[jax.Array, Moments]:
-        """Returns the normalised batch, and the moments for the running statistics."""
+        """Returns the normalized batch, and the moments for the running statistics."""
         ...
 
 
@@ -52,7 +51,7 @@ def normalize(
     axis: Axes = -1,
     epsilon: float = 1e-5,
 ) -> jax.Array:
-    """Normalises with given statistics, as evaluation does.
+    """Normalizes with given statistics, as in evaluation.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias.
 
@@ -63,9 +62,9 @@ def normalize(
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
       mean: shape [C].
-      var: shape [C], not negative.
-      scale: factor per feature (gamma), shape [C]; None for 1.
-      bias: shift per feature (beta), shape [C]; None for 0.
+      var: shape [C], non-negative.
+      scale: factor per feature (gamma), shape [C]; None means 1.
+      bias: shift per feature (beta), shape [C]; None means 0.
       axis: feature axis or axes of ``x``.
       epsilon: added to the variance; positive.
 
@@ -73,7 +72,7 @@ def normalize(
       y, shape [..., C].
 
     Raises:
-      ValueError: for an argument that does not fit ``x``; the message says what would.
+      ValueError: for an argument that does not fit ``x``; the message says what does.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2.
@@ -81,7 +80,7 @@ def normalize(
     x, axes, reduced = checks.inputs(x, axis)
     checks.parameters(x, axes, epsilon, mean=mean, var=var, scale=scale, bias=bias)
     mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
-    return _normalize_about(x, None, mean, None, var + epsilon, scale, bias, reduced)
+    return normalize_about(x, None, mean, None, var + epsilon, scale, bias, reduced)
 
 
 def batch_normalize(
@@ -96,7 +95,7 @@ def batch_normalize(
     mask: ArrayLike | None = None,
     stats: AnyStats | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalises a batch with its own moments, as training does.
+    """Normalizes a batch with its own moments, as in training.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the mean and biased variance of the batch.
 
@@ -105,38 +104,65 @@ def batch_normalize(
     Array([[-1.],
            [ 1.]], dtype=float32)
 
-    Masked positions are normalised with the moments of the others; there, a value that is not finite counts as 0.
-    A feature that is masked everywhere becomes its bias.
+    Masked positions are normalized with the moments of the other positions; a masked value that is not finite counts
+    as 0.  A feature that is masked everywhere becomes its bias.
 
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
-      scale: factor per feature (gamma), shape [C]; None for 1.
-      bias: shift per feature (beta), shape [C]; None for 0.
+      scale: factor per feature (gamma), shape [C]; None means 1.
+      bias: shift per feature (beta), shape [C]; None means 0.
       axis: feature axis or axes of ``x``.
       epsilon: added to the variance; positive.
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap.
-      axis_index_groups: groups of device indices to normalise separately, as in :func:`jax.lax.psum`.
+      axis_index_groups: groups of device indices to normalize separately, as in :func:`jax.lax.psum`.
       mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
-      stats: running statistics before this batch; not used here, but by methods that compare with them.
+      stats: running statistics before this batch; not used here, but by some of the variants.
 
     Returns:
       y, shape [..., C], and the moments of the batch.
 
     Raises:
-      ValueError: for an argument that does not fit ``x``; the message says what would.
+      ValueError: for an argument that does not fit ``x``; the message says what does.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
     del stats
-    x, axes, reduced = checks.inputs(x, axis)
-    checks.parameters(x, axes, epsilon, scale=scale, bias=bias)
-    mask = checks.mask(mask, x)
-    devices = Devices(*checks.axis_names(axis_name, axis_index_groups))
+    x, mask, reduced, devices = checked(x, mask, axis, epsilon, axis_name, axis_index_groups, scale=scale, bias=bias)
     checks.several_values(x.shape, reduced, axis_name)
-    # A variance far below epsilon need not be exact: features that are constant do not cost a second reading of x.
+    # A variance far below epsilon need not be exact, so that constant features do not cost a second pass over x.
     batch = measure(x, mask, reduced, devices, negligible=epsilon)
     return apply_measured(x, mask, batch, scale, bias, reduced, epsilon), round_mean(batch)
+
+
+def normalize_at_init(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    axis: Axes,
+    epsilon: float,
+    mask: ArrayLike | None,
+) -> jax.Array:
+    """Normalizes the batch with which a layer is initialized.
+
+    That batch is often a single example, outside of any device axis.  So this is :func:`batch_normalize` without
+    devices, and without the warning about a single value.
+
+    Args:
+      x: inputs, shape [..., C]; floating-point or complex.
+      scale: factor per feature, shape [C]; None means 1.
+      bias: shift per feature, shape [C]; None means 0.
+      axis: feature axis or axes of ``x``.
+      epsilon: added to the variance; positive.
+      mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+
+    Returns:
+      y, shape [..., C].
+    """
+    x, mask, reduced, devices = checked(x, mask, axis, epsilon, None, None, scale=scale, bias=bias)
+    batch = measure(x, mask, reduced, devices, negligible=epsilon)
+    return apply_measured(x, mask, batch, scale, bias, reduced, epsilon)
 
 
 def batch_norm(
@@ -155,10 +181,10 @@ def batch_norm(
     unbiased: bool = False,
     method: Method = batch_normalize,
 ) -> tuple[jax.Array, Stats]:
-    """Normalises with the batch and updates the running statistics, or normalises with those.
+    """Normalizes with the batch and updates the running statistics, or normalizes with the running statistics.
 
     Training: y, moments = method(x, ...);  stats = update_stats(stats, moments).
-    Evaluation: y = normalize(x, stats.mean, stats.var);  stats stay.
+    Evaluation: y = normalize(x, stats.mean, stats.var);  stats do not change.
 
     >>> x = jnp.array([[1.], [3.]])
     >>> y, stats = jaxbn.batch_norm(x, jaxbn.init_stats(1), use_running_average=False, momentum=0.9)
@@ -168,24 +194,24 @@ def batch_norm(
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
       stats: running statistics, shape [C].
-      scale: factor per feature (gamma), shape [C]; None for 1.
-      bias: shift per feature (beta), shape [C]; None for 0.
+      scale: factor per feature (gamma), shape [C]; None means 1.
+      bias: shift per feature (beta), shape [C]; None means 0.
       use_running_average: True to evaluate, False to train.
       momentum: weight of the old statistics, in [0, 1]; see :func:`jaxbn.update_stats`.
       epsilon: added to the variance; positive.
       axis: feature axis or axes of ``x``.
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap.
-      axis_index_groups: groups of device indices to normalise separately, as in :func:`jax.lax.psum`.
+      axis_index_groups: groups of device indices to normalize separately, as in :func:`jax.lax.psum`.
       mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
-      method: what training does with a batch; :func:`batch_normalize` or a variant with its signature.
+      method: how training normalizes a batch; :func:`batch_normalize` or a variant with its signature.
 
     Returns:
-      y, shape [..., C], and the running statistics, of the kind, shape and dtype given; a real mean becomes complex
+      y, shape [..., C], and running statistics of the class, shape and dtype of ``stats``; a real mean becomes complex
       with complex inputs.
 
     Raises:
-      ValueError: for an argument that does not fit ``x``; the message says what would.
+      ValueError: for an argument that does not fit ``x``; the message says what does.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -196,7 +222,7 @@ def batch_norm(
     checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     checks.momentum(momentum)
     if use_running_average:
-        x = fill(x, checks.mask(mask, x))
+        x = zero_masked(x, checks.mask(mask, x))
         return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
     y, moments = method(
         x,
@@ -220,10 +246,10 @@ def affine(
     axis: Axes = -1,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """Scales and shifts each feature: what batch norm is in evaluation, with its statistics gone into two arrays.
+    """Scales and shifts each feature: batch norm in evaluation, with its statistics merged into scale and bias.
 
-    y = scale * x + bias.  The same as :func:`normalize` with scale = gamma / sqrt(var + epsilon) and
-    bias = beta - mean gamma / sqrt(var + epsilon), but for rounding where the mean is large.
+    y = scale * x + bias.  Equal to :func:`normalize` if scale = gamma / sqrt(var + epsilon) and
+    bias = beta - mean gamma / sqrt(var + epsilon), except for rounding at large means.
 
     >>> jaxbn.affine(jnp.array([[1.], [3.]]), jnp.array([2.]), jnp.array([-4.]))
     Array([[-2.],
@@ -231,8 +257,8 @@ def affine(
 
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
-      scale: factor per feature, shape [C]; None for 1.
-      bias: shift per feature, shape [C]; None for 0.
+      scale: factor per feature, shape [C]; None means 1.
+      bias: shift per feature, shape [C]; None means 0.
       axis: feature axis or axes of ``x``.
       mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
 
@@ -240,73 +266,35 @@ def affine(
       y, shape [..., C].
 
     Raises:
-      ValueError: for an argument that does not fit ``x``; the message says what would.
+      ValueError: for an argument that does not fit ``x``; the message says what does.
     """
     x, axes, reduced = checks.inputs(x, axis)
-    checks.parameters(x, axes, 1.0, scale=scale, bias=bias)
+    checks.parameters(x, axes, 1.0, scale=scale, bias=bias)  # with any epsilon, which plays no part here
     mask = checks.mask(mask, x)
     if scale is None and bias is None:
-        return fill(x, mask)
-    features = [x.shape[one] for one in axes]
+        return zero_masked(x, mask)
+    features = [x.shape[i] for i in axes]
     a = jnp.ones(features) if scale is None else widen(jnp.asarray(scale))
     shift = None if bias is None else widen(jnp.asarray(bias))
-    return _scale_and_shift(x, mask, jnp.zeros(features), a, shift, reduced, result_dtype(x, scale, bias))
+    pivot = jnp.zeros(features)
+    return scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))
 
 
-def apply_measured(x, mask, batch: Measured, scale, bias, reduced, epsilon) -> jax.Array:
-    """Normalises x, shape [..., C], with moments that were measured on it; its arguments have been checked."""
-    v = batch.var + epsilon
-    if mask is not None:  # a feature that is masked everywhere becomes its bias
-        v = jnp.where(batch.count > 0, v, jnp.inf)
-    return _normalize_about(x, mask, lax.stop_gradient(batch.pivot), batch.offset, v, scale, bias, reduced)
+def checked(
+    x: ArrayLike,
+    mask: ArrayLike | None,
+    axis: Axes,
+    epsilon: ArrayLike,
+    axis_name: AxisNames | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    **per_feature: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array | None, tuple[int, ...], Devices]:
+    """Checks the arguments of a method.
 
-
-def result_dtype(x, scale, bias):
-    """Returns the dtype of y: what x, scale and bias promote to, as far as they are given."""
-    return jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-
-
-def _normalize_about(x, mask, pivot, offset, v, scale, bias, reduced) -> jax.Array:
-    """Returns y = (x - pivot) a + (bias - offset a), with a = scale / sqrt(v): exact where x and its mean are large."""
-    a, shift = _coefficients(offset, v, scale, bias)
-    return _scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))
-
-
-@jax.jit  # a net has many layers of the same kind, for which this need not be traced again
-def _coefficients(offset, v, scale, bias):
-    """Returns a = scale / sqrt(v) and bias - offset a, or None for the latter where both are None."""
-    a = _slope(jnp.ones_like(v) if scale is None else widen(jnp.asarray(scale)), v)
-    shift = None if bias is None else widen(jnp.asarray(bias))
-    if offset is not None:
-        shift = -offset * a if shift is None else shift - offset * a
-    return a, shift
-
-
-@platforms.rematerialized(static_argnums=(5, 6))  # keeps x alone for the backward pass, not x - pivot as well
-def _scale_and_shift(x, mask, pivot, a, shift, reduced, dtype):
-    wide = widen(fill(x, mask))
-    centred = wide - broadcast(pivot, wide, reduced)
-    if shift is None:
-        y = centred * broadcast(a, wide, reduced)
-    else:
-        a, shift = pair_broadcast(a, shift, wide, reduced, narrow=is_narrow(x))
-        y = centred * a + shift
-    return y.astype(dtype)
-
-
-@jax.custom_jvp
-def _slope(scale, v):
-    """Returns scale / sqrt(v)."""
-    return scale * lax.rsqrt(v)
-
-
-@_slope.defjvp
-def _slope_jvp(primals, tangents):
-    """Derivative, divided where that comes last backward.
-
-    XLA keeps what a division gives, an array per feature.  Products of such arrays it repeats for every value of the
-    batch that they are applied to.
+    Returns:
+      The inputs and the mask as arrays, the axes to sum over, and the devices.
     """
-    scale, v = primals
-    scale_dot, v_dot = tangents
-    return _slope(scale, v), scale_dot * lax.rsqrt(v) - (0.5 * _slope(scale, v)) * (v_dot / v)
+    x, axes, reduced = checks.inputs(x, axis)
+    checks.parameters(x, axes, epsilon, **per_feature)
+    mask = checks.mask(mask, x)
+    return x, mask, reduced, Devices(*checks.axis_names(axis_name, axis_index_groups))

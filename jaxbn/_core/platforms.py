@@ -1,7 +1,7 @@
-"""What depends on the platform that a program is compiled for: a CPU, or an accelerator.
+"""Choices that depend on the platform for which a program is compiled: a CPU or an accelerator.
 
-The platform is known when a program is lowered, not when it is traced: one trace may be exported for several platforms.
-So the choice is left to JAX (:func:`jax.lax.platform_dependent`, or a lowering rule).
+The platform is known when a program is lowered, not when it is traced, because one trace may be exported for several
+platforms.  So the choice is left to JAX: to :func:`jax.lax.platform_dependent`, or to a primitive's lowering rule.
 """
 
 import contextlib
@@ -14,47 +14,53 @@ from typing import Any
 import jax
 from jax import lax
 
+# Set by tests only, through `assumed`.
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed platform", default=None)
 
 
 def choose(*arguments: Any, cpu: Callable, accelerator: Callable) -> Any:
-    """Returns what one of two functions makes of the arguments, by the platform that the program is compiled for."""
+    """Calls one of two functions on the arguments, depending on the platform for which the program is compiled."""
     if assumed := _assumed.get():
         return (cpu if assumed == "cpu" else accelerator)(*arguments)
-    # Else a transposed function would add over devices inside of what JAX lowers to a conditional of one branch.
+    # `platform_dependent` lowers to a conditional, even if only one branch is left.  Under shard_map, an argument that
+    # does not vary over the devices is cast to vary where it is used, and the transpose of that cast is a psum.  The
+    # casts are made out here, so that no collective ends up inside the conditional.
     leaves, structure = jax.tree.flatten(arguments)
     arguments = jax.tree.unflatten(structure, varying_alike(*leaves))
     return lax.platform_dependent(*arguments, cpu=cpu, default=accelerator)
 
 
-def varying_alike(*values):
-    """Returns the values as varying over all those device axes of shard_map over which one of them varies."""
+def varying_alike(*values: jax.Array) -> list[jax.Array]:
+    """Casts the values to vary over every shard_map axis over which any of them varies."""
     axes = [jax.typeof(value).manual_axis_type.varying for value in values]
     missing = [tuple(frozenset().union(*axes) - own) for own in axes]
-    return [lax.pcast(v, names, to="varying") if names else v for v, names in zip(values, missing, strict=True)]
+    return [
+        lax.pcast(value, names, to="varying") if names else value for value, names in zip(values, missing, strict=True)
+    ]
 
 
 def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], Callable]:
-    """Returns a decorator: the backward pass computes the function again from its arguments, and keeps nothing else.
+    """Returns a decorator that makes the backward pass recompute the function from its arguments.
 
-    The barriers of `jax.checkpoint` make XLA do so on a CPU; without them it shares x - mean between the forward and
-    the backward pass and keeps it in memory.  On an accelerator the compiler computes again what it can fuse anyway.
-    There a barrier does harm: it forces a copy of the batch, and separates sums from the convolution before them.
+    `jax.checkpoint` alone saves nothing: XLA's common subexpression elimination would merge the recomputation with the
+    forward pass, and keep x - mean in memory.  On a CPU the optimization barriers of ``prevent_cse=True`` stop it.  The
+    compilers for accelerators recompute what they can fuse anyway, and there a barrier does harm: it forces a copy of
+    the batch, and separates sums from the convolution before them.
     """
 
     def decorate(function: Callable) -> Callable:
-        # Called eagerly, the choice would be traced and compiled at every call.
+        # Without jit, an eager call would trace and compile `platform_dependent` every time.
         @functools.partial(jax.jit, static_argnums=static_argnums)
         @functools.wraps(function)
         def run(*arguments: Any) -> Any:
             static = {i: arguments[i] for i in static_argnums}
 
             def bound(*arrays: Any) -> Any:
-                rest = iter(arrays)
-                return function(*(static[i] if i in static else next(rest) for i in range(len(arguments))))
+                remaining = iter(arrays)
+                return function(*(static[i] if i in static else next(remaining) for i in range(len(arguments))))
 
             return choose(
-                *(a for i, a in enumerate(arguments) if i not in static),
+                *(argument for i, argument in enumerate(arguments) if i not in static),
                 cpu=jax.checkpoint(bound),
                 accelerator=jax.checkpoint(bound, prevent_cse=False),
             )
@@ -65,33 +71,34 @@ def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], C
 
 
 def devices_to_share(context: Any) -> int:
-    """Returns over how many devices XLA divides a program that is being lowered, given the context of a lowering rule.
+    """Returns the number of devices over which XLA will partition the program that is being lowered.
 
-    Under shard_map a program is that of one device, as far as the mesh has no automatic axes; under pmap it always is.
+    Args:
+      context: of a lowering rule.
     """
-    devices = context.module_context.axis_context
-    if hasattr(devices, "num_devices"):
-        return devices.num_devices
-    if hasattr(devices, "manual_axes"):
-        sizes = devices.mesh.shape.items()
-        return math.prod(size for name, size in sizes if name not in devices.manual_axes)
-    return 1
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):  # jit
+        return axes.num_devices
+    if hasattr(axes, "manual_axes"):  # shard_map: only automatic axes are left to XLA
+        sizes = axes.mesh.shape.items()
+        return math.prod(size for name, size in sizes if name not in axes.manual_axes)
+    return 1  # pmap
 
 
 def lowered_for(platform: str) -> str:
-    """Returns the platform whose algorithm a lowering rule takes: its own, unless a test assumes another."""
+    """Returns the platform whose algorithm a lowering rule should use: its own, unless a test assumes another."""
     return _assumed.get() or platform
 
 
 @contextlib.contextmanager
 def assumed(platform: str) -> Generator[None]:
-    """Inside, programs take the algorithms for this platform, on whatever they run: a test of those for accelerators.
+    """Makes programs use another platform's algorithms, so that those for accelerators can be tested on a CPU.
 
     Args:
       platform: "cpu", "tpu" or "cuda".
     """
     token = _assumed.set(platform)
-    jax.clear_caches()  # what has been traced or compiled for another platform
+    jax.clear_caches()  # these programs were traced or compiled for another platform
     try:
         yield
     finally:

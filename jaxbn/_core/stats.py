@@ -1,12 +1,12 @@
-"""Moments of a batch, how they combine, and the running statistics made of them.
+"""Moments of a batch, how they combine, and the running statistics.
 
-``axis`` names the feature axes of ``x``; every other axis is averaged over, and a statistic has the shape of the
-feature axes, [C] for inputs [..., C].  Variances are biased: divided by the count m, not m - 1.  Statistics are
-float32, or float64 where ``x`` is; of a complex ``x`` the mean is complex and the variance real.
+``axis`` names the feature axes of ``x``.  All other axes are averaged over, and a statistic has the shape of the
+feature axes: [C] for inputs [..., C].  Variances are biased: divided by the count m, not m - 1.  Statistics are
+float32, or float64 if ``x`` is; for a complex ``x``, the mean is complex and the variance real.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ from jaxbn._core.measure import Measured, measure
 
 
 class Moments(NamedTuple):
-    """Mean and variance of a batch, and the number of values behind them.
+    """Mean and variance of a batch, and the number of values that they average.
 
-    With :func:`combine` they form a commutative monoid whose identity has count 0.
+    With :func:`combine` they form a commutative monoid, whose identity has count 0.
 
     Attributes:
       mean: shape [C].
       var: biased variance, shape [C].
-      count: number of values behind each feature, shape [C].
+      count: number of values per feature, shape [C].
     """
 
     mean: jax.Array
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
 
 class BatchStats(NamedTuple):
-    """Running statistics: what evaluation normalises with.
+    """Running statistics, with which evaluation normalizes.
 
     Attributes:
       mean: shape [C].
@@ -49,12 +49,12 @@ class BatchStats(NamedTuple):
 
 
 class CountedStats(NamedTuple):
-    """Running statistics that know how many batches they have seen, and so are never biased towards their start.
+    """Running statistics that count their batches, and so are not biased towards their initial values.
 
     Attributes:
       mean: shape [C].
       var: shape [C].
-      steps: batches accepted for each feature, int32, shape [C].
+      steps: number of batches averaged for each feature, int32, shape [C].
     """
 
     mean: jax.Array
@@ -63,13 +63,13 @@ class CountedStats(NamedTuple):
 
 
 class AccumulatedStats(NamedTuple):
-    """Running statistics that move once every few batches, by the moments of all of them: gradient accumulation.
+    """Running statistics for gradient accumulation: updated once every few batches, with the moments of all of them.
 
     Attributes:
-      running: what evaluation normalises with, as of the last move.
-      pending: moments of the batches since then, taken together, shape [C].
+      running: running statistics as of the last update.
+      pending: combined moments of the batches since then, shape [C].
       batches: number of batches since then, int32, shape [].
-      every: number of batches after which the running statistics move, integer, shape [].
+      every: number of batches per update, integer, shape [].
     """
 
     running: BatchStats | CountedStats
@@ -88,7 +88,6 @@ class AccumulatedStats(NamedTuple):
         return self.running.var
 
 
-_PENDING = "pending_"  # of the names of what waits, as variables of a layer
 AnyStats = BatchStats | CountedStats | AccumulatedStats
 STATS_TYPES = get_args(AnyStats)
 Stats = TypeVar("Stats", bound=AnyStats)
@@ -102,10 +101,10 @@ def moments(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
-    """Measures mean, biased variance and count of each feature.
+    """Computes the mean, biased variance and count of each feature.
 
     ``mean = sum(x) / m``, ``var = sum(|x - mean|^2) / m``, over the m positions that the mask admits, on all devices.
-    Both are accurate to the precision of ``x`` at any mean, and differentiable in every mode.
+    Both are accurate to the precision of ``x`` at any mean, and differentiable in forward and reverse mode.
 
     >>> mean, var, count = jaxbn.moments(jnp.array([[1., 10.], [3., 30.]]))
     >>> mean, var, count
@@ -114,7 +113,7 @@ def moments(
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
       axis: feature axis or axes of ``x``.
-      mask: booleans that broadcast to ``x``; False leaves a position out, whatever it holds.
+      mask: booleans that broadcast to ``x``; False leaves a position out, even if it is nan or infinite.
       axis_name: name or names of the device axes to measure over, under shard_map, pmap or vmap.
       axis_index_groups: groups of device indices to measure over separately, as in :func:`jax.lax.psum`.
 
@@ -122,7 +121,7 @@ def moments(
       Moments of shape [C]; zeros where the count is zero.
 
     Raises:
-      ValueError: for an axis, mask, axis name or dtype that does not fit ``x``; the message says what would.
+      ValueError: for an axis, mask, axis name or dtype that does not fit ``x``; the message says what does.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
@@ -134,12 +133,12 @@ def moments(
 
 
 def round_mean(measured: Measured) -> Moments:
-    """Returns what was measured as moments, with the mean in one float."""
+    """Rounds the mean, two floats in ``measured``, to one."""
     return Moments(measured.pivot + measured.offset, measured.var, measured.count)
 
 
 def combine(a: Moments, b: Moments) -> Moments:
-    """Returns the moments of two batches taken together.
+    """Combines the moments of two batches into those of both batches together.
 
     n = n_a + n_b,  mean = mean_a + d n_b/n,  var = (n_a var_a + n_b var_b)/n + d^2 n_a n_b/n^2,  d = mean_b - mean_a.
 
@@ -162,8 +161,11 @@ def combine(a: Moments, b: Moments) -> Moments:
     """
     checks.same_features("the moments b", jnp.shape(b.mean), "the moments a", jnp.shape(a.mean))
     count = a.count + b.count
-    weight_a, weight_b = a.count / jnp.maximum(count, 1), b.count / jnp.maximum(count, 1)
+    weight_a = a.count / jnp.maximum(count, 1)
+    weight_b = b.count / jnp.maximum(count, 1)
+    # From the difference of the means: the sums of weighted means and of weighted squares would cancel at large means.
     delta = b.mean - a.mean
+    # Moments of no values may hold any mean, and a + 1 (b - a) is b only up to rounding.
     mean = jnp.where(a.count > 0, a.mean + weight_b * delta, b.mean)
     var = weight_a * a.var + weight_b * b.var + weight_a * weight_b * abs2(delta)
     return Moments(mean, var, count)
@@ -172,59 +174,69 @@ def combine(a: Moments, b: Moments) -> Moments:
 def pool(batches: Moments, devices: Devices) -> Moments:
     """Combines the moments of many batches, stacked on the first axis, on all devices: [B, C] to [C].
 
-    The same as :func:`combine` over them in any order, without a chain of B additions.
+    Equal to :func:`combine` over them in any order, but without a chain of B additions.
     """
-    count, weighted = devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0))
+    count, weighted_means = devices.total(batches.count.sum(0), (batches.count * batches.mean).sum(0))
     m = jnp.maximum(count, 1)
-    mean = weighted / m
-    spread = (batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0)
-    (spread,) = devices.total(spread)
-    return Moments(mean, spread / m, count)
+    mean = weighted_means / m
+    # About the common mean, which costs a second collective, but cancels at no mean.
+    squares = (batches.count * (batches.var + abs2(batches.mean - mean[None]))).sum(0)
+    (squares,) = devices.total(squares)
+    return Moments(mean, squares / m, count)
 
 
 def init_stats(
-    features: int | Sequence[int], *, counted: bool = False, accumulate: int = 1, dtype: DTypeLike = jnp.float32
+    features: int | Sequence[int],
+    *,
+    counted: bool = False,
+    accumulate: int = 1,
+    dtype: DTypeLike = jnp.float32,
 ) -> AnyStats:
-    """Returns the running statistics before the first batch: mean 0, variance 1.
+    """Creates running statistics as they are before the first batch: mean 0, variance 1.
 
     >>> jaxbn.init_stats(2)
     BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32))
 
     Args:
       features: number of features C, or the shape of the feature axes.
-      counted: also count the batches, for averages without bias towards 0 and 1; see :func:`update_stats`.
-      accumulate: number of batches that make one optimizer step, and one update of the statistics.
-      dtype: of the mean, complex64 for complex inputs; the variance has its real counterpart.
+      counted: also count the batches, for averages that are not biased towards 0 and 1; see :func:`update_stats`.
+      accumulate: number of batches per optimizer step, and so per update of the statistics.
+      dtype: dtype of the mean, complex64 for complex inputs; the variance has its real counterpart.
 
     Returns:
-      BatchStats, or CountedStats, of shape [C]; AccumulatedStats of them if ``accumulate`` exceeds 1.
+      BatchStats, or CountedStats, of shape [C]; wrapped in AccumulatedStats if ``accumulate`` exceeds 1.
 
     Raises:
-      ValueError: if ``accumulate`` is no integer or below 1, ``features`` are no integers or negative, or ``dtype`` is
-        that of integers.
+      ValueError: if ``accumulate`` is not a positive integer, ``features`` are not non-negative integers, or ``dtype``
+        is an integer dtype.
     """
     accumulate = checks.whole("accumulate", accumulate, least=1)
     for size in features if isinstance(features, Iterable) else (features,):
         checks.whole("features", size, least=0)
     checks.inexact(dtype=dtype)
-    real = jnp.finfo(dtype).dtype
-    mean, var = jnp.zeros(features, dtype), jnp.ones(features, real)
-    stats = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
+    real_dtype = jnp.finfo(dtype).dtype
+    mean, var = jnp.zeros(features, dtype), jnp.ones(features, real_dtype)
+    running = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
     if accumulate == 1:
-        return stats
-    # Pending sums are at least float32, whatever the running statistics are kept in.
-    wide, wide_real = jnp.promote_types(dtype, jnp.float32), jnp.promote_types(real, jnp.float32)
-    pending = Moments(jnp.zeros(features, wide), jnp.zeros(features, wide_real), jnp.zeros(features, wide_real))
-    return AccumulatedStats(stats, pending, jnp.zeros((), jnp.int32), jnp.asarray(accumulate, jnp.int32))
+        return running
+    # Pending moments are at least float32, even if the running statistics are stored in half precision.
+    wide_dtype = jnp.promote_types(dtype, jnp.float32)
+    wide_real_dtype = jnp.promote_types(real_dtype, jnp.float32)
+    pending = Moments(
+        mean=jnp.zeros(features, wide_dtype),
+        var=jnp.zeros(features, wide_real_dtype),
+        count=jnp.zeros(features, wide_real_dtype),
+    )
+    return AccumulatedStats(running, pending, jnp.zeros((), jnp.int32), jnp.asarray(accumulate, jnp.int32))
 
 
 def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, unbiased: bool = False) -> Stats:
-    """Moves the running statistics towards those of a batch.
+    """Updates the running statistics with the moments of a batch.
 
     new = momentum * old + (1 - momentum) * batch.  With CountedStats, 1 - momentum becomes
-    (1 - momentum) / (1 - momentum^t) after t batches, or 1/t for ``momentum=None``, so that the start has no weight.
-    AccumulatedStats combine the moments of several batches, and then move as for one batch of all of them.
-    A feature whose moments are not finite, or whose count is zero, keeps what it has.
+    (1 - momentum) / (1 - momentum^t) after t batches, or 1/t for ``momentum=None``, so that the initial values have no
+    weight.  AccumulatedStats combine the moments of several batches, and then update once, as if for one batch.
+    A feature whose moments are not finite, or whose count is zero, keeps its statistics.
 
     >>> batch = jaxbn.moments(jnp.array([[1.], [3.]]))
     >>> jaxbn.update_stats(jaxbn.init_stats(1), batch, momentum=0.9)
@@ -232,12 +244,12 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
 
     Args:
       stats: running statistics, shape [C].
-      moments: of one batch, shape [C].
-      momentum: weight of the old value, in [0, 1]; None, for CountedStats only, averages all batches alike.
+      moments: moments of the batch, shape [C].
+      momentum: weight of the old value, in [0, 1]; None, for CountedStats only, weights all batches equally.
       unbiased: multiply the variance by m/(m - 1), as the paper and PyTorch do.
 
     Returns:
-      Statistics of the kind, shape and dtype given; a real mean becomes complex with complex moments.
+      Statistics of the class, shape and dtype of ``stats``; a real mean becomes complex with complex moments.
 
     Raises:
       ValueError: for moments of other features, a momentum outside [0, 1], or None without a count.
@@ -252,91 +264,78 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
         return _accumulate(stats, moments, momentum=momentum, unbiased=unbiased)
     if isinstance(stats, BatchStats) and momentum is None:
         raise ValueError(
-            "momentum=None averages all batches alike, which needs their number, but BatchStats has no count; "
-            "start from init_stats(features, counted=True), or give a momentum in [0, 1]."
+            "momentum must be a number in [0, 1] for BatchStats, got None: weighting all batches equally needs their "
+            "number. Start from init_stats(features, counted=True), or pass a momentum."
         )
-    traced = isinstance(moments.mean, jax.core.Tracer) and (momentum is None or isinstance(momentum, int | float))
-    return (_moved_by_constant if traced else _moved)(stats, moments, momentum, bool(unbiased))
+    # Networks have many layers of the same shape, and tracing these small operations for each of them takes a tenth of
+    # the time of tracing a training step.  Called under jit, a jitted function is traced once for all.
+    is_traced = isinstance(moments.mean, jax.core.Tracer)
+    is_constant = momentum is None or isinstance(momentum, int | float)
+    update = _update_jitted if is_traced and is_constant else _update
+    return update(stats, moments, momentum, bool(unbiased))
 
 
-def _moved(stats, moments, momentum, unbiased):
-    accepted = _accepted(moments)
+def _update(stats: Any, moments: Moments, momentum: Any, unbiased: bool) -> Any:
+    accepted = _is_usable(moments)
     var = moments.var
-    if unbiased:
+    if unbiased:  # Ioffe and Szegedy 2015, algorithm 2: Var[x] = m/(m-1) E[var]
         var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
     if isinstance(stats, CountedStats):
         steps = stats.steps + accepted.astype(stats.steps.dtype)
-        weight = _unbiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
+        weight = _debiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
         stats = stats._replace(steps=steps)
         momentum = 1 - weight
 
-    def move(old, new):
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
         new = _keep_dtype(momentum * old + (1 - momentum) * new, old)
         return lax.select(accepted, new, old.astype(new.dtype))
 
-    return stats._replace(mean=move(stats.mean, moments.mean), var=move(stats.var, var))
+    return stats._replace(mean=average(stats.mean, moments.mean), var=average(stats.var, var))
 
 
-# In a program: a net has many layers of the same kind, and tracing these few small operations for each takes a tenth of
-# the time of tracing the whole training step.
-_moved_by_constant = jax.jit(_moved, static_argnums=(2, 3))
+_update_jitted = jax.jit(_update, static_argnums=(2, 3))
 
 
-def variable_names(*, counted: bool, accumulate: int) -> tuple[str, ...]:
-    """Returns the names of the variables in which a layer keeps what :func:`init_stats` makes."""
-    running = CountedStats._fields if counted else BatchStats._fields
-    waiting = (*Moments._fields, "batches") if accumulate > 1 else ()
-    return (*running, *(_PENDING + name for name in waiting))
-
-
-def to_variables(stats: AnyStats) -> dict[str, jax.Array]:
-    """Returns the arrays of running statistics by :func:`variable_names`."""
-    if not isinstance(stats, AccumulatedStats):
-        return stats._asdict()
-    waiting = {**stats.pending._asdict(), "batches": stats.batches}
-    return {**stats.running._asdict(), **{_PENDING + name: value for name, value in waiting.items()}}
-
-
-def from_variables(variables: Mapping[str, jax.Array], *, accumulate: int = 1) -> AnyStats:
-    """Returns the running statistics that :func:`to_variables` took apart."""
-    running = {name: value for name, value in variables.items() if not name.startswith(_PENDING)}
-    running = CountedStats(**running) if "steps" in running else BatchStats(**running)
-    if len(variables) == len(running):
-        return running
-    pending = Moments(*(variables[_PENDING + name] for name in Moments._fields))
-    return AccumulatedStats(running, pending, variables[_PENDING + "batches"], accumulate)
-
-
-def _accumulate(stats, moments, *, momentum, unbiased):
-    """Adds a batch to those that wait, and moves the running statistics when there are enough."""
-    moments = jax.tree.map(lambda value: jnp.where(_accepted(moments), value, 0), moments)
-    pending, batches = combine(stats.pending, moments), stats.batches + 1
+def _accumulate(stats: AccumulatedStats, moments: Moments, *, momentum: ArrayLike | None, unbiased: bool) -> Any:
+    """Adds a batch to the pending ones, and updates the running statistics once there are enough."""
+    # A feature with unusable moments enters with count 0, the identity of `combine`.
+    moments = jax.tree.map(lambda value: jnp.where(_is_usable(moments), value, 0), moments)
+    pending = combine(stats.pending, moments)
+    batches = stats.batches + 1
+    # The update is computed at every batch, and selected at the last: a few numbers per feature are cheaper than a
+    # conditional, and vmap would turn that into a select anyway.
     complete = batches >= stats.every
-    moved = update_stats(stats.running, pending, momentum=momentum, unbiased=unbiased)
+    updated = update_stats(stats.running, pending, momentum=momentum, unbiased=unbiased)
     return stats._replace(
-        running=jax.tree.map(lambda new, old: jnp.where(complete, new, old), moved, stats.running),
+        running=jax.tree.map(lambda new, old: jnp.where(complete, new, old), updated, stats.running),
         pending=jax.tree.map(lambda new, old: _keep_dtype(jnp.where(complete, 0, new), old), pending, stats.pending),
         batches=jnp.where(complete, 0, batches),
     )
 
 
-def _accepted(moments: Moments) -> jax.Array:
-    """Returns which features have moments that the running statistics can use."""
+def _is_usable(moments: Moments) -> jax.Array:
+    """Tells which features have moments that may enter the running statistics."""
     return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
 
 
 def _keep_dtype(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns ``new`` in the dtype of ``old``, so that a scan over steps has a carry of constant type."""
+    """Casts ``new`` to the dtype of ``old``, so that the carry of a scan over steps keeps its type."""
     return new.astype(jnp.promote_types(old.dtype, jnp.complex64) if jnp.iscomplexobj(new) else old.dtype)
 
 
-def _unbiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:
-    """Returns the weight (1 - momentum) / (1 - momentum^t) of batch t; its limit 1/t where momentum is 1 or None."""
+def _debiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:
+    """Computes the weight (1 - momentum) / (1 - momentum^t) of batch t; its limit 1/t if momentum is 1 or None.
+
+    Kingma and Ba 2015, section 3, divide the average by 1 - momentum^t; this is the same as a recursion on the result.
+    """
     if momentum is None:
         return 1 / steps
+    # momentum^t is exp(t log(momentum)), with log1p and expm1 because a momentum near 1 keeps few digits of the
+    # difference.  Numerator and denominator come from the same rounded `new`; otherwise the weight could exceed 1, and
+    # the variance become negative.
     new = jnp.asarray(1 - momentum, steps.dtype)
-    # 1 - momentum^t from the same `new`: rounded otherwise, the weight of a batch could exceed 1, and the variance be
-    # negative.
-    forgotten = -jnp.expm1(steps * jnp.log1p(-jnp.minimum(new, 1 - 1e-6)))
-    weight = jnp.where(new > 0, new / jnp.where(new > 0, forgotten, 1), 1 / steps)
+    bounded = jnp.minimum(new, 1 - 1e-6)  # log1p(-1) is infinite
+    denominator = -jnp.expm1(steps * jnp.log1p(-bounded))
+    # `where` inside of the division, too, so that its gradient is not nan where it is not used.
+    weight = jnp.where(new > 0, new / jnp.where(new > 0, denominator, 1), 1 / steps)
     return jnp.minimum(jnp.where(steps == 1, 1, weight), 1)

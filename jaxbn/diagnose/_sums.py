@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxbn._core import checks
 from jaxbn._core.dtypes import abs2, widen
-from jaxbn._core.measure import fill
+from jaxbn._core.measure import zero_masked
 from jaxbn._core.stats import BatchStats
 from jaxbn._core.variants import batch_renormalize, ghost_normalize
 from jaxbn._models.batch_norms import NormCall
@@ -119,7 +119,7 @@ def record_call(norm: NormCall, sizes: set[int]) -> tuple[CallRecord, BatchStats
         rows = values.transpose(*reduced, *axes).reshape(examples, -1, *features)
         return rows.sum(1)
 
-    wide = widen(fill(x, mask))
+    wide = widen(zero_masked(x, mask))
     counts = by_example(jnp.ones(x.shape, wide.real.dtype))
     count = jnp.maximum(counts.sum(0), 1)
     mean = by_example(wide).sum(0) / count

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._core.dtypes import in_float64
-from jaxbn._core.functional import result_dtype
+from jaxbn._core.scaling import result_dtype
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import arrays_of
 from jaxbn.surgery._new_layers import NewLayer, make_affine

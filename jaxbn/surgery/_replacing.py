@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxbn._core import checks
-from jaxbn._core.stats import init_stats, to_variables
+from jaxbn._core.stats import init_stats
+from jaxbn._core.variables import to_variables
 from jaxbn._models.batch_norms import NormCall
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import arrays_of

@@ -1,4 +1,4 @@
-"""One training step on every parallel API of JAX: how to differentiate, what to name, and what comes out.
+"""One training step on every parallel API of JAX: how to differentiate, which axes to name, and what it returns.
 
 ``share(params, ...)`` returns a device's share of the loss of the whole batch, and what else is wanted of the forward
 pass.  The share is the sum of the losses of the device's examples, over the number of examples on all devices: shares

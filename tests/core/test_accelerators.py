@@ -1,7 +1,7 @@
-"""Batch norm compiles for TPUs and GPUs that are not there, and moves no more than it should.
+"""Batch norm compiles ahead of time for TPUs and GPUs, and moves no more bytes than it should.
 
-Skipped where the compilers are not installed: `pip install 'jaxbn[aot]'` brings them. Each program is compiled in a
-process of its own, so that a compiler that dies fails one test.
+Skipped if the compilers are not installed: `pip install 'jaxbn[aot]'` installs them. Each program is compiled in a
+separate process, so that a compiler that dies fails only one test.
 """
 
 import functools
@@ -60,7 +60,7 @@ class Nnx(nnx.Module):
 
 
 def in_linen(x):
-    """Returns parameters and statistics, and the net as a function of both, inputs and whether it trains."""
+    """Returns parameters, statistics, and the model as a function of both, the inputs, and whether it trains."""
     net = Linen()
     variables = jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), x)
 
@@ -75,7 +75,7 @@ def in_linen(x):
 
 
 def in_nnx(x):
-    """Returns the same of the net in nnx."""
+    """Returns the same for the model in nnx."""
     net = nnx.eval_shape(lambda: Nnx(x.dtype, nnx.Rngs(0)))
     graph, params, stats = nnx.split(net, nnx.Param, ...)
 
@@ -91,7 +91,7 @@ FRONT_ENDS = {"linen": in_linen, "nnx": in_nnx}
 
 
 def lower(front_end, name, dtype, devices):
-    """Lowers a net for the first device: an evaluation, or a pass forward and backward that updates the statistics."""
+    """Lowers a model for the first device: evaluation, or a forward and backward pass that updates the statistics."""
     x = jax.ShapeDtypeStruct(SHAPE, dtype)
     params, stats, apply = FRONT_ENDS[front_end](x)
 

@@ -16,7 +16,7 @@ import jaxbn
 from tests import reference
 
 ROUNDING = float(jnp.finfo(jnp.float32).eps)
-MEANS = [0.0, 1e3]  # below and above the ratio at which the sums are taken again, centred
+MEANS = [0.0, 1e3]  # below and above the ratio at which the sums are taken again, centered
 RNG = np.random.default_rng(0)
 
 SHAPE = (12, 5, 3)
@@ -115,7 +115,9 @@ def differentiate(mode, primals, v, mask=None):
 
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
-@pytest.mark.parametrize("mode", [grad, grad_of_remat, transpose_of_linearize])
+@pytest.mark.parametrize(
+    "mode", [grad, *(pytest.param(mode, marks=pytest.mark.slow) for mode in (grad_of_remat, transpose_of_linearize))]
+)
 def test_reverse_modes_give_the_gradients_of_the_paper(mode, mask, mean):
     primals = arguments(mean)
     assert_close(differentiate(mode, primals, V, mask), exact_gradients(primals, mask))
@@ -283,8 +285,9 @@ def gradients_of_models(stacked):
     return jax.vmap(lambda *primals: differentiate(grad, primals, V))(*stacked)
 
 
+@pytest.mark.slow
 def test_gradients_through_a_scan_equal_those_of_the_steps_one_by_one():
-    """A chain: each step normalises the output of the one before, and the statistics count in the loss."""
+    """A chain: each step normalizes the output of the one before, and the statistics count in the loss."""
     x, scale, bias = arguments(3.0)
 
     def body(carry, scale):
@@ -300,8 +303,8 @@ def test_gradients_through_a_scan_equal_those_of_the_steps_one_by_one():
 
     def unrolled(x, scales):
         carry = x, jaxbn.init_stats(3)
-        for one in scales:
-            carry, _ = body(carry, one)
+        for scale in scales:
+            carry, _ = body(carry, scale)
         return value(carry)
 
     scales = np.stack([scale, scale + 1])
@@ -311,7 +314,7 @@ def test_gradients_through_a_scan_equal_those_of_the_steps_one_by_one():
 
 def test_a_mask_that_admits_nothing_has_gradients_of_zero_in_every_mode():
     primals = arguments(0.0)
-    nothing = np.zeros((12, 1, 1), bool)
+    nothing = np.zeros(SHAPE, bool)
     dx, dscale, dbias = differentiate(grad, primals, V, nothing)
     assert_close(dbias, DY.sum((0, 1)))
     chex.assert_trees_all_equal((dx, dscale), (np.zeros_like(primals[0]), np.zeros(3, np.float32)))
@@ -319,13 +322,13 @@ def test_a_mask_that_admits_nothing_has_gradients_of_zero_in_every_mode():
     chex.assert_trees_all_equal(product, jax.tree.map(np.zeros_like, primals))
 
 
-def test_masked_nan_does_not_reach_hessian_vector_products():
+@pytest.mark.parametrize("mode", [forward_over_reverse, pytest.param(reverse_over_reverse, marks=pytest.mark.slow)])
+def test_masked_nan_does_not_reach_hessian_vector_products(mode):
     x, scale, bias = arguments(0.0)
     spoilt = np.where(MASK, x, np.float32(np.nan))
     clean = np.where(MASK, x, np.float32(0))
     tangents = np.where(MASK, V[0], np.float32(0)), *V[1:]
-    for mode in (forward_over_reverse, reverse_over_reverse):
-        (dx, *parameters), (expected, *expected_parameters) = (
-            differentiate(mode, (x, scale, bias), tangents, MASK) for x in (spoilt, clean)
-        )
-        chex.assert_trees_all_equal((dx, parameters), (np.where(MASK, expected, 0), expected_parameters))
+    (dx, *parameters), (expected, *expected_parameters) = (
+        differentiate(mode, (x, scale, bias), tangents, MASK) for x in (spoilt, clean)
+    )
+    chex.assert_trees_all_equal((dx, parameters), (np.where(MASK, expected, 0), expected_parameters))

@@ -1,4 +1,4 @@
-"""Normalisation in evaluation and in training, masks, batches that spoil statistics, and the transformations of JAX."""
+"""Normalization in evaluation and in training, dtypes, and the transformations of JAX."""
 
 import functools
 
@@ -13,60 +13,30 @@ from flax import nnx
 import jaxbn
 import jaxbn.nnx
 from tests import reference
-
-ROUNDING = float(jnp.finfo(jnp.float32).eps)
-CLOSE = {"rtol": 32 * ROUNDING, "atol": 32 * ROUNDING}  # of values near 1, after sums of about a hundred numbers
-SUMS = {"rtol": 64 * ROUNDING, "atol": 64 * ROUNDING}  # of such sums themselves
-
-
-@functools.partial(jax.jit, static_argnames=("axis", "unbiased"))
-def step(x, stats, scale, bias, dy, *, axis=-1, mask=None, momentum=0.9, unbiased=False):
-    """Returns y, the new statistics, and the gradients of vdot(y, dy) in x, scale and bias."""
-
-    def apply(x, scale, bias):
-        options = {"axis": axis, "mask": mask, "momentum": momentum, "unbiased": unbiased}
-        return jaxbn.batch_norm(x, stats, scale, bias, use_running_average=False, **options)
-
-    y, vjp, stats = jax.vjp(apply, x, scale, bias, has_aux=True)
-    return y, stats, vjp(dy)
-
-
-normalize = jax.jit(jaxbn.normalize, static_argnames=("axis",))
-evaluate = jax.jit(functools.partial(jaxbn.batch_norm, use_running_average=True))
-
-
-def sample(shape, axis=-1, seed=0):
-    """Returns x, scale, bias and the cotangent of y."""
-    rng = np.random.default_rng(seed)
-    features = tuple(shape[a] for a in np.atleast_1d(axis))
-    arrays = rng.normal(2, 3, shape), rng.normal(1, 0.3, features), rng.normal(0, 1, features), rng.normal(size=shape)
-    return tuple(a.astype(np.float32) for a in arrays)
-
-
-SHAPE = (6, 4, 5, 3)
-X, SCALE, BIAS, DY = sample(SHAPE)
-STATS = jaxbn.BatchStats(np.array([1.0, -2.0, 3.0], np.float32), np.array([4.0, 0.5, 6.0], np.float32))
-ROWS = np.array([True, False, True, True, False, True])
-MASKS = {
-    "one per example": ROWS[:, None, None, None],
-    "per feature": np.array([True, False, True]),
-    "full, unequal per feature": np.random.default_rng(2).random(SHAPE) < [0.2, 0.5, 0.9],
-    "one example": np.arange(6)[:, None, None, None] == 2,
-    "nothing": np.zeros((6, 1, 1, 1), bool),
-}
-LAYOUTS = [((40, 3), -1), (SHAPE, 1), (SHAPE, (1, 3)), ((4, 3, 2, 2, 3), -1)]
-
-
-def train(x, stats=STATS, scale=SCALE, bias=BIAS, **options):
-    """Returns y and the new statistics."""
-    return step(x, stats, scale, bias, np.ones_like(x), **options)[:2]
-
+from tests.core.training import (
+    BIAS,
+    CLOSE,
+    DY,
+    LAYOUTS,
+    MASKS,
+    ROUNDING,
+    SCALE,
+    SHAPE,
+    STATS,
+    SUMS,
+    X,
+    evaluate,
+    normalize,
+    sample,
+    step,
+    train,
+)
 
 # Training and evaluation
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_training_normalises_each_feature_with_its_own_moments(shape, axis):
+def test_training_normalizes_each_feature_with_its_own_moments(shape, axis):
     x, scale, bias, dy = sample(shape, axis)
     y, moments, _ = step(x, jaxbn.init_stats(scale.shape), scale, bias, dy, axis=axis, momentum=0.0)
     expected, *expected_moments, _ = reference.batch_norm(x, scale, bias, axis=axis)
@@ -81,7 +51,7 @@ def test_the_gradients_are_those_of_the_paper(shape, axis):
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_evaluation_normalises_with_the_statistics_given(shape, axis):
+def test_evaluation_normalizes_with_the_statistics_given(shape, axis):
     x, scale, bias, _ = sample(shape, axis)
     y = normalize(x, bias, scale**2, scale, bias, axis=axis)
     np.testing.assert_allclose(y, reference.normalize(x, bias, scale**2, scale, bias, axis=axis), **CLOSE)
@@ -157,7 +127,7 @@ def test_evaluation_in_bfloat16_is_rounded_once():
     assert (abs(np.float64(normalize(x, *STATS)) - exact) <= half * abs(exact) + 32 * ROUNDING).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 def test_a_scan_over_steps_trains_with_any_dtype_of_input(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         batches = jnp.asarray(X.reshape(6, 20, 3), dtype)
@@ -178,7 +148,7 @@ def run(stats, batches):
     return jax.lax.scan(step, stats, batches)
 
 
-def test_complex_inputs_are_normalised_by_their_distance_from_the_mean():
+def test_complex_inputs_are_normalized_by_their_distance_from_the_mean():
     x = (X[..., :2] + 1j * X[..., 1:]).astype(np.complex64)
     complex_train = jax.jit(functools.partial(jaxbn.batch_norm, use_running_average=False, momentum=0.9))
     y, stats = complex_train(x, jaxbn.init_stats(2), SCALE[:2], BIAS[:2])
@@ -190,8 +160,18 @@ def test_complex_inputs_are_normalised_by_their_distance_from_the_mean():
     np.testing.assert_allclose(evaluate(x, stats)[0], reference.normalize(x, *expected_stats), **CLOSE)
 
 
-@pytest.mark.parametrize("method", [jaxbn.batch_normalize, functools.partial(jaxbn.ghost_normalize, group_size=3)])
-@pytest.mark.parametrize("mask", [None, MASKS["full, unequal per feature"]], ids=["all", "mask"])
+GHOST = functools.partial(jaxbn.ghost_normalize, group_size=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "mask"),
+    [
+        pytest.param(jaxbn.batch_normalize, None, id="batch", marks=pytest.mark.slow),
+        pytest.param(jaxbn.batch_normalize, MASKS["full, unequal per feature"], id="batch-mask"),
+        pytest.param(GHOST, None, id="ghost"),
+        pytest.param(GHOST, MASKS["full, unequal per feature"], id="ghost-mask", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_relies_on_implicit_promotion_of_rank_or_dtype(mask, method):
     def loss(x, scale, bias, stats):
         y, stats = jaxbn.batch_norm(
@@ -213,103 +193,6 @@ def test_batch_renormalize_does_not_rely_on_implicit_promotion_either():
         jax.make_jaxpr(functools.partial(jaxbn.batch_renormalize, stats=stats))(*arrays)
 
 
-# Masks
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_masked_positions_are_normalised_with_the_moments_of_the_others(mask):
-    mask = MASKS[mask]
-    y, stats = train(X, mask=mask)
-    expected, *moments = reference.batch_norm(X, SCALE, BIAS, mask=mask)
-    expected_stats = reference.update(*STATS, *moments, momentum=0.9)
-    chex.assert_trees_all_close((y, tuple(stats)), (expected, expected_stats), **CLOSE)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_gradients_with_a_mask_are_those_of_the_paper(mask):
-    mask = MASKS[mask]
-    _, _, gradients = step(X, STATS, SCALE, BIAS, DY, mask=mask)
-    chex.assert_trees_all_close(gradients, reference.gradients(X, SCALE, BIAS, DY, mask=mask), **SUMS)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("mask", ["one per example", "full, unequal per feature", "per feature", "nothing"])
-def test_masked_nan_and_infinity_reach_neither_outputs_nor_gradients_nor_statistics(mask, value):
-    mask = MASKS[mask]
-    spoilt = np.where(mask, X, np.float32(value))
-    clean = np.where(mask, X, np.float32(0))
-    *results, (dx, *parameters) = step(spoilt, STATS, SCALE, BIAS, DY, mask=mask)
-    *expected_results, (expected_dx, *expected_parameters) = step(clean, STATS, SCALE, BIAS, DY, mask=mask)
-    chex.assert_trees_all_equal((results, parameters), (expected_results, expected_parameters))
-    chex.assert_trees_all_equal(dx, np.where(mask, expected_dx, 0))
-
-
-def test_masked_nan_does_not_reach_the_output_of_evaluation():
-    mask = MASKS["full, unequal per feature"]
-    y, _ = evaluate(np.where(mask, X, np.float32(np.nan)), STATS, SCALE, BIAS, mask=mask)
-    expected = reference.normalize(np.where(mask, X, 0), *STATS, SCALE, BIAS)
-    np.testing.assert_allclose(y, expected, **CLOSE)
-
-
-def test_padding_a_batch_and_masking_the_padding_changes_nothing():
-    padded = np.concatenate([X, np.full((2, *SHAPE[1:]), 1e3, np.float32)])
-    mask = np.arange(8)[:, None, None, None] < 6
-    (y, stats), (y_padded, stats_padded) = train(X), train(padded, mask=mask)
-    chex.assert_trees_all_close((y_padded[:6], stats_padded), (y, stats), **CLOSE)
-
-
-def test_a_mask_of_true_changes_nothing():
-    mask = np.ones((6, 1, 1, 1), bool)
-    chex.assert_trees_all_close(train(X, mask=mask), train(X), **CLOSE)
-
-
-def test_a_feature_that_is_masked_everywhere_becomes_its_bias():
-    y, _ = train(X, mask=MASKS["per feature"])
-    np.testing.assert_array_equal(y[..., 1], np.broadcast_to(BIAS[1], SHAPE[:-1]))
-
-
-# Batches that must not spoil the running statistics
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_a_batch_that_is_not_finite_leaves_the_statistics_of_that_feature_and_moves_the_others(value):
-    x = X.copy()
-    x[3, 2, 1, 1] = value  # the square of 1e30 overflows
-    _, stats = train(x)
-    _, expected = train(X)
-    for got, old, new in zip(stats, STATS, expected, strict=True):
-        assert got[1] == old[1]
-        np.testing.assert_array_equal(got[::2], new[::2])
-
-
-@pytest.mark.parametrize("counted", [False, True])
-def test_a_batch_that_is_masked_everywhere_leaves_the_statistics(counted):
-    stats = jaxbn.CountedStats(*STATS, np.array([2, 3, 4], np.int32)) if counted else STATS
-    chex.assert_trees_all_equal(train(X, stats, mask=MASKS["nothing"])[1], stats)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (0, 4, 3), (4, 0, 3)])
-def test_an_empty_batch_leaves_the_statistics_and_has_an_empty_output(shape):
-    y, stats = train(np.zeros(shape, np.float32))
-    chex.assert_shape(y, shape)
-    chex.assert_trees_all_equal(stats, STATS)
-
-
-def test_an_empty_batch_has_gradients_of_zero():
-    x = np.zeros((0, 3), np.float32)
-    _, _, gradients = step(x, STATS, SCALE, BIAS, x)
-    chex.assert_trees_all_equal(gradients, (x, np.zeros(3, np.float32), np.zeros(3, np.float32)))
-
-
-def test_a_nan_in_one_feature_leaves_the_outputs_and_gradients_of_the_others():
-    x = X.copy()
-    x[3, 2, 1, 1] = np.nan
-    (y, _, gradients), (expected_y, _, expected) = (step(x, STATS, SCALE, BIAS, DY) for x in (x, X))
-    chex.assert_trees_all_equal(
-        *(jax.tree.map(lambda a: a[..., ::2], (y, *g)) for y, g in ((y, gradients), (expected_y, expected)))
-    )
-
-
 # Transformations
 
 
@@ -323,7 +206,7 @@ def test_without_jit_training_and_evaluation_give_the_same():
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_vmap_over_models_equals_one_after_the_other(mean):
     x, scale, bias, _ = (np.stack(arrays) for arrays in zip(*(sample((40, 3), seed=s) for s in range(3)), strict=True))
-    x[1] += np.float32(mean)  # one model in the centred branch, the others not
+    x[1] += np.float32(mean)  # one model in the centered branch, the others not
     stats = jax.tree.map(lambda s: np.stack([s, s + 1, s + 2]), STATS)
     together = jax.jit(jax.vmap(functools.partial(jaxbn.batch_norm, use_running_average=False)))(x, stats, scale, bias)
     for i in range(3):
@@ -387,7 +270,9 @@ def test_steps_of_complex_inputs_scan_from_complex_statistics():
     assert (stats.mean.dtype, stats.var.dtype) == (jnp.complex64, jnp.float32)
 
 
-@pytest.mark.parametrize("method", [jaxbn.batch_normalize, jaxbn.shifted_normalize])
+@pytest.mark.parametrize(
+    "method", [jaxbn.batch_normalize, pytest.param(jaxbn.shifted_normalize, marks=pytest.mark.slow)]
+)
 def test_batch_norm_and_its_gradient_work_with_jit_disabled(method):
     x, scale, bias = SPLITTABLE
 

@@ -1,4 +1,4 @@
-"""Training and evaluation steps of a small net, lowered for CPU, GPU and TPU from whatever machine runs the test."""
+"""Training and evaluation steps of a small model, lowered for CPU, GPU and TPU on any machine."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Memory of a compiled training step: batch norm keeps nothing that the net without it does not keep."""
+"""Memory of a compiled training step: the model needs no more with batch norm than without."""
 
 import jax
 import jax.numpy as jnp

@@ -13,7 +13,7 @@ import pytest
 import jaxbn
 from experiments.benchmarks.numerics import SHAPES, errors, ours, sample
 from experiments.benchmarks.numerics import measure as measure_errors
-from jaxbn._core.local import CANCELLATION
+from jaxbn._core.moment_algorithms import CANCELLATION
 from tests import reference
 
 OUTPUT_ERROR = 5e-6  # largest, absolute
@@ -65,7 +65,7 @@ def test_one_feature_with_a_large_mean_leaves_its_neighbours_exact():
     assert gradient_error <= GRADIENT_ERROR
 
 
-def test_features_of_very_different_scales_are_each_normalised_exactly():
+def test_features_of_very_different_scales_are_each_normalized_exactly():
     x, scale, bias, dy = sample(SHAPES[0], 0)
     x = x * np.array([1e-1, 1, 1e1, 1e2, 1e4, 1e8], np.float32)
     y, (dx, *_), _ = ours(x, scale, bias, dy)
@@ -86,7 +86,7 @@ def test_a_constant_feature_becomes_its_bias_and_has_a_finite_gradient(value):
 
 
 @pytest.mark.parametrize("mean", [0, 3e-3, 1, 1.99, 2.01, 1e2, 1e4, 1e6])
-def test_the_variance_is_never_negative_however_small_it_is_beside_the_mean(mean):
+def test_the_variance_is_never_negative_however_small_it_is_compared_to_the_mean(mean):
     noise = sample(SHAPES[1], 0)[0]
     stds = np.array([0, 1e-12, 1e-9, 1e-6, 1e-4, 1e-2], np.float32)
     # Several means, for the rounding of each falls to one side; at 3e-3 epsilon hides that the sums cancel.

@@ -74,12 +74,16 @@ def test_an_epoch_in_padded_batches_sees_every_example_once():
 
 
 def test_more_examples_than_the_size_are_refused():
-    with pytest.raises(ValueError, match="size=4 is smaller than the batch of 5; pass the size of a full batch"):
+    with pytest.raises(
+        ValueError, match="size must be at least the 5 examples of the batch, got 4. Pass the full batch size"
+    ):
         jaxbn.pad_batch(X, 4)
 
 
 @pytest.mark.parametrize("batch", [{}, {"x": X, "seed": np.int32(3)}, {"x": X, "label": np.arange(4)}])
 def test_arrays_without_a_common_first_axis_are_refused(batch):
     shapes = re.escape(str([np.shape(a) for a in jax.tree.leaves(batch)]))
-    with pytest.raises(ValueError, match=f"holds arrays of shapes {shapes}; they need a first axis of one size"):
+    with pytest.raises(
+        ValueError, match=f"batch must hold arrays with a common first axis, the examples, got shapes {shapes}"
+    ):
         jaxbn.pad_batch(batch, 8)

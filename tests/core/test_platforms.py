@@ -1,4 +1,4 @@
-"""The choice by the platform that a program is compiled for, seen in programs for platforms that are not there."""
+"""Choices by the platform for which a program is compiled, seen in programs for platforms that are not present."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ import pytest
 import jaxbn
 from experiments.benchmarks.numerics import ours, sample
 from jaxbn._core import platforms
-from jaxbn._core.local import SAMPLES
+from jaxbn._core.moment_algorithms import SAMPLES
 from tests import reference
 from tests.core.test_numerics import GRADIENT_ERROR, OUTPUT_ERROR
 
@@ -28,7 +28,7 @@ def lowered(function, platform, *arguments):
 
 
 def branches(text):
-    """Returns how many branches conditionals have in a program besides their first ones; a choice made leaves one."""
+    """Counts the branches of the conditionals in a program, except their first; a choice of a platform has no other."""
     of_a_choice = r"\s*%\w+ = stablehlo\.constant dense<\d+> : tensor<i32>\s*stablehlo\.return"  # of its number
     return len(re.findall(rf"\}}, \{{(?!{of_a_choice})", text))
 
@@ -82,7 +82,7 @@ def gradients_of(function):
 def test_nothing_but_the_arguments_is_kept_for_the_backward_pass(platform):
     def kept():
         vjp = jax.vjp(lambda x, y: wave(x, 3, y), X, Y)[1]
-        return [leaf for leaf in jax.tree.leaves(vjp) if jnp.shape(leaf)]  # beside them, the number of a platform
+        return [leaf for leaf in jax.tree.leaves(vjp) if jnp.shape(leaf)]  # without the number of the platform
 
     if platform is None:
         arrays = kept()

@@ -117,7 +117,7 @@ laws = settings(max_examples=25, deadline=None)
 def batches(sizes, seed, mean):
     """Returns batches of some sizes, empty ones among them, of std 1 and means about the mean given."""
     rng = np.random.default_rng(seed)
-    # One shape for all, so that nothing is compiled anew: a mask makes the sizes.
+    # One shape for all, so that nothing is compiled again: a mask makes the sizes.
     xs = [(rng.normal(size=(5, 2)) + mean + rng.normal(size=2)).astype(np.float32) for _ in sizes]
     return xs, [moments(x, mask=np.arange(5)[:, None] < size) for x, size in zip(xs, sizes, strict=True)]
 
@@ -164,7 +164,7 @@ def test_the_moments_of_an_empty_batch_are_the_identity_of_combine(sizes, seed, 
     chex.assert_trees_all_equal(combine(a, empty), a)
 
 
-def test_moments_of_no_values_are_an_identity_whatever_mean_they_name():
+def test_moments_of_no_values_are_an_identity_with_any_mean():
     nothing, some = (jaxbn.Moments(*(jnp.array([v]) for v in values)) for values in ((1e8, 3.0, 0.0), (0.1, 2.0, 5.0)))
     chex.assert_trees_all_equal(combine(nothing, some), some)
     chex.assert_trees_all_equal(combine(some, nothing), some)
@@ -179,7 +179,7 @@ def test_pool_equals_folding_combine(sizes, seed, mean):
     close(jax.jit(functools.partial(pool, devices=Devices()))(stacked), combine(combine(a, b), c), mean)
 
 
-def test_combine_keeps_a_variance_that_is_tiny_beside_the_mean():
+def test_combine_keeps_a_variance_that_is_tiny_compared_to_the_mean():
     a, b = (jaxbn.Moments(*(jnp.array([v]) for v in (1e6, 1e-6, count))) for count in (3.0, 5.0))
     np.testing.assert_allclose(combine(a, b).var, 1e-6, rtol=4 * ROUNDING)
 

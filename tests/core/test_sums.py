@@ -1,7 +1,7 @@
 """Sums and broadcasts in pairs: those of NumPy, in one reading, and under every transformation of JAX.
 
-Inputs are small whole numbers.  Their sums and products are exact in float32, in whatever order they are taken, so that
-what is computed equals the oracle, and derivatives equal those of JAX's own sums and broadcasts.
+Inputs are small whole numbers.  Their sums and products are exact in float32, in any order, so that results equal the
+oracle, and derivatives equal those of JAX's own sums and broadcasts.
 """
 
 import functools

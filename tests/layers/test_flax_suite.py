@@ -34,7 +34,7 @@ def flax_tests(tmp_path):
     if not archives:
         pytest.skip(f"the source distribution of Flax cannot be had: {done.stderr.strip()[-300:]}")
     with tarfile.open(archives[0]) as archive:
-        # The tests alone: the package beside them would be imported instead of the installed one.
+        # Only the tests: the package next to them would be imported instead of the installed one.
         wanted = [member for member in archive.getmembers() if "/tests/" in member.name]
         archive.extractall(tmp_path, wanted, filter="data")
     return next(tmp_path.glob("flax-*/tests"))
