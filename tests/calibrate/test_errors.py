@@ -42,7 +42,10 @@ WRONG = {
         dict(mask=lambda x: np.ones(3, bool)),
         r"mask must return a boolean for each example, .* an array of shape \(3,\), and the inputs of",
     ),
-    "a weight mask": (dict(mask=lambda x: np.ones(len(x))), "mask must hold booleans, or integers 0 and 1, got dtype float"),
+    "a weight mask": (
+        dict(mask=lambda x: np.ones(len(x))),
+        "mask must hold booleans, or integers 0 and 1, got dtype float",
+    ),
     "nothing counts": (dict(mask=lambda x: np.zeros(len(x), bool)), "4 of the 4 features of .* have no value behind"),
     "NaN": (dict(batches=[X, np.where(X > 8, np.nan, X)]), "the inputs of .* are not finite in"),
 }
