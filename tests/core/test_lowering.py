@@ -140,8 +140,15 @@ def test_a_lowered_step_calls_no_code_of_one_platform(net, step):
     assert "custom_call" not in exported.mlir_module()
 
 
-@pytest.mark.parametrize("step", ["train", "eval"])
-@pytest.mark.parametrize("net", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("net", "step"),
+    [
+        ("linen", "train"),
+        ("nnx", "eval"),
+        pytest.param("linen", "eval", marks=pytest.mark.slow),
+        pytest.param("nnx", "train", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lowered_step_survives_serialization(net, step):
     _, _, exported = program(net, step)
     try:

@@ -151,6 +151,7 @@ def test_batches_and_masks_may_be_mapped_each_alone(platform, axes):
         require_step(own, own_x, scale, bias, dy, mask=own_mask)
 
 
+@pytest.mark.slow_but_on_cpu
 def test_two_nested_vmaps_equal_each_model_alone(platform):
     x = normal((2, 3, 128, 4), 5) * np.float32([1, 10])[:, None, None, None]
     _, moments = jax.jit(jax.vmap(jax.vmap(jaxbn.batch_normalize)))(x)

@@ -241,7 +241,7 @@ def accumulate(stats, batches, momentum):
     return jax.lax.scan(step, stats, batches)[0]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 def test_statistics_never_drift_in_dtype_over_a_scan(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         batches = jnp.asarray(X.reshape(6, 20, 3), dtype)

@@ -244,24 +244,15 @@ def test_shifted_batch_norm_over_devices_is_that_of_the_whole_batch_with_one_col
     assert text.count("psum") == 1
 
 
-DTYPES = [(jnp.bfloat16, np.float16), (np.float32, np.complex64), (np.complex64, np.float32)]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [
-        pytest.param(dtype, mean, marks=[] if (dtype, mean) in DTYPES else pytest.mark.slow)
-        for dtype in (jnp.bfloat16, np.float32, np.complex64)
-        for mean in (np.float16, np.float32, np.complex64)
-    ],
-)
+@pytest.mark.parametrize("mean", [np.float16, np.float32, np.complex64])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32, np.complex64])
 def test_shifted_batch_norm_takes_a_running_mean_of_any_dtype(dtype, mean):
     def loss(x):
         stats = jaxbn.BatchStats(jnp.ones(3, mean), jnp.ones(3))
         y, moments = jaxbn.shifted_normalize(x, stats=stats, mask=jnp.ones(SHAPE, bool))
         return abs(y).sum().real.astype(jnp.float32), moments
 
-    gradient, moments = jax.grad(loss, has_aux=True)(jnp.asarray(X, dtype))
+    gradient, moments = jax.eval_shape(jax.grad(loss, has_aux=True), jnp.asarray(X, dtype))
     assert gradient.dtype == dtype
     assert (moments.mean.dtype, moments.var.dtype) == (
         np.complex64 if dtype == np.complex64 else np.float32,
