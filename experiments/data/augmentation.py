@@ -50,25 +50,39 @@ def affine_resample(images: jax.Array, mirrored: jax.Array, shear: jax.Array, zo
       The resampled images, of the same shape and dtype.
     """
     _, height, width, _ = images.shape
-    r = jnp.arange(height) - (height - 1) / 2
-    c = jnp.where(mirrored, -1.0, 1.0)[:, None] * (jnp.arange(width) - (width - 1) / 2)
-    zoom_r, zoom_c, shear = zoom[:, :1], zoom[:, 1:], shear[:, None]
+    last_row, last_column = height - 1, width - 1
+    sign = jnp.where(mirrored, -1.0, 1.0)[:, None]
+    zoom_r, zoom_c = zoom[:, :1], zoom[:, 1:]
+    shear = shear[:, None]
+
+    # Where each output pixel comes from, relative to the center.
+    r = jnp.arange(height) - last_row / 2
+    c = sign * (jnp.arange(width) - last_column / 2)
+    zoomed = zoom_r * r
+    sheared = jnp.sin(shear) * zoom_c * c
+    row = zoomed[:, :, None] - sheared[:, None, :]
     # The shear matrix has no entry from r to column: row is [n, height, width], but column only [n, width].
-    row = (zoom_r * r)[:, :, None] - (jnp.sin(shear) * zoom_c * c)[:, None, :]
     column = jnp.cos(shear) * zoom_c * c
+
     # Clipping the positions repeats the pixels at the edges.
-    row = jnp.clip(row + (height - 1) / 2, 0, height - 1)
-    column = jnp.clip(column + (width - 1) / 2, 0, width - 1)
+    row = jnp.clip(row + last_row / 2, 0, last_row)
+    column = jnp.clip(column + last_column / 2, 0, last_column)
 
     # The upper left of the four neighbors. It stops one short of the last row and column, so that the other neighbors
     # exist; at the last one itself, `down` or `right` is then 1.
-    top = jnp.minimum(row.astype(jnp.int32), height - 2)
-    left = jnp.minimum(column.astype(jnp.int32), width - 2)
-    down, right = (row - top)[..., None], (column - left)[:, None, :, None]
+    top = jnp.minimum(row.astype(jnp.int32), last_row - 1)
+    left = jnp.minimum(column.astype(jnp.int32), last_column - 1)
+    down = (row - top)[..., None]
+    right = (column - left)[:, None, :, None]
 
     # On a CPU, gathering the neighbors is faster than products with matrices of interpolation weights.
     gather = jax.vmap(lambda image, rows, columns: image[rows, columns[None, :]])
-    upper = (1 - right) * gather(images, top, left) + right * gather(images, top, left + 1)
-    lower = (1 - right) * gather(images, top + 1, left) + right * gather(images, top + 1, left + 1)
-    # The weights are float32; bfloat16 images are rounded only once, here.
-    return ((1 - down) * upper + down * lower).astype(images.dtype)
+    upper_left = gather(images, top, left)
+    upper_right = gather(images, top, left + 1)
+    lower_left = gather(images, top + 1, left)
+    lower_right = gather(images, top + 1, left + 1)
+    upper = (1 - right) * upper_left + right * upper_right
+    lower = (1 - right) * lower_left + right * lower_right
+    result = (1 - down) * upper + down * lower
+    # The weights are float32: bfloat16 images are rounded only once, here.
+    return result.astype(images.dtype)

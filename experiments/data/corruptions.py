@@ -27,34 +27,39 @@ BRIGHTNESS = (0.05, 0.1, 0.15, 0.2, 0.3)  # added to the value of HSV, where whi
 
 def noise(images: np.ndarray, strength: int, *, seed: int = 0) -> np.ndarray:
     """Adds Gaussian noise to every value."""
+    std = _constant(NOISE, strength)
     # NumPy guarantees that the stream of RandomState, unlike that of default_rng, never changes.
     added = np.random.RandomState(seed).standard_normal(images.shape)
-    return _to_uint8(_to_unit(images) + _constant(NOISE, strength) * added)
+    return _to_uint8(_to_unit(images) + std * added)
 
 
 def blur(images: np.ndarray, strength: int, *, seed: int = 0) -> np.ndarray:
     """Convolves each channel with a Gaussian; beyond an edge, the edge is repeated."""
     del seed
-    width = _constant(BLUR, strength)
-    return _to_uint8(ndimage.gaussian_filter(_to_unit(images), (0, width, width, 0), mode="nearest"))
+    std = _constant(BLUR, strength)
+    blurred = ndimage.gaussian_filter(_to_unit(images), (0, std, std, 0), mode="nearest")
+    return _to_uint8(blurred)
 
 
 def contrast(images: np.ndarray, strength: int, *, seed: int = 0) -> np.ndarray:
     """Shrinks each channel of each image toward its mean."""
     del seed
+    factor = _constant(CONTRAST, strength)
     x = _to_unit(images)
     mean = x.mean((1, 2), keepdims=True)
-    return _to_uint8(mean + _constant(CONTRAST, strength) * (x - mean))
+    return _to_uint8(mean + factor * (x - mean))
 
 
 def brightness(images: np.ndarray, strength: int, *, seed: int = 0) -> np.ndarray:
     """Increases the value in the sense of HSV; hue and saturation stay the same."""
     del seed
+    added = _constant(BRIGHTNESS, strength)
     x = _to_unit(images)
     # The value of HSV is the largest channel; hue and saturation depend only on the ratios of the channels to it.
     value = x.max(-1, keepdims=True)
-    brighter = np.minimum(value + _constant(BRIGHTNESS, strength), 1)
-    ratios = np.where(value > 0, x / np.where(value > 0, value, 1), 1)  # black has no hue and becomes grey
+    brighter = np.minimum(value + added, 1)
+    divisor = np.where(value > 0, value, 1)
+    ratios = np.where(value > 0, x / divisor, 1)  # black has no hue and becomes grey
     return _to_uint8(ratios * brighter)
 
 
