@@ -125,7 +125,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         # Its unequal numbers of examples need four devices, and pmap compiles for the devices of one process only where
         # there is no other process.
         if mesh.size % 4 == 0 and distributed.process_count() == 1:
-            console.print(collectives.table_of_apis(collectives.what_each_api_does(mesh.size)))
+            console.print(collectives.table_of_apis(collectives.measure_apis(mesh.size)))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=files.digest({"": [measured]}))
         console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
 

@@ -14,7 +14,7 @@ from experiments.training.evaluation import evaluate
 from jaxbn import surgery
 
 
-class Pair(NamedTuple):
+class BeforeAfter(NamedTuple):
     """A net before and after.
 
     Attributes:
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     after: Callable[[jax.Array], jax.Array]
 
 
-def fold(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> Pair:
+def fold_net(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> BeforeAfter:
     """Folds a net.
 
     Args:
@@ -40,7 +40,7 @@ def fold(model: nn.Module | nnx.Module, variables: Any, images: jax.Array) -> Pa
     """
     done = surgery.fold(model, variables, images, call=evaluate)
     compiled = (_compiled(model, variables), _compiled(done.model, done.variables))
-    return Pair(len(done.layers) + len(done.kept), len(done.layers), *compiled)
+    return BeforeAfter(len(done.layers) + len(done.kept), len(done.layers), *compiled)
 
 
 def difference(before: jax.Array, after: jax.Array) -> float:
@@ -49,9 +49,9 @@ def difference(before: jax.Array, after: jax.Array) -> float:
     return float(abs(after - before).max() / abs(before).max())
 
 
-def timings(pair: Pair, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
+def timings(networks: BeforeAfter, images: jax.Array, rounds: int) -> tuple[list[float], list[float]]:
     """Returns the seconds of evaluations of the images before and after, `rounds` of each in turns."""
-    calls = {name: functools.partial(getattr(pair, name), images) for name in ("before", "after")}
+    calls = {name: functools.partial(getattr(networks, name), images) for name in ("before", "after")}
     return tuple(timing.time_calls(calls, rounds).values())
 
 

@@ -87,7 +87,7 @@ def measure(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
       dataset: its test images; for the timings, they are repeated where they are too few.
     """
     images, largest = dataset.test_images.astype(np.float32) / 255, max(BATCHES)
-    pair = folding.fold(net, variables, images[:1])
+    pair = folding.fold_net(net, variables, images[:1])
     batches = [images[first : first + largest] for first in range(0, len(images), largest)]
     with jax.default_matmul_precision("highest"):  # the default of a GPU rounds more than folding changes
         before, after = (np.concatenate([forward(x) for x in batches]) for forward in (pair.before, pair.after))

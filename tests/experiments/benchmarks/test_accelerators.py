@@ -1,4 +1,4 @@
-"""Rows of compiled programs, the process that compiles one, and what it leaves; no compiler is needed."""
+"""Programs for accelerators: their rows, the process that compiles one, and its results; needs no compiler."""
 
 import json
 import signal
@@ -37,11 +37,13 @@ def test_unknown_target_is_refused():
 
 def test_target_without_its_compiler_is_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(targets, "_version", lambda package: None if package == "libtpu" else "1.0")
-    accelerators._say.cache_clear()
+    accelerators._print_once.cache_clear()
     assert accelerators.available(("v6e", "h100")) == ["h100"]
     said = "v6e is left out: libtpu not installed; pip install 'jaxbn[aot]' brings the compilers.\n"
     assert capsys.readouterr().err == said
-    with pytest.raises(ModuleNotFoundError, match="no target to compile for: libtpu not installed; pip install 'jaxbn"):
+    with pytest.raises(
+        ModuleNotFoundError, match="no compiler for any target: libtpu not installed; pip install 'jaxbn"
+    ):
         accelerators.available(("v6e", "v5e"))
 
 
@@ -181,9 +183,9 @@ def test_program_that_is_cut_off_or_came_with_an_error_or_too_late_does_not_coun
 
 def test_reasons_say_how_a_process_ended():
     log = "I0000 begins\nF0000 shape.cc:7] Check failed: rank == 2\n"
-    assert aot.death(-6, log) == "the compiler died (SIGABRT): F0000 shape.cc:7] Check failed: rank == 2"
-    assert aot.death(-signal.SIGILL, "") == "the compiler died (SIGILL)"
-    assert aot.death(3, "") == "the compiler died (exit status 3)"
+    assert aot.crash_reason(-6, log) == "the compiler died (SIGABRT): F0000 shape.cc:7] Check failed: rank == 2"
+    assert aot.crash_reason(-signal.SIGILL, "") == "the compiler died (SIGILL)"
+    assert aot.crash_reason(3, "") == "the compiler died (exit status 3)"
 
 
 def test_reason_is_one_line_that_is_not_long():

@@ -1,4 +1,4 @@
-"""Kernels and their bytes: each rule of counting, on a program of a few lines that is written by hand."""
+"""Counting kernels and bytes: each rule on a handwritten program of a few lines."""
 
 import pytest
 
@@ -14,7 +14,7 @@ SUM = """
 
 
 def count(entry, computations=""):
-    """What a program executes whose inputs are x: f32[100] and i: s32[]; `entry` may use them."""
+    """Counts a program with inputs x: f32[100] and i: s32[]; the lines of `entry` may use them."""
     head = "HloModule example, is_scheduled=true\n"
     inputs = "  %x = f32[100]{0} parameter(0)\n  %i = s32[] parameter(1)\n"
     body = "".join(f"  {line}\n" for line in entry)
@@ -231,5 +231,5 @@ def test_collective_in_a_branch_is_rare():
 
 
 def test_text_without_a_program_is_refused():
-    with pytest.raises(ValueError, match="the program has no ENTRY computation; give the text of optimised HLO"):
+    with pytest.raises(ValueError, match="the program has no ENTRY computation; pass the text of optimized HLO"):
         kernels.count("HloModule nothing\n")

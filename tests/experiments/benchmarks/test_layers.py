@@ -1,4 +1,4 @@
-"""The rows of the benchmark: every arm computes batch norm, and a record says what the seconds say."""
+"""The benchmark of layers: every arm computes batch norm, and records summarize the seconds correctly."""
 
 import subprocess
 import sys
@@ -72,9 +72,9 @@ def test_library_that_is_missing_is_left_out_and_named_once(monkeypatch, capsys)
         raise ImportError("No module named 'haiku'")
 
     monkeypatch.setattr(arms, "ARMS", {"jaxbn": arms.ARMS["jaxbn"], "Haiku": missing})
-    layers._say.cache_clear()
+    layers._print_once.cache_clear()
     assert list(layers.available()) == list(layers.available()) == ["jaxbn"]
-    said = "Haiku is left out: No module named 'haiku'; pip install 'jaxbn[peers]' brings it.\n"
+    said = "Haiku is left out: No module named 'haiku'; install it with pip install 'jaxbn[peers]'.\n"
     assert capsys.readouterr().err == said
 
 
