@@ -1,4 +1,4 @@
-"""The demo of synchronised batch norm: what it trains is what it says, and its numbers are measured."""
+"""The demo of synchronized batch norm: its training, its measurements, and the committed results."""
 
 import functools
 from pathlib import Path
@@ -82,7 +82,7 @@ def shown(tmp_path, blobs, monkeypatch):
     for name, value in {"PER_DEVICE": (2,), "EPOCHS": 1, "SEEDS": 2}.items():
         monkeypatch.setattr(synchronised, name, value)
     monkeypatch.setattr(distributed, "mesh", lambda: mesh(8))
-    monkeypatch.setattr(synchronised.demo, "choose_data", lambda data_dir: (blobs, "Because."))
+    monkeypatch.setattr(synchronised.small_run, "choose_data", lambda data_dir: (blobs, "Because."))
     for name in ("RECIPES", "LAYERS"):  # one of each is enough
         monkeypatch.setattr(collectives, name, dict(list(getattr(collectives, name).items())[:1]))
     console = Console(width=120, record=True)
@@ -102,7 +102,7 @@ def test_demo_measures_every_arm_and_seed_and_draws_a_figure(shown):
     assert together - without == 2 * len(synchronised.CHANNELS)
     assert all((row["spread_of_mean"] > 0.01) == (row["arm"] == "per device") for row in measured["rows"])
     assert "Because." in text and "mean ± std over 2 seed(s)" in text
-    assert "What each API does with a batch on 8 devices" in text
+    assert "Collectives and errors of one layer on 8 devices" in text
 
 
 @pytest.mark.skipif(not COMMITTED.is_dir(), reason="the documentation is not in this distribution")

@@ -1,4 +1,4 @@
-"""The scoreboard: what is committed is what the committed file gives, and every failure can be had again."""
+"""The scoreboard: the committed README follows from the committed file, and every failure can be reproduced."""
 
 import json
 import subprocess
@@ -123,7 +123,7 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
     found = board.judge("haiku", [LAW, OTHER, THIRD])
     assert calls == [[LAW, OTHER, THIRD], [THIRD]]
     assert [line["outcome"] for line in found] == ["holds", "broken", "holds"]
-    assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was ended by SIGSEGV: bad memory"
+    assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was killed by SIGSEGV: bad memory"
 
 
 @pytest.mark.parametrize("status", [1, 0])
@@ -138,7 +138,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
     found = board.judge("keras", [LAW, OTHER])
     assert len(calls) == 1
     assert [(line["law"], line["outcome"]) for line in found] == [(law, "could not be made") for law in (LAW, OTHER)]
-    ending = f"the process has ended with exit status {status}: ValueError: no backend"
+    ending = f"the process ended with exit status {status}: ValueError: no backend"
     assert {line["detail"] for line in found} == {ending}
 
 
@@ -204,7 +204,7 @@ def test_fault_script_that_fails_is_recorded_with_what_it_printed_and_all_else(m
     monkeypatch.setattr(board, "fault_scripts", lambda: [script])
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW, "--out", tmp_path) == 0
     found = board.load(tmp_path)
-    (fault,), ending = found["faults"], "the process has ended with exit status 1: ValueError: no more"
+    (fault,), ending = found["faults"], "the process ended with exit status 1: ValueError: no more"
     assert fault["printed"] == "half way\n" and fault["failed"] == ending and len(found["lines"]) == 1
     assert f"It failed: {ending}" in (tmp_path / "README.md").read_text()
     assert f"haiku_fails: {ending}" in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_judged_peer(
         "| --- | --- | --- |",
         f"| `{LAW}` | holds | **broken** |",
         f"| `{OTHER}` | holds | **broken** |",
-        "| holds, of those asked | 2 of 2 | 0 of 2 |",
+        "| laws passed, of those tested | 2 of 2 | 0 of 2 |",
     ]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text == board.readme(tmp_path)
@@ -253,4 +253,4 @@ def test_versions_of_all_peers_are_recorded():
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
 def test_unknown_name_is_an_error_in_a_sentence(monkeypatch, capsys, option, kind):
     assert call(monkeypatch, option, "nope") == 2
-    assert capsys.readouterr().err.startswith(f"Error: {kind}='nope'; the {kind}s are ")
+    assert capsys.readouterr().err.startswith(f"Error: Unknown {kind} 'nope'; choose from ")

@@ -118,14 +118,14 @@ def test_net_of_other_images_is_refused(moved):
         jnp.zeros((1, 8, 8, 1)),
     )
     grey = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    with pytest.raises(ValueError, match="does not fit .* at \\d+ of its variables, .*; start from a net of the"):
+    with pytest.raises(ValueError, match="does not match .* \\d+ variables differ, .*. Start from the same kind of"):
         transplant(config, moved.trained, grey, moved.images[:1])
 
 
 @pytest.mark.parametrize(("start", "given"), [(None, {"params": {}}), ("a run", None)])
 def test_run_and_variables_to_start_from_go_together(tiny, blobs, start, given):
     config = tiny.replace(start=tiny if start else None)
-    with pytest.raises(ValueError, match="start=.* but config.start is .*give both or neither"):
+    with pytest.raises(ValueError, match="start=.* but config.start is .*if and only if the config has one"):
         fit(config, blobs, start=given)
 
 
