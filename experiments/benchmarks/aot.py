@@ -107,7 +107,7 @@ def _processes() -> multiprocessing.context.ForkServerContext:
     """Returns the context that starts processes.
 
     They are forked from a server that has imported the modules and started no backend: forking a process with a running
-    backend can deadlock, and importing anew takes seconds.
+    backend can deadlock, and importing again takes seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.benchmarks.accelerators"])

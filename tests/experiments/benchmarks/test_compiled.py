@@ -22,8 +22,8 @@ def record(row, arm, moved, *, target="v6e", dtype="float32", kernels=3, **count
 
 
 def dead(row, arm, target="v6e"):
-    found = {**row, "target": target, "dtype": "float32", "arm": arm}
-    return found | {"compiled": False, "error": "the compiler died (SIGILL)"}
+    fields = {**row, "target": target, "dtype": "float32", "arm": arm}
+    return fields | {"compiled": False, "error": "the compiler died (SIGILL)"}
 
 
 def page(records):

@@ -53,8 +53,8 @@ def test_batch_that_leaves_images_over_is_refused():
 
 def record(timed, arm, seconds, over_plain=1.0, images=100):
     spread = {"median": over_plain, "lower": over_plain, "upper": over_plain}
-    found = {"timed": timed, "arm": arm, "images": images, "seconds": seconds, "images_over_plain": spread}
-    return found | {"seconds_over_at_hand": {"median": seconds / 0.0100}}
+    fields = {"timed": timed, "arm": arm, "images": images, "seconds": seconds, "images_over_plain": spread}
+    return fields | {"seconds_over_at_hand": {"median": seconds / 0.0100}}
 
 
 def test_table_compares_images_per_second_with_the_plain_loop():

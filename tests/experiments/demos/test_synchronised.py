@@ -71,9 +71,9 @@ def test_synchronised_statistics_are_equal_on_all_devices_and_others_are_not():
 
 def test_spread_is_the_deviation_over_devices_in_units_of_the_feature():
     mean, var = np.float32([[1.0, 0.0], [3.0, 0.0]]), np.float32([[1.0, 4.0], [3.0, 4.0]])
-    found = jax.vmap(synchronised.apart, axis_name=synchronised.AXIS)(mean, var)
-    np.testing.assert_allclose(found[0], np.full(2, (1 / np.sqrt(2) + 0) / 2), rtol=1e-6)
-    np.testing.assert_allclose(found[1], np.full(2, (1 / 2 + 0) / 2), rtol=1e-6)
+    deviations = jax.vmap(synchronised.apart, axis_name=synchronised.AXIS)(mean, var)
+    np.testing.assert_allclose(deviations[0], np.full(2, (1 / np.sqrt(2) + 0) / 2), rtol=1e-6)
+    np.testing.assert_allclose(deviations[1], np.full(2, (1 / 2 + 0) / 2), rtol=1e-6)
 
 
 @pytest.fixture

@@ -68,16 +68,16 @@ def test_last_layer_is_new(moved, tuning):
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_net_sees_what_the_trained_one_sees(moved, tuning):
     expected, _ = moved.features("trained", moved.trained, train=False)
-    found, _ = moved.features(tuning, moved.variables[tuning], train=False)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    actual, _ = moved.features(tuning, moved.variables[tuning], train=False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_trained_net_is_taken_over_bit_by_bit_where_its_batch_norms_stay(moved):
-    found, expected = moved.variables["trained"], moved.trained
-    np.testing.assert_equal(found["batch_stats"], expected["batch_stats"])
-    assert found["params"].keys() == expected["params"].keys()
+    actual, expected = moved.variables["trained"], moved.trained
+    np.testing.assert_equal(actual["batch_stats"], expected["batch_stats"])
+    assert actual["params"].keys() == expected["params"].keys()
     np.testing.assert_equal(
-        {name: leaves for name, leaves in found["params"].items() if name != LAST},
+        {name: leaves for name, leaves in actual["params"].items() if name != LAST},
         {name: leaves for name, leaves in expected["params"].items() if name != LAST},
     )
 
