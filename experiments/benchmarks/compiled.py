@@ -58,6 +58,7 @@ def page(run: dict, *, command: str, origin: str) -> str:
 
 def rows(records: list[dict]) -> list[dict]:
     """Returns the rows of a table: one for each program, with all its arms."""
+    # Records of the same program differ only in their arm, and become the columns of a row.
     by_program = {}
     for record in records:
         by_program.setdefault(_title(record), {})[record["arm"]] = record

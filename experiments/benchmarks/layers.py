@@ -75,11 +75,13 @@ def measure(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict]:
             for waiting in pytorch.WAITING
         }
         for row in rows(shape, dtype):
+            # All arms of a row are ready before the first one is timed, so that the rounds can alternate between them.
             samples = {COPY: copy}
             for name, arm in layers.items():
                 call = arms.compiled(arm, row["pass"], row["activation"], x, dy)
                 samples[name] = timing.sampler(call, wait=jax.block_until_ready, **sampling)
             for waiting, worker in workers.items():
+                # PyTorch may not be installed, or not support a dtype on this device.
                 try:
                     samples[f"{PYTORCH}, {waiting}"] = worker.prepare(row)
                 except RuntimeError as error:

@@ -164,11 +164,13 @@ def step_of(net: nn.Module, images: jax.Array, classes: int, axis_name: str | No
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": rounded(params, images.dtype), "batch_stats": batch_stats}
             logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
+            # The loss is float32 in both precisions, as usual in mixed precision.
             losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
             return losses.mean(), updated.get("batch_stats", {})
 
         gradients, new_batch_stats = jax.grad(loss_of, has_aux=True)(params)
         if axis_name:
+            # Each device has the gradient of its own part of the loss; see `collectives.RECIPES`.
             gradients = jax.lax.pmean(gradients, axis_name)
         updates, momenta = sgd.update(gradients, momenta)
         return optax.apply_updates(params, updates), new_batch_stats, momenta
@@ -275,6 +277,7 @@ def summarize(records: list[dict]) -> list[dict]:
 def share(ours: ArrayLike, flax: ArrayLike) -> np.ndarray:
     """Divides the time that an arm adds by the time that Flax adds; both arguments are relative to no norm."""
     ours, flax = np.asarray(ours), np.asarray(flax)
+    # Where Flax's norm adds no time, the share is undefined. `timing.estimate` leaves NaN out, or opens the interval.
     return (ours - 1) / np.where(flax > 1, flax - 1, np.nan)
 
 

@@ -92,7 +92,7 @@ def judge(peer: str, laws: Sequence[str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes.jsonl"
         while remaining := laws[len(lines) :]:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # of a process that crashed
             command = [sys.executable, "-m", __name__, str(path), peer, *remaining]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
             ending = _ending(done.returncode, done.stderr)

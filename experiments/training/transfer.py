@@ -26,6 +26,7 @@ def transplant(config: Config, trained: dict, fresh: dict, sample: jax.Array) ->
       ValueError: the variables of the two networks do not match.
     """
     if config.tuning != "trained":
+        # Folds the running statistics into an affine map, which the run learns or keeps.
         net = linen_nets.build(config.start, num_classes=trained["params"][LAST]["bias"].size)
         learnable = config.tuning == "affine"
         trained = surgery.to_affine(net, trained, jnp.asarray(sample), call=evaluate, learnable=learnable).variables
