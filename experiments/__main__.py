@@ -1,6 +1,6 @@
 """The command line: `python -m experiments --help`.
 
-Convention: a command imports what it needs when it runs, so that help comes at once.
+Convention: a command imports what it needs when it runs, so that `--help` is fast.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 try:
     import tyro
@@ -25,29 +25,26 @@ MEASUREMENTS, PROJECT = HERE / "measurements", HERE.parent
 
 DataDir = Annotated[
     Path | None,
-    arg(metavar="DIR", help="Folder that holds cifar-10-batches-py. If left out: CIFAR10_DIR, then the user's cache."),
+    arg(metavar="DIR", help="Folder with cifar-10-batches-py. If left out: CIFAR10_DIR, then the user's cache."),
 ]
 Devices = Annotated[
     int | None,
-    arg(metavar="N", help="Number of CPU devices in all processes together. If left out: what the machine has."),
+    arg(metavar="N", help="Number of CPU devices over all processes. If left out: as many as the machine has."),
 ]
 Launch = Annotated[
-    int, arg(metavar="N", help="Start so many processes on this machine's CPU, for a look at what runs on several.")
+    int, arg(metavar="N", help="Number of processes to start on this machine's CPU, to try out multi-process runs.")
 ]
 ResultsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the result files.")]
-MeasurementsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the files of measurements.")]
-Study = Positional[Annotated[str, arg(metavar="STUDY", help="Name of a study, as `list` shows it, or `all`.")]]
+FiguresDir = Annotated[Path, arg(metavar="DIR", help="Folder of the figures.")]
+MeasurementsDir = Annotated[Path, arg(metavar="DIR", help="Folder of the measurements.")]
+Study = Positional[Annotated[str, arg(metavar="STUDY", help="Name of a study from `list`, or `all`.")]]
 
 app = tyro.extras.SubcommandApp()
 
 
 @app.command(name="demo")
-def demo_command(
-    *,
-    data_dir: DataDir = None,
-    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figure.")] = Path("runs/demo"),
-) -> None:
-    """Train a small net with and without batch norm: offline, in under two minutes on two cores."""
+def demo_command(*, data_dir: DataDir = None, out: FiguresDir = Path("runs/demo")) -> None:
+    """Train a small network with and without batch norm: offline, in under two minutes on two cores."""
     from experiments.demos import norm_or_none
 
     norm_or_none.run(data_dir=data_dir, out=out)
@@ -55,7 +52,7 @@ def demo_command(
 
 @app.command(name="list")
 def list_command(*, results_dir: ResultsDir = RESULTS) -> None:
-    """Show the studies: question, command, time, and how far each one is."""
+    """List the studies: question, command, time, and which results exist."""
     from experiments.report import studies
     from experiments.studies import protocol
 
@@ -70,24 +67,14 @@ def list_command(*, results_dir: ResultsDir = RESULTS) -> None:
 def run_command(
     study: Study,
     *,
-    preset: Literal["small", "full"] = "small",
-    seeds: int = 3,
+    preset: Annotated[Literal["small", "full"], arg(help="Size: `small` for 2 CPU cores, `full` for a GPU.")] = "small",
+    seeds: Annotated[int, arg(help="Number of runs of each arm.")] = 3,
     data_dir: DataDir = None,
     results_dir: ResultsDir = RESULTS,
     devices: Devices = None,
     launch: Launch = 1,
 ) -> None:
-    """Train whatever a study has no result of yet. Stopped at any moment, the same command continues.
-
-    Args:
-        study: Which study.
-        preset: Size of the runs: `small` for 2 CPU cores, `full` for a GPU.
-        seeds: Number of runs of each arm.
-        data_dir: Where CIFAR-10 is.
-        results_dir: Where the results go.
-        devices: CPU devices.
-        launch: Local processes.
-    """
+    """Train the runs of a study that have no result yet. After an interruption the same command continues."""
     _take_part(devices, launch)
     from experiments.studies import protocol
 
@@ -101,11 +88,11 @@ def train_command(
     *,
     data_dir: DataDir = None,
     out: Annotated[Path, arg(metavar="DIR", help="Folder of the result.")] = Path("runs/train"),
-    keep_checkpoint: Annotated[bool, arg(help="Keep the trained net beside the result, for `diagnose`.")] = False,
+    keep_checkpoint: Annotated[bool, arg(help="Keep the trained network next to the result, for `diagnose`.")] = False,
     devices: Devices = None,
     launch: Launch = 1,
 ) -> None:
-    """Train a single net of your choice. Stopped at any moment, the same command continues."""
+    """Train a single network of your choice. After an interruption the same command continues."""
     _take_part(devices, launch)
     from experiments.evidence import files
     from experiments.processes import distributed
@@ -120,18 +107,20 @@ def train_command(
         if keep_checkpoint and kept.exists():
             print(f"Checkpoint: {kept}")
         elif keep_checkpoint:
-            print("Checkpoint: none; the run had finished without --keep-checkpoint. Delete its result to train anew.")
+            print("Checkpoint: none; the run finished without --keep-checkpoint. Delete its result to train it again.")
 
 
 @app.command(name="diagnose")
 def diagnose_command(
-    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT", help="What `train --keep-checkpoint` left.")]],
+    checkpoint: Positional[
+        Annotated[Path, arg(metavar="CHECKPOINT", help="Folder that `train --keep-checkpoint` printed.")]
+    ],
     *,
     data_dir: DataDir = None,
 ) -> None:
-    """Say what is wrong with the batch norms of a trained net: on its training images, and on the test images.
+    """Diagnose the batch norms of a trained network on its training images and on the test images.
 
-    CHECKPOINT is the folder that `train --keep-checkpoint` names in the end, or that of a run that was interrupted.
+    CHECKPOINT is the folder that `train --keep-checkpoint` prints at the end, or the one of an interrupted run.
     """
     from experiments.demos import diagnosis
 
@@ -140,34 +129,13 @@ def diagnose_command(
 
 @app.command(name="sync-demo")
 def sync_demo_command(
-    *,
-    data_dir: DataDir = None,
-    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figure.")] = Path("runs/sync-demo"),
-    devices: Devices = 8,
-    launch: Launch = 1,
+    *, data_dir: DataDir = None, out: FiguresDir = Path("runs/sync-demo"), devices: Devices = 8, launch: Launch = 1
 ) -> None:
-    """Compare statistics per device with those of all devices together, on as many CPU devices as you like."""
+    """Compare per-device with synchronized statistics, on any number of CPU devices."""
     _take_part(devices, launch)
     from experiments.demos import synchronised
 
     synchronised.run(data_dir=data_dir, out=out)
-
-
-@app.command(name="collectives")
-def collectives_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
-    """Count what batch norm sends between devices on each parallel API, beside Flax's layer, in compiled programs."""
-    from experiments.benchmarks import collectives
-
-    collectives.run(out=out)
-
-
-@app.command(name="numerics")
-def numerics_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
-    """Measure the errors of batch norm against float64 as the mean of the inputs grows, beside Flax's layer."""
-    from experiments.benchmarks import numerics
-
-    numerics.run(out=out)
-    _show(["numerics"], out)
 
 
 @app.command(name="scoreboard")
@@ -180,9 +148,9 @@ def scoreboard_command(
         arg(metavar="DIR", help="Folder to write to. If left out: docs/scoreboard, or none for chosen peers or laws."),
     ] = None,
 ) -> None:
-    """Put this library and its peers to the laws of batch norm: about three minutes on two cores.
+    """Test this library and its peers against the laws of batch norm: about three minutes on two cores.
 
-    The exit status is 1 if this library breaks one.
+    The exit status is 1 if this library breaks a law.
     """
     from experiments.scoreboard import board
 
@@ -190,17 +158,9 @@ def scoreboard_command(
         sys.exit(1)
 
 
-@app.command(name="calibration")
-def calibration_command(*, data_dir: DataDir = None, out: MeasurementsDir = MEASUREMENTS) -> None:
-    """Show how many images bring back the statistics of a trained net: offline, in under two minutes on two cores."""
-    from experiments.benchmarks import calibration
-
-    calibration.run(data_dir=data_dir, out=out)
-    _show(["calibration"], out)
-
-
 @app.command(name="bench")
 def bench_command(
+    names: Positional[Annotated[tuple[str, ...], arg(metavar="NAME")]] = (),
     *,
     only: str = "layers,steps,collectives",
     rounds: int = 25,
@@ -212,91 +172,82 @@ def bench_command(
     nets: str | None = None,
     arms: str | None = None,
     jobs: int = 2,
+    data_dir: DataDir = None,
     out: MeasurementsDir = MEASUREMENTS,
 ) -> None:
-    """Measure speed, memory and collectives beside Flax, Haiku, Equinox and PyTorch: an hour on two cores.
+    """Measure batch norm and compare it with Flax, Haiku, Equinox and PyTorch. An interrupted command continues.
 
-    Stopped at any moment, the same command continues. `table` shows what was measured in the README.
-
-    The part `accelerators` runs only where it is named: it compiles programs for TPUs and GPUs without having one, and
-    counts the bytes that they move. It needs pip install 'jaxbn[aot]', and hours for all targets; the options choose.
+    layers: time of the layer alone. steps: what a norm adds to a training step. (Together an hour on two cores.)
+    collectives: communication between devices, counted in compiled programs. numerics: errors against float64.
+    throughput: images per second of `fit`. folding: outputs and time of networks with folded batch norms.
+    calibration: images needed to restore the statistics of a trained network, in under two minutes.
+    accelerators: bytes that programs for TPUs and GPUs move, compiled without having one; takes hours for all targets,
+    and needs pip install 'jaxbn[aot]'. `table` writes the measurements into README.md and docs.
 
     Args:
-        only: Some of `layers`, `steps`, `collectives` and `accelerators`, with commas between.
-        rounds: Timings of each layer in each row.
+        names: Benchmarks; see above. If left out: those of `--only`.
+        only: Benchmarks, separated by commas.
+        rounds: Timings of each arm in `layers` and `throughput`.
         step_processes: Processes that compile and time the same training steps.
         step_rounds: Timings of each training step in each process.
         dtypes: Some of `float32` and `bfloat16`. If left out: both.
         targets: Accelerators, some of `v5e`, `v5p`, `v6e`, `tpu7x`, `h100`, `a100` and `b200`. If left out: all.
-        kinds: Accelerators' programs, some of `layer`, `block`, `inference`, `step` and `parallel`. If left out: all.
-        nets: Nets of accelerators' steps, some of `ResNet-20`, `ResNet-50` and `Inception`. If left out: all.
-        arms: Norms of accelerators' programs, some of `jaxbn`, `jaxbn, shifted`, `Flax`, `Flax, stable`, `affine only`
-            and `none`; the comma with a space belongs to the name. If left out: all.
-        jobs: Programs that are compiled at once for accelerators.
-        out: Where the files go.
+        kinds: Programs for accelerators, some of `layer`, `block`, `inference`, `step` and `parallel`. If left out:
+            all.
+        nets: Networks for accelerators, some of `ResNet-20`, `ResNet-50` and `Inception`. If left out: all.
+        arms: Norms for accelerators, some of `jaxbn`, `jaxbn, shifted`, `Flax`, `Flax, stable`, `affine only` and
+            `none`; the comma with a space belongs to the name. If left out: all.
+        jobs: Number of programs for accelerators that are compiled at the same time.
+        data_dir: Folder of CIFAR-10 for `calibration`.
+        out: Folder of the files.
     """
-    from experiments.benchmarks import Settings, parts
-
     lists = {"dtypes": dtypes, "targets": targets, "kinds": kinds, "nets": nets, "arms": arms}
     chosen = {name: tuple(re.split(r",(?! )", text)) for name, text in lists.items() if text is not None}
-    settings = Settings(rounds=rounds, step_processes=step_processes, step_rounds=step_rounds, jobs=jobs, **chosen)
-    names = only.split(",")
-    if status := parts.run(only=names, out=out, settings=settings):
-        sys.exit(status)
-    _show([name for name in names if name != "collectives"], out)  # which has shown them itself
+    numbers = {"rounds": rounds, "step_processes": step_processes, "step_rounds": step_rounds, "jobs": jobs}
+    _bench(list(names) or only.split(","), out, data_dir=data_dir and str(data_dir), **numbers, **chosen)
+
+
+@app.command(name="collectives")
+def collectives_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
+    """Same as `bench collectives`."""
+    _bench(["collectives"], out)
+
+
+@app.command(name="numerics")
+def numerics_command(*, out: MeasurementsDir = MEASUREMENTS) -> None:
+    """Same as `bench numerics`."""
+    _bench(["numerics"], out)
 
 
 @app.command(name="throughput")
 def throughput_command(*, batch_size: int = 100, rounds: int = 25, out: MeasurementsDir = MEASUREMENTS) -> None:
-    """Measure images per second of `fit` beside a plain loop in Flax and Optax, and what augmentation adds to a step.
-
-    Args:
-        batch_size: Images per step; divides 10,000.
-        rounds: Timings of each arm.
-        out: Where the file goes.
-    """
-    from experiments.benchmarks import throughput
-
-    throughput.run(batch_size=batch_size, rounds=rounds, out=out)
+    """Same as `bench throughput`."""
+    _bench(["throughput"], out, throughput_batch_size=batch_size, rounds=rounds)
 
 
 @app.command(name="folding")
 def folding_command(
     *, batch_size: int = 50, inception_width: float = 0.25, rounds: int = 15, out: MeasurementsDir = MEASUREMENTS
 ) -> None:
-    """Fold the batch norms of ResNet-20 and the Inception net: change of the outputs, and time of an evaluation.
+    """Same as `bench folding`."""
+    _bench(["folding"], out, folding_batch_size=batch_size, inception_width=inception_width, folding_rounds=rounds)
 
-    The weights are random; `run folding` is the study of trained nets.
 
-    Args:
-        batch_size: Images per evaluation.
-        inception_width: Multiplies the channels of the Inception net; at 1, the command takes sixteen times as long.
-        rounds: Timings of each net.
-        out: Where the file goes.
-    """
-    from experiments.benchmarks import folding
-
-    folding.run(batch_size=batch_size, inception_width=inception_width, rounds=rounds, out=out)
-    _show(["folding"], out)
+@app.command(name="calibration")
+def calibration_command(*, data_dir: DataDir = None, out: MeasurementsDir = MEASUREMENTS) -> None:
+    """Same as `bench calibration`."""
+    _bench(["calibration"], out, data_dir=data_dir and str(data_dir))
 
 
 @app.command(name="plot")
-def plot_command(
-    study: Study = "all",
-    *,
-    results_dir: ResultsDir = RESULTS,
-    out: Annotated[Path, arg(metavar="DIR", help="Folder of the figures.")] = FIGURES,
-) -> None:
-    """Draw the figures of the studies that have their results."""
+def plot_command(study: Study = "all", *, results_dir: ResultsDir = RESULTS, out: FiguresDir = FIGURES) -> None:
+    """Draw the figures of the studies whose results are complete."""
     from experiments.report import studies
     from experiments.studies import protocol
 
     for module in protocol.select(study):
-        written = studies.figures(module, results_dir, out)
-        for path in written:
-            print(path)
-        if not written:
-            print(f"{protocol.short_name(module)}: nothing to draw; {studies.state(module, results_dir)}")
+        written = "\n".join(map(str, studies.figures(module, results_dir, out)))
+        print(written or f"{protocol.short_name(module)}: nothing to draw; {studies.state(module, results_dir)}")
 
 
 @app.command(name="table")
@@ -305,9 +256,9 @@ def table_command(
     results_dir: ResultsDir = RESULTS,
     out: Annotated[Path, arg(metavar="FILE", help="The file to write.")] = README,
     measurements_dir: MeasurementsDir = MEASUREMENTS,
-    project: Annotated[Path, arg(metavar="DIR", help="Folder of README.md and docs, where measurements go.")] = PROJECT,
+    project: Annotated[Path, arg(metavar="DIR", help="Folder of README.md and docs.")] = PROJECT,
 ) -> None:
-    """Write what was asked, measured and found into experiments/README.md, and measurements into README.md and docs."""
+    """Write the studies into experiments/README.md, and the measurements into README.md and docs."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -320,8 +271,17 @@ def table_command(
         print(f"Written to {path}")
 
 
+def _bench(names: list[str], out: Path, **settings: Any) -> None:
+    """Runs benchmarks and prints their results."""
+    from experiments.benchmarks import Settings, parts
+
+    if status := parts.run(names, out=out, settings=Settings(**settings)):
+        sys.exit(status)
+    _show([name for name in names if name not in parts.SHOWN_AS_TABLES], out)
+
+
 def _show(names: list[str], folder: Path) -> None:
-    """Prints what has been measured, as README.md or a guide shows it."""
+    """Prints measurements the way README.md or a guide shows them."""
     from rich.console import Console
     from rich.markdown import Markdown
 

@@ -1,10 +1,11 @@
-"""The layers of JAX that are compared: this library's, Flax's, Haiku's and Equinox's, as their users would call them.
+"""The JAX layers under comparison: jaxbn, Flax, Haiku and Equinox, called the way their users call them.
 
-Conventions: state goes in and comes out. Parameters and statistics are float32 whatever the inputs are; outputs have
-the inputs' dtype. All layers have scale and bias, and 0.9 as the weight of the old running statistics.
+Conventions: functions take a state and return a new one. Parameters and statistics are float32 for inputs of any dtype;
+outputs have the dtype of the inputs. All layers have scale and bias, and 0.9 as the weight of the old running
+statistics.
 
-`experiments.scoreboard.peers` adapts the same libraries to the laws, which pass masks and axis names and read
-statistics; here nothing stands between a timing and a layer.
+`experiments.scoreboard.peers` adapts the same libraries for the laws, with masks, axis names and access to the
+statistics. The adapters here add nothing that would be timed with a layer.
 """
 
 import functools
@@ -31,7 +32,7 @@ class Arm(NamedTuple):
       init: inputs -> parameters, state.
       train: parameters, state, inputs -> outputs, state.
       evaluate: parameters, state, inputs -> outputs.
-      features_axis: of the inputs.
+      features_axis: axis of the features in the inputs.
     """
 
     init: Callable
@@ -41,17 +42,17 @@ class Arm(NamedTuple):
 
 
 def linen(layer: Callable[..., nn.Module]) -> Arm:
-    """Returns the arm of a linen layer, which is given the dtype of its outputs."""
+    """Adapts a linen layer and sets the dtype of its outputs."""
 
-    def apply(params, batch_stats, x, **options):
+    def apply(params: dict, batch_stats: dict, x: jax.Array, **options: Any) -> Any:
         module = layer(momentum=MOMENTUM, dtype=x.dtype)
         return module.apply({"params": params, "batch_stats": batch_stats}, x, **options)
 
-    def init(x):
+    def init(x: jax.Array) -> tuple[dict, dict]:
         variables = layer(momentum=MOMENTUM).init(jax.random.key(0), x, use_running_average=True)
         return variables["params"], variables["batch_stats"]
 
-    def train(params, batch_stats, x):
+    def train(params: dict, batch_stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         y, updated = apply(params, batch_stats, x, use_running_average=False, mutable=["batch_stats"])
         return y, updated["batch_stats"]
 
@@ -59,7 +60,7 @@ def linen(layer: Callable[..., nn.Module]) -> Arm:
 
 
 def haiku() -> Arm:
-    """Returns the arm of Haiku's layer, computed in float32 whatever the inputs are, as Haiku advises.
+    """Adapts Haiku's layer, which computes in float32 for inputs of any dtype, as Haiku recommends.
 
     Raises:
       ImportError: Haiku is not installed.
@@ -69,7 +70,7 @@ def haiku() -> Arm:
 
     net = hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, MOMENTUM)(x, train))
 
-    def run(params, state, x, train):
+    def run(params: dict, state: dict, x: jax.Array, train: bool) -> tuple[jax.Array, dict]:
         policy = jmp.Policy(param_dtype=jnp.float32, compute_dtype=jnp.float32, output_dtype=x.dtype)
         with hk.mixed_precision.push_policy(hk.BatchNorm, policy):
             return net.apply(params, state, None, x, train)
@@ -82,25 +83,26 @@ def haiku() -> Arm:
 
 
 def equinox() -> Arm:
-    """Returns the arm of Equinox's layer, which takes one example, features first, under vmap.
+    """Adapts Equinox's layer, which takes a single example, features first, under vmap.
 
     Raises:
       ImportError: Equinox is not installed.
     """
     import equinox as eqx
 
-    def made(features):
+    def make(features: int) -> tuple[Any, Any, Any]:
+        """Returns the arrays of a new layer, the rest of it, and its state."""
         layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
             features, axis_name="batch", mode="batch", momentum=MOMENTUM
         )
         return *eqx.partition(layer, eqx.is_array), state
 
-    def init(x):
-        params, _, state = made(x.shape[1])
+    def init(x: jax.Array) -> tuple[Any, Any]:
+        params, _, state = make(x.shape[1])
         return params, state
 
-    def run(params, state, x, inference):
-        layer = eqx.combine(params, made(x.shape[1])[1])
+    def run(params: Any, state: Any, x: jax.Array, inference: bool) -> tuple[jax.Array, Any]:
+        layer = eqx.combine(params, make(x.shape[1])[1])
         layer = functools.partial(layer, inference=inference)
         y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
         return y.astype(x.dtype), state
@@ -123,24 +125,24 @@ ARMS = {
 
 
 def inputs(shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns inputs with mean 0.5 and standard deviation 2, and cotangents of the outputs."""
+    """Draws inputs with mean 0.5 and standard deviation 2, and cotangents of the outputs."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
     return (0.5 + 2 * x).astype(jnp.dtype(dtype)), dy.astype(jnp.dtype(dtype))
 
 
 def compiled(arm: Arm, name: str, activation: str, x: np.ndarray, dy: np.ndarray) -> Callable[[], list[jax.Array]]:
-    """Returns a call of a compiled pass, which gives all that the pass gives.
+    """Compiles a pass and returns a call of it.
 
     Args:
       arm: the layer.
       name: one of `PASSES`.
-      activation: one of `ACTIVATIONS`.
+      activation: key of `ACTIVATIONS`.
       x: inputs, features last.
       dy: cotangents of the outputs.
 
     Returns:
-      The call. It gives the outputs, in training also the new state, and in the backward pass also the gradients with
+      The call. It returns the outputs; in training also the new state; with a backward pass also the gradients with
       respect to parameters and inputs.
     """
     x, dy = (jnp.array(np.moveaxis(array, -1, arm.features_axis)) for array in (x, dy))
@@ -148,8 +150,8 @@ def compiled(arm: Arm, name: str, activation: str, x: np.ndarray, dy: np.ndarray
     arguments, structure = jax.tree.flatten((params, state, x, dy))
     run = functools.partial(run_pass, arm, name, ACTIVATIONS[activation])
 
-    # Flat arguments, since taking trees apart in each call would take some layers longer than others.
-    def flat(*arguments):
+    # The arguments are flat, since flattening trees in each call would take longer for some layers than for others.
+    def flat(*arguments: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(run(*jax.tree.unflatten(structure, arguments)))
 
     return functools.partial(jax.jit(flat, keep_unused=True).lower(*arguments).compile(), *arguments)
@@ -164,27 +166,27 @@ def run_pass(
     x: jax.Array,
     dy: jax.Array | None,
 ) -> Any:
-    """Returns what a pass gives, as a function to be compiled.
+    """Computes a pass; to be compiled.
 
     Args:
-      arm: the layer, or a few layers that are called like one.
+      arm: a layer, or several with the interface of one.
       name: one of `PASSES`.
-      activate: follows the layer.
+      activate: activation after the layer.
       params: the parameters.
       state: the running statistics.
       x: inputs.
-      dy: cotangents of the outputs; of use in the backward pass.
+      dy: cotangents of the outputs; used only by the backward pass.
     """
     if name == "eval":
         return activate(arm.evaluate(params, state, x))
 
-    def forward(params, x):
+    def forward(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         y, new_state = arm.train(params, state, x)
         return activate(y), new_state
 
     if name == "forward":
         return forward(params, x)
     y, vjp, new_state = jax.vjp(forward, params, x, has_aux=True)
-    # As in a net, where dy is known only after y: without the barrier both passes could read x together.
+    # In a network, dy is known only after y. Without this barrier XLA could fuse both passes and read x once for both.
     y, dy = lax.optimization_barrier((y, dy))
     return y, new_state, vjp(dy)

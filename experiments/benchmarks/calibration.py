@@ -1,12 +1,11 @@
-"""How many images calibration needs: a net whose running statistics were wrecked gets them back from a few images.
+"""Measures how many images calibration needs to restore the running statistics of a trained network.
 
-A trained net is tested with the running averages of its training, with wrecked ones, and with statistics measured on
-images drawn at random from those that it was trained on.  Nothing is downloaded.
+A trained network is tested with the running averages of its training, with corrupted ones, and with statistics measured
+on images drawn at random from its training set. Nothing is downloaded.
 """
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from experiments.benchmarks import Settings
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import files, provenance
+from experiments.evidence import provenance
 from experiments.evidence.text import markdown
 from experiments.evidence.verdicts import spread
 from experiments.nets import linen as linen_nets
@@ -26,8 +26,8 @@ from experiments.training.progress import Display
 from jaxbn import calibrate
 
 NAME = "calibration"
-TRAINED, WRECKED = "running averages of the training", "wrecked"
-ADDED_TO_MEANS, TIMES_VARIANCES = 3, 10  # by wrecking
+TRAINED, WRECKED = "running averages of the training", "wrecked"  # as stored in the records
+ADDED_TO_MEANS, TIMES_VARIANCES = 3, 10  # how `wreck` corrupts them
 IMAGES = (10, 30, 100, 300, 1000, 3000)
 DRAWS = 5
 RATE = 0.1
@@ -39,42 +39,46 @@ METHODS = {  # name: function, images in a batch
 }
 
 
-def run(*, data_dir: Path | None, out: Path) -> None:
-    """Trains the net, calibrates it on more and more images, and writes the file.
+def header(settings: Settings) -> dict:
+    """Returns the first line of the file."""
+    config, dataset, _ = _choose_run(settings)
+    return provenance.measurement_header(
+        {
+            "config": dataclasses.asdict(config),
+            "data": dataset.provenance,
+            "train_images": len(dataset.train_images),
+            "test_images": len(dataset.test_images),
+            "draws": DRAWS,
+            "added_to_means": ADDED_TO_MEANS,
+            "times_variances": TIMES_VARIANCES,
+        }
+    )
 
-    Args:
-      data_dir: where CIFAR-10 is.
-      out: folder of the file.
-    """
-    began = time.perf_counter()
+
+def pieces(settings: Settings) -> dict[str, Callable[[], list[dict]]]:
+    """Returns a single piece, and prints which images it uses."""
+    config, dataset, reason = _choose_run(settings)
     console = Console(width=120)
-    dataset, why = small_run.choose_data(data_dir)
-    config = small_run.CONFIGS[dataset.name].replace(norm="batch", learning_rate=RATE)
-    console.print(f"Data: {dataset.source}. {why}", soft_wrap=True, highlight=False, markup=False)
-    settings = {
-        "config": dataclasses.asdict(config),
-        "data": dataset.provenance,
-        "train_images": len(dataset.train_images),
-        "test_images": len(dataset.test_images),
-        "draws": DRAWS,
-        "added_to_means": ADDED_TO_MEANS,
-        "times_variances": TIMES_VARIANCES,
-    }
-    pieces = {config.net: functools.partial(measure, config, dataset, console)}
-    files.measure_in_pieces(out / f"{NAME}.jsonl", provenance.measurement_header(settings), pieces)
-    console.print(f"Time in all: {time.perf_counter() - began:.0f} s", highlight=False)
+    console.print(f"Data: {dataset.source}. {reason}", soft_wrap=True, highlight=False, markup=False)
+    return {config.net: functools.partial(measure, config, dataset, console)}
+
+
+def _choose_run(settings: Settings) -> tuple[Config, Dataset, str]:
+    """Returns the training run, its images, and a sentence about their choice."""
+    dataset, reason = small_run.choose_data(settings.data_dir and Path(settings.data_dir))
+    return small_run.CONFIGS[dataset.name].replace(norm="batch", learning_rate=RATE), dataset, reason
 
 
 def measure(config: Config, dataset: Dataset, console: Console) -> list[dict]:
-    """Trains the net, and returns a record for each kind of statistics: the test accuracies with them, in %.
+    """Trains the network, and returns its test accuracies in %: one record for each kind of statistics.
 
     Args:
       config: the run.
       dataset: its images.
-      console: shows how far the training is.
+      console: shows the progress of the training.
     """
     with Display(1, console) as display:
-        variables = loop.fit(config, dataset, on_progress=display.run("7-layer net")).variables
+        variables = loop.fit(config, dataset, on_progress=display.run("7-layer network")).variables
     net = linen_nets.build(config, len(dataset.class_names))
     wrecked = variables | {"batch_stats": wreck(variables["batch_stats"])}
     uncalibrated = [
@@ -91,16 +95,16 @@ def measure(config: Config, dataset: Dataset, console: Console) -> list[dict]:
 
 
 def wreck(batch_stats: Any) -> Any:
-    """Returns running statistics that are far off: all means too large, and all variances too."""
+    """Corrupts running statistics: all means become too large, and all variances too."""
     changes = {"mean": lambda mean: mean + ADDED_TO_MEANS, "var": lambda var: TIMES_VARIANCES * var}
     return jax.tree_util.tree_map_with_path(lambda path, value: changes[path[-1].key](value), batch_stats)
 
 
 def accuracies(net: Any, variables: dict, dataset: Dataset, n: int, function: Callable, batch_size: int) -> list[float]:
-    """Returns the test accuracies, in %, after a calibration on n images, one for each draw."""
+    """Calibrates on n images, once for each of `DRAWS` draws, and returns the test accuracies in %."""
 
-    def calibrated(draw):
-        # RandomState, because NumPy promises never to change its stream.
+    def calibrated(draw: int) -> dict:
+        # RandomState rather than default_rng: NumPy promises that its stream never changes.
         images = dataset.train_images[np.random.RandomState(draw).permutation(len(dataset.train_images))[:n]]
         return function(net, variables, evaluation.split(images, batch_size), call=evaluation.call)
 
@@ -114,21 +118,20 @@ def accuracy(net: Any, variables: dict, dataset: Dataset) -> float:
 
 def block(run: dict) -> str:
     """Returns the test accuracies by number of images and method, and those without calibration."""
-    lines, uncalibrated, settings = {}, {}, run["header"]["settings"]
+    rows, uncalibrated, settings = {}, {}, run["header"]["settings"]
     for record in run["records"]:
-        found = spread(record["accuracies"])
+        measured = spread(record["accuracies"])
         if "images" in record:
-            line = lines.setdefault(record["images"], {"images": f"{record['images']:,}"})
-            line[record["statistics"]] = found.text()
+            row = rows.setdefault(record["images"], {"images": f"{record['images']:,}"})
+            row[record["statistics"]] = measured.text()
         else:
-            uncalibrated[record["statistics"]] = f"{found.mean:.1f} %"
+            uncalibrated[record["statistics"]] = f"{measured.mean:.1f} %"
     config = settings["config"]
     return (
-        f"{markdown(list(lines.values()))}\n\nTest accuracy in %, mean ± std over {settings['draws']} draws of the "
-        f"images. The net, `{config['net']}`, was trained for {config['epochs']} epochs on "
+        f"{markdown(list(rows.values()))}\n\nTest accuracy in %, mean ± std over {settings['draws']} draws of "
+        f"the images. The network, `{config['net']}`, was trained for {config['epochs']} epochs on "
         f"{settings['train_images']:,} images at {config['image_size']} x {config['image_size']} pixels "
-        f"({settings['data']}). Of {settings['test_images']:,} test images it classifies "
-        f"{uncalibrated[TRAINED]} correctly with the running averages of its training, and "
-        f"{uncalibrated[WRECKED]} with wrecked ones (means {settings['added_to_means']} too large, "
-        f"variances {settings['times_variances']} times too large)."
+        f"({settings['data']}). On {settings['test_images']:,} test images, its accuracy is {uncalibrated[TRAINED]} "
+        f"with the running averages of its training, and {uncalibrated[WRECKED]} with corrupted ones (means "
+        f"{settings['added_to_means']} too large, variances {settings['times_variances']} times too large)."
     )

@@ -1,11 +1,12 @@
 """Collectives in compiled programs.
 
-Convention: a program is the text of its HLO. Those inside a branch are counted apart from those that every step
-executes.
+Conventions: a program is the text of its HLO. Collectives inside a branch are told apart from those that every step
+executes. `kernels.py` parses whole programs; this module needs much less, and its text may come from any platform.
 """
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _NAMES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -20,8 +21,8 @@ class Collective(NamedTuple):
 
     Attributes:
       name: XLA's name of the operation.
-      bytes: of its result on one device; of an all-reduce, that is also what the device hands over.
-      conditional: whether it stands in a branch of a conditional.
+      bytes: size of its result on one device; for an all-reduce, this is also the size of its operand.
+      conditional: whether it is in a branch of a conditional.
     """
 
     name: str
@@ -30,37 +31,38 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled: str) -> list[Collective]:
-    """Returns the collectives of a compiled program, given as the text of its HLO."""
+    """Returns the collectives of a compiled program in the order of execution."""
     computations, entry = _computations(compiled)
 
-    def walk(name, conditional):
-        found = []
+    def walk(name: str, conditional: bool) -> Iterator[Collective]:
         for line in computations[name]:
             if instruction := _INSTRUCTION.search(line):
-                found.append(Collective(instruction["name"], _bytes(instruction["shape"]), conditional))
-            elif branches := _BRANCHES.search(line):
-                listed = branches[1].split(",") if branches[1] else branches.groups()[1:]
-                seldom = conditional or len(listed) > 1  # one branch alone is always taken
-                found += [c for branch in listed for c in walk(branch.strip().lstrip("%"), seldom)]
+                yield Collective(instruction["name"], _bytes(instruction["shape"]), conditional)
+            elif match := _BRANCHES.search(line):
+                # A conditional on an index lists its branches; one on a predicate names two computations.
+                branches = match[1].split(",") if match[1] else match.groups()[1:]
+                for branch in branches:
+                    # A conditional with a single branch always takes it.
+                    yield from walk(branch.strip().lstrip("%"), conditional or len(branches) > 1)
             else:
-                found += [c for called in _CALLED.findall(line) for c in walk(called, conditional)]
-        return found
+                for called in _CALLED.findall(line):
+                    yield from walk(called, conditional)
 
-    return walk(entry, False)
+    return list(walk(entry, False))
 
 
-def executed(found: list[Collective]) -> list[Collective]:
+def executed(all_collectives: list[Collective]) -> list[Collective]:
     """Returns the collectives that every step executes."""
-    return [collective for collective in found if not collective.conditional]
+    return [collective for collective in all_collectives if not collective.conditional]
 
 
-def executed_bytes(found: list[Collective]) -> int:
+def executed_bytes(all_collectives: list[Collective]) -> int:
     """Returns the bytes of the collectives that every step executes."""
-    return sum(collective.bytes for collective in executed(found))
+    return sum(collective.bytes for collective in executed(all_collectives))
 
 
-def _computations(text):
-    """The lines of each computation by its name, and the name of the one where execution begins."""
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """Splits a program into the lines of each computation, and finds the name of the entry computation."""
     computations, entry, name = {}, None, None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
@@ -74,9 +76,10 @@ def _computations(text):
     return computations, entry
 
 
-def _bytes(shape):
-    """The size of an array or of a tuple of arrays, as HLO writes their types."""
-    return sum(
-        math.prod(map(int, filter(None, sizes.split(",")))) * int(bits or 8) // 8
-        for bits, sizes in _ARRAY.findall(shape)
-    )
+def _bytes(shape: str) -> int:
+    """Returns the size of an array, or of a tuple of arrays, from the text of its type."""
+    total = 0
+    for bits, sizes in _ARRAY.findall(shape):
+        elements = math.prod(int(size) for size in sizes.split(",") if size)
+        total += elements * int(bits or 8) // 8  # `pred` has no number of bits, and takes a byte
+    return total

@@ -1,7 +1,8 @@
-"""PyTorch's layer, timed in a process of its own: its threads spin for a while, which would slow down JAX's.
+"""PyTorch's layer, timed in a separate process, because its threads keep spinning after a call and would slow JAX down.
 
-Convention: the two processes talk in lines of JSON. The worker is given a row, {"pass", "activation", "shape",
-"dtype"}, and answers {}; it is given {} and answers {"seconds": of one call}. {"error": why} answers what fails.
+Conventions: the two processes exchange lines of JSON. The parent sends a row, {"pass", "activation", "shape", "dtype"},
+which the worker answers with {}, or it sends {} for a sample, which the worker answers with {"seconds": of one call}.
+The answer to a failure is {"error": reason}.
 """
 
 import contextlib
@@ -15,21 +16,21 @@ from typing import Any, Self, TextIO
 
 from experiments.evidence import timing
 
-# Threads that spin while they wait, as by default, are faster; but where another process takes one of their cores for a
-# moment, the others wait for it tens of milliseconds, and threads that sleep are faster.
+# By default, threads spin while they wait for each other, which is faster. But if another process takes one of their
+# cores for a moment, the others wait for tens of milliseconds, and sleeping threads are faster.
 WAITING = {"active": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
-SETTLE = 0.01  # seconds after which the worker's threads do not spin any more
+SETTLE = 0.01  # seconds until the worker's threads stop spinning
 
 
 class Worker:
-    """The process that times PyTorch; use it in a with statement.
+    """The process that times PyTorch; use it in a `with` statement.
 
     Args:
-      at_least: seconds that the calls of a sample last together.
+      at_least: shortest duration of a sample, in seconds; see `timing.sampler`.
       together: calls between two waits; see `timing.sampler`.
-      device: PyTorch's name for it.
-      waiting: how its threads wait for each other; one of `WAITING`.
-      command: what starts the worker.
+      device: name of the device in PyTorch.
+      waiting: how the threads wait for each other; key of `WAITING`.
+      command: starts the worker.
     """
 
     def __init__(
@@ -50,27 +51,27 @@ class Worker:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended by itself, and what it was not told is still here
+        with contextlib.suppress(BrokenPipeError):  # The worker has ended; closing flushes what it did not read.
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
     def prepare(self, row: dict) -> Callable[[], float]:
-        """Returns a sample of a row, good until the next row is prepared.
+        """Returns a function that takes a sample of this row, until the next row is prepared.
 
         Raises:
-          RuntimeError: says why PyTorch cannot compute it.
+          RuntimeError: PyTorch cannot compute the row.
         """
         self._ask(row)
         return self._sample
 
-    def _sample(self):
+    def _sample(self) -> float:
         seconds = self._ask({})["seconds"]
         time.sleep(SETTLE)
         return seconds
 
-    def _ask(self, question):
-        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
+    def _ask(self, question: dict) -> dict:
+        with contextlib.suppress(BrokenPipeError):  # The worker has ended, and the line below reads no answer.
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline() or '{"error": "its process has ended"}')
@@ -80,24 +81,24 @@ class Worker:
 
 
 def layer_call(row: dict, device: str) -> Callable[[], Any]:
-    """Returns a call of a pass of BatchNorm1d or BatchNorm2d, channels last in memory."""
+    """Returns a call of one pass of BatchNorm1d or BatchNorm2d, channels last in memory."""
     import torch
 
     features, dtype = row["shape"][-1], getattr(torch, row["dtype"])
     x, dy = (torch.randn(row["shape"]) for _ in range(2))
     x, dy = ((0.5 + 2 * x).to(device, dtype), dy.to(device, dtype))
-    if x.ndim == 4:  # a view with the channels second, whose memory stays in the order channels last
+    if x.ndim == 4:  # PyTorch wants the channels second. These views keep the memory channels last.
         x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
-    # PyTorch's momentum is the weight of the new value.
+    # PyTorch's momentum is the weight of the new value, not of the old one.
     norm = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(features, momentum=0.1, device=device)
     norm.train(row["pass"] != "eval")
     activate = torch.nn.functional.relu if row["activation"] == "relu" else lambda y: y
 
     @torch.no_grad()
-    def forward():
+    def forward() -> Any:
         return activate(norm(x))
 
-    def forward_and_backward():
+    def forward_and_backward() -> tuple:
         x.grad = norm.weight.grad = norm.bias.grad = None
         y = activate(norm(x))
         y.backward(dy)
@@ -110,14 +111,14 @@ def layer_call(row: dict, device: str) -> Callable[[], Any]:
 
 
 def serve(questions: Iterable[str], answers: TextIO, *, at_least: float, together: int, device: str) -> None:
-    """Answers until there are no more questions.
+    """Runs the worker: answers questions until there are no more.
 
     Args:
       questions: lines; see the module.
-      answers: where the lines go that answer them.
+      answers: file for the answers.
       at_least: see `timing.sampler`.
       together: see `timing.sampler`.
-      device: PyTorch's name for it.
+      device: name of the device in PyTorch.
     """
     sample = None
     for line in questions:
@@ -126,7 +127,7 @@ def serve(questions: Iterable[str], answers: TextIO, *, at_least: float, togethe
             if question:
                 call = layer_call(question, device)
                 sample = timing.sampler(call, wait=_wait(device), at_least=at_least, together=together)
-                sample()  # the first call allocates, and may fail
+                sample()  # The first call allocates memory, and may fail.
             else:
                 answer = {"seconds": sample()}
         except (ImportError, RuntimeError, TypeError, AttributeError) as error:
@@ -134,12 +135,13 @@ def serve(questions: Iterable[str], answers: TextIO, *, at_least: float, togethe
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _wait(device):
+def _wait(device: str) -> Callable[[Any], None]:
+    """Returns a function that waits for results: GPUs compute asynchronously, CPUs do not."""
     import torch
 
     return (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # the terminal sends it to all processes; the first one says so
+    with contextlib.suppress(KeyboardInterrupt):  # The terminal sends it to all processes; the parent reports it.
         serve(sys.stdin, sys.stdout, **json.loads(sys.argv[1]))

@@ -1,6 +1,6 @@
 """ResNet-50 in flax.linen with any batch norm, for images of 224 x 224 (He et al. 2015).
 
-Convention: strides are those of the 3x3 convolutions, and the last scale of each block starts at 0 (Goyal et al. 2017).
+Conventions: the 3x3 convolutions carry the strides, and the last scale of each block starts at 0 (Goyal et al. 2017).
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ class ConvNorm(nn.Module):
     """A convolution without bias and its norm.
 
     Attributes:
-      features: of the outputs.
-      size: of the kernel.
-      strides: of the convolution.
-      norm: makes the norm, a linen layer with the arguments of ``flax.linen.BatchNorm``; None for no norm.
-      scale_init: of the norm's scale.
+      features: number of output channels.
+      size: side of the square kernel.
+      strides: strides of the convolution.
+      norm: makes a linen layer from the arguments of ``flax.linen.BatchNorm``; None for no norm.
+      scale_init: initializer of the norm's scale.
     """
 
     features: int
@@ -41,11 +41,11 @@ class ConvNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of three convolutions; a fourth one in the shortcut where shapes change.
+    """A residual block of three convolutions, with a fourth one in the shortcut if the shape changes.
 
     Attributes:
-      features: of the first two convolutions; the block has four times as many outputs.
-      strides: of the block.
+      features: output channels of the first two convolutions; the block has four times as many.
+      strides: strides of the block.
       norm: see `ConvNorm`.
     """
 
@@ -65,7 +65,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The net.
+    """The network.
 
     Attributes:
       norm: see `ConvNorm`.
@@ -82,5 +82,6 @@ class ResNet50(nn.Module):
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(STAGES):
             for block in range(blocks):
-                x = Bottleneck(64 * 2**stage, 2 if stage and not block else 1, self.norm)(x, train)
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(64 * 2**stage, strides, self.norm)(x, train)
         return nn.Dense(self.num_classes)(x.mean((1, 2)))

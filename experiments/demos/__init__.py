@@ -1,1 +1,1 @@
-"""Commands that show batch norm at work: `demo`, `sync-demo` and `diagnose`."""
+"""The commands `demo`, `sync-demo` and `diagnose`."""

@@ -1,6 +1,6 @@
-"""The demo: a small net with and without batch norm, at three learning rates, in under two minutes on two cores.
+"""The demo: a small network with and without batch norm, at three learning rates, in under two minutes on two cores.
 
-It downloads nothing: it learns CIFAR-10 where that is at hand, otherwise the handwritten digits of scikit-learn.
+It downloads nothing: it uses CIFAR-10 if it finds it, otherwise the handwritten digits of scikit-learn.
 """
 
 import time
@@ -20,29 +20,29 @@ from experiments.training.small_run import CONFIGS, choose_data
 NORMS = ("batch", "none")
 RATES = (0.01, 0.1, 1.0)
 DASHES = {0.01: "-", 0.1: "--", 1.0: ":"}
-TARGETS = {"cifar10": 35, "digits": 90}  # test accuracy in %, the steps to which are counted
+TARGETS = {"cifar10": 35, "digits": 90}  # test accuracy in %; the table counts the steps to reach it
 
 
 def run(*, data_dir: Path | None, out: Path) -> None:
-    """Trains the six nets, prints a table and writes a figure to the folder `out`."""
+    """Trains the six networks, prints a table and writes a figure to the folder `out`."""
     began = time.perf_counter()
     console = Console()
-    dataset, why = choose_data(data_dir)
+    dataset, reason = choose_data(data_dir)
     arms = configs(dataset.name)
-    _say(console, "A 7-layer convolutional net, with and without batch norm, at three learning rates.")
-    _say(console, f"Data: {dataset.source}. {why}")
+    _print(console, "A 7-layer convolutional network, with and without batch norm, at three learning rates.")
+    _print(console, f"Data: {dataset.source}. {reason}")
     runs = {}
     with Display(len(arms), console) as display:
         for name, config in arms.items():
             runs[name] = {"rows": loop.fit(config, dataset, on_progress=display.run(name)).rows}
     figure = plots.save(plot(arms, runs), out / "accuracy.png", digest="of the demo")
     console.print(table(arms, runs, TARGETS[dataset.name]))
-    _say(console, f"Figure: {figure}")
-    _say(console, f"Time in all: {time.perf_counter() - began:.0f} s")
+    _print(console, f"Figure: {figure}")
+    _print(console, f"Total time: {time.perf_counter() - began:.0f} s")
 
 
 def configs(name: str) -> dict[str, Config]:
-    """Returns the six runs on a data set: name -> Config."""
+    """Returns the six runs on a data set by name."""
     return {
         f"{plots.NAMES[norm]}, rate {rate:g}": CONFIGS[name].replace(norm=norm, learning_rate=rate)
         for norm in NORMS
@@ -51,7 +51,7 @@ def configs(name: str) -> dict[str, Config]:
 
 
 def table(arms: dict[str, Config], runs: dict[str, dict], target: float) -> Table:
-    """Returns, by norm and learning rate: accuracy, steps to the `target` accuracy (in %), and seconds of training."""
+    """Returns the table of accuracy, steps to the `target` accuracy (in %), and seconds of training."""
     printed = Table(
         "norm", "learning rate", "test accuracy", f"steps to {target} %", "training", title="Result (one seed)"
     )
@@ -70,7 +70,7 @@ def table(arms: dict[str, Config], runs: dict[str, dict], target: float) -> Tabl
 
 
 def plot(arms: dict[str, Config], runs: dict[str, dict]) -> Figure:
-    """Returns the figure of accuracy against step: six lines."""
+    """Draws accuracy against training step, one line for each run."""
     lines = [
         plots.Line(
             name,
@@ -84,5 +84,5 @@ def plot(arms: dict[str, Config], runs: dict[str, dict]) -> Figure:
     return plots.draw([plots.Lines("training step", "test accuracy (%)", lines)])
 
 
-def _say(console, text):
+def _print(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,7 +1,7 @@
-"""The demo of synchronised batch norm: a net on many devices, with the statistics of each device or those of all.
+"""The demo of synchronized batch norm: a network on many devices, with statistics per device or over all devices.
 
-With few images per device, each device's mean and variance are a poor guess, and another one on every device.
-Synchronised statistics are those of the whole batch, and the same everywhere. Nothing is downloaded.
+With few images per device, each device's mean and variance are noisy estimates, and differ from device to device.
+Synchronized statistics are those of the whole batch, and equal on all devices. Nothing is downloaded.
 """
 
 import functools
@@ -33,15 +33,16 @@ from experiments.training import small_run
 from jaxbn.linen import BatchNorm
 
 AXIS = distributed.AXIS
-ARMS = {"per device": None, "synchronised": AXIS}  # the axis_name of the layers
+ARMS = {"per device": None, "synchronised": AXIS}  # axis_name of the layers
 COLORS = {"per device": "#D55E00", "synchronised": "#0072B2"}
 PER_DEVICE = (2, 4, 8, 32)  # images
 CHANNELS = (8, 16, 32)
-TRAIN_IMAGES = 4096  # at most; a quarter, and one seed, in several processes, whose collectives are slow on one CPU
+# At most. Collectives between processes are slow on one CPU, so several processes train on a quarter, with one seed.
+TRAIN_IMAGES = 4096
 EPOCHS = 4
-RATE = 0.02  # times the square root of the images in a step; falls to 0 along a cosine
+RATE = 0.02  # for one image per step; scaled by the square root of the batch size, with a cosine decay to 0
 SEEDS = 3
-PROBES = 8  # batches on which the spread over the devices is measured, after training
+PROBES = 8  # batches for measuring the spread over devices after training
 
 
 class Net(nn.Module):
@@ -49,7 +50,7 @@ class Net(nn.Module):
 
     Attributes:
       num_classes: number of logits.
-      axis_name: of the devices that share their statistics; None: each device has its own.
+      axis_name: axis of the devices that share their statistics; None for statistics per device.
       momentum: weight of the old running statistics.
     """
 
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits of uint8 images."""
+        """Returns the logits of uint8 images, shape [n, num_classes]."""
         x = images.astype(jnp.float32) / 255
         for features in CHANNELS:
             x = nn.Conv(features, (3, 3), strides=2, use_bias=False)(x)
@@ -69,7 +70,7 @@ class Net(nn.Module):
 
 
 class State(NamedTuple):
-    """What training changes; the same on every device."""
+    """Everything that training changes; equal on all devices."""
 
     params: Any
     batch_stats: Any
@@ -81,8 +82,8 @@ class Programs(NamedTuple):
 
     Attributes:
       step: State, training set, order of the images [steps, images], step -> State.
-      correct: State, test set, mask -> number of test images that are recognised.
-      spread: State, training set, order, step -> how far the devices' statistics of that batch lie apart, see `apart`.
+      correct: State, test set, mask -> number of correctly classified test images.
+      spread: State, training set, order, step -> spread of that batch's statistics over the devices, see `apart`.
     """
 
     step: Callable
@@ -93,23 +94,23 @@ class Programs(NamedTuple):
 def run(*, data_dir: Path | None, out: Path) -> None:
     """Trains both arms with few and many images per device, prints two tables and writes a figure to the folder `out`.
 
-    `distributed.initialize` comes first. In several processes, the first one prints and writes.
+    Call `distributed.initialize` first. In several processes, the first one prints and writes.
     """
     began = time.perf_counter()
     console = Console(width=120, quiet=not distributed.is_primary())
-    dataset, why = small_run.choose_data(data_dir)
+    dataset, reason = small_run.choose_data(data_dir)
     mesh = distributed.mesh()
     console.print(
-        f"A net of {len(CHANNELS)} convolutions on {mesh.size} devices of {jax.process_count()} process(es): "
-        f"with statistics of each device, and with synchronised ones.\nData: {dataset.source}. {why}",
+        f"A network of {len(CHANNELS)} convolutions on {mesh.size} devices of {jax.process_count()} "
+        f"process(es), with statistics per device and with synchronized ones.\nData: {dataset.source}. {reason}",
         soft_wrap=True,
         highlight=False,
     )
     n, seeds = _size(dataset)
     if n < max(PER_DEVICE) * mesh.size:
         raise ValueError(
-            f"devices={mesh.size}, but with {max(PER_DEVICE)} images on each there are only {n} images to train on; "
-            f"choose at most {n // max(PER_DEVICE)} devices."
+            f"{n} training images are too few for {mesh.size} devices with {max(PER_DEVICE)} images each; choose at "
+            f"most {n // max(PER_DEVICE)} devices."
         )
     distributed.agree({"images": dataset.provenance}, remedy="start all processes with the same images.")
     rows = [row for size in PER_DEVICE for arm in ARMS for row in measure(arm, size, dataset, mesh, console)]
@@ -121,16 +122,16 @@ def run(*, data_dir: Path | None, out: Path) -> None:
         files.write(path, head, rows)
         measured = files.read(path)
         console.print(table(measured))
-        # Its unequal numbers of examples need four devices, and pmap compiles for the devices of one process only where
-        # there is no other process.
+        # The errors are for unequal numbers of examples on four devices, and in several processes pmap cannot compile
+        # for the devices of one process alone.
         if mesh.size % 4 == 0 and jax.process_count() == 1:
-            console.print(collectives.table_of_apis(collectives.what_each_api_does(mesh.size)))
+            console.print(collectives.table_of_apis(collectives.measure_apis(mesh.size)))
         figure = plots.save(plot(measured), out / "sync_demo.png", digest=files.digest({"": [measured]}))
-        console.print(f"Figure: {figure}\nTime in all: {time.perf_counter() - began:.0f} s", highlight=False)
+        console.print(f"Figure: {figure}\nTotal time: {time.perf_counter() - began:.0f} s", highlight=False)
 
 
 def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Console) -> list[dict]:
-    """Trains one arm with every seed; returns a row for each."""
+    """Trains one arm with every seed; returns one row per seed."""
     n, seeds = _size(dataset)
     images, labels = dataset.train_images[:n], dataset.train_labels[:n]
     batch = per_device * mesh.size
@@ -142,7 +143,8 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
     padded, mask = jaxbn.pad_batch((dataset.test_images, dataset.test_labels), tested)
     test_set, mask = distributed.replicate((padded, mask), mesh)
     programs, rows, compiled = make_programs(net, optimizer, mesh), [], None
-    init = jax.jit(functools.partial(net.init, train=False))  # in evaluation, which needs no axis_name
+    # Initialization in evaluation mode does not use axis_name, so it runs outside of shard_map.
+    init = jax.jit(functools.partial(net.init, train=False))
     for seed in range(seeds):
         variables = jax.device_get(init(jax.random.key(seed), images[:1]))
         state = State(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
@@ -156,17 +158,17 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
             state = distributed.one_at_a_time(compiled(state, train_set, order, np.int32(i)), mesh)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - clock
-        probed = range(min(PROBES, len(order)))
-        probes = [jax.device_get(programs.spread(state, train_set, order, np.int32(i))) for i in probed]
-        of_mean, of_var = np.mean(probes, axis=0).tolist()
+        batches = range(min(PROBES, len(order)))
+        spreads = [jax.device_get(programs.spread(state, train_set, order, np.int32(i))) for i in batches]
+        spread_of_mean, spread_of_var = np.mean(spreads, axis=0).tolist()
         row = {
             "arm": arm,
             "per_device": per_device,
             "seed": seed,
             "steps": len(order),
             "test_accuracy": int(programs.correct(state, test_set, mask)) / len(dataset.test_labels),
-            "spread_of_mean": of_mean,
-            "spread_of_var": of_var,
+            "spread_of_mean": spread_of_mean,
+            "spread_of_var": spread_of_var,
             "collectives": len(hlo.executed(hlo.collectives(compiled.as_text()))),
             "milliseconds": 1000 * seconds / len(order),
         }
@@ -178,68 +180,72 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
     return rows
 
 
-def _size(dataset):
-    """The number of training images, and that of seeds."""
+def _size(dataset: Dataset) -> tuple[int, int]:
+    """Returns the number of training images and the number of seeds."""
     n, seeds = (TRAIN_IMAGES, SEEDS) if jax.process_count() == 1 else (TRAIN_IMAGES // 4, 1)
     return min(n, len(dataset.train_images)), seeds
 
 
 def make_programs(net: Net, optimizer: optax.GradientTransformation, mesh: Mesh) -> Programs:
-    """Returns the functions of an arm; each device works on its part of every batch."""
+    """Makes the functions of an arm; each device works on its part of every batch."""
 
-    def step(state, train_set, rows):
+    def step(state: State, train_set: tuple, rows: jax.Array) -> State:
         images, labels = (array[rows] for array in train_set)
 
-        def loss_of(params):
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return lax.pmean(losses.mean(), AXIS), updated["batch_stats"]  # the gradient is that of the whole batch
+            # Averaged before differentiation, so the gradient is that of the whole batch.
+            return lax.pmean(losses.mean(), AXIS), updated["batch_stats"]
 
         gradients, batch_stats = jax.grad(loss_of, has_aux=True)(state.params)
         if net.axis_name is None:
-            batch_stats = lax.pmean(batch_stats, AXIS)  # each device has its own; evaluation needs one
+            # Each device has its own running statistics, but evaluation needs a single set.
+            batch_stats = lax.pmean(batch_stats, AXIS)
         updates, momenta = optimizer.update(gradients, state.optimizer)
         return State(optax.apply_updates(state.params, updates), batch_stats, momenta)
 
-    def spread(state, train_set, rows):
-        probe = net.clone(momentum=0.0)  # so that the running statistics become those of this batch
+    def spread(state: State, train_set: tuple, rows: jax.Array) -> jax.Array:
+        probe = net.clone(momentum=0.0)  # The running statistics become those of this batch.
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         _, updated = probe.apply(variables, train_set[0][rows], train=True, mutable=["batch_stats"])
         layers = updated["batch_stats"].values()
         return jnp.mean(jnp.array([apart(layer["mean"], layer["var"]) for layer in layers]), axis=0)
 
-    def correct(state, test_set, mask):
+    def correct(state: State, test_set: tuple, mask: jax.Array) -> jax.Array:
         images, labels = lax.with_sharding_constraint(test_set, NamedSharding(mesh, P(AXIS)))
         logits = net.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
         return jnp.sum((logits.argmax(-1) == labels) & mask)
 
-    def over_devices(of_device):
-        sharded = jax.shard_map(of_device, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P())
+    def over_devices(function: Callable) -> Callable:
+        sharded = jax.shard_map(function, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P())
         return lambda state, train_set, order, i: sharded(state, train_set, order[i])
 
     return Programs(jax.jit(over_devices(step), donate_argnums=0), jax.jit(correct), jax.jit(over_devices(spread)))
 
 
 def apart(mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns how far statistics of shape [C] differ over the devices, averaged over the features.
+    """Measures how much statistics of shape [C] differ between devices, averaged over the features.
 
-    That is the standard deviation of the mean over the devices, in standard deviations of the feature, and that of the
-    variance, relative to the variance.
+    Returns:
+      The standard deviation of the mean over the devices, in standard deviations of the feature; and the standard
+      deviation of the variance over the devices, relative to the variance.
     """
     typical = lax.pmean(var, AXIS)
     return (_deviation(mean) / jnp.sqrt(typical)).mean(), (_deviation(var) / typical).mean()
 
 
-def _deviation(value):
+def _deviation(value: jax.Array) -> jax.Array:
+    """Returns the standard deviation over the devices."""
     return jnp.sqrt(lax.pmean(jnp.square(value - lax.pmean(value, AXIS)), AXIS))
 
 
 def table(measured: dict) -> Table:
-    """Returns the result as means over the seeds."""
+    """Returns the table of means over the seeds."""
     config = measured["header"]["config"]
-    trained = f"{config['devices']} devices, {config['epochs']} epochs of {config['train_images']:,} images"
-    printed = Table(title=f"{trained}; mean ± std over {config['seeds']} seed(s)")
+    subject = f"{config['devices']} devices, {config['epochs']} epochs of {config['train_images']:,} images"
+    printed = Table(title=f"{subject}; mean ± std over {config['seeds']} seed(s)")
     columns = ("images per device", "statistics", "test accuracy, %", "spread of means, std", "spread of variances, %")
     for column in (*columns, "collectives per step", "ms per step"):
         printed.add_column(column, justify="left" if column == "statistics" else "right")
@@ -260,13 +266,14 @@ def table(measured: dict) -> Table:
 
 def values(measured: dict, arm: str, per_device: int, name: str) -> np.ndarray:
     """Returns one field of the rows of an arm, by seed."""
-    return np.array([r[name] for r in measured["rows"] if (r["arm"], r["per_device"]) == (arm, per_device)])
+    rows = [row for row in measured["rows"] if (row["arm"], row["per_device"]) == (arm, per_device)]
+    return np.array([row[name] for row in rows])
 
 
 def plot(measured: dict) -> Figure:
-    """Returns the figure: accuracy, and why it falls, by images per device."""
+    """Draws accuracy and the spread of the statistics, against images per device."""
 
-    def lines(name, factor):
+    def lines(name: str, factor: float) -> list[plots.Line]:
         x = np.array(measured["header"]["config"]["per_device"])
         by_arm = {arm: np.stack([factor * values(measured, arm, n, name) for n in x], axis=1) for arm in ARMS}
         return [plots.Line(arm, x, y, COLORS[arm]) for arm, y in by_arm.items()]

@@ -1,1 +1,1 @@
-"""The nets of the studies, in linen and in nnx."""
+"""The networks of the studies, in linen and in nnx."""

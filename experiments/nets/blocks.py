@@ -1,7 +1,7 @@
-"""What a net of the studies puts around its layers with weights: norm, activation, noise, and how the weights start.
+"""The building blocks of the studies' networks: convolution, norm, activation, noise and initialization.
 
-Convention: `train` says whether batch norm uses, and updates, the statistics of the batch, and whether noise is added.
-Random numbers in training come from the key "noise" of `apply`.
+Conventions: with `train`, batch norm uses and updates the statistics of the batch, and noise is added. Random numbers
+in training come from the key "noise" of `apply`.
 """
 
 import functools
@@ -22,7 +22,14 @@ ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
 
 
 class Block(NamedTuple):
-    """What is put around the layers of a net; `Config` has the same fields, and says what they mean."""
+    """How a network normalizes, activates and initializes its layers.
+
+    `Config` has the same fields and documents them, except for:
+
+    Attributes:
+      batch_norm: makes the layer of batch norm from the arguments of ``flax.linen.BatchNorm``. The benchmarks compare
+        implementations in the same network.
+    """
 
     norm: Norm = "batch"
     group_size: int | None = None
@@ -38,32 +45,34 @@ class Block(NamedTuple):
     dropout: float = 0.0
     deep_supervision: bool = False
     init_scale: float | None = None
+    batch_norm: Callable[..., nn.Module] = BatchNorm
 
     @classmethod
-    def of(cls, config: Config) -> "Block":
-        """Returns the block of the net that a run trains."""
-        return cls(**{name: getattr(config, name) for name in cls._fields})
+    def of(cls, config: Config, batch_norm: Callable[..., nn.Module] = BatchNorm) -> "Block":
+        """Returns the block of the network that a run trains."""
+        options = {name: getattr(config, name) for name in cls._fields if name != "batch_norm"}
+        return cls(**options, batch_norm=batch_norm)
 
     @property
     def hidden_norm(self) -> Norm:
-        """The norm after the convolutions."""
+        """The norm around the convolutions."""
         return self.norm if self.norm_layers == "hidden" else "none"
 
 
 class ConvNorm(nn.Module):
-    """A convolution, what normalizes its output, and the activation.
+    """A convolution with its norm and activation.
 
     Attributes:
       features: number of output channels.
       kernel_size: side of the square kernel.
-      block: what is put around it.
+      block: norm, activation and initialization.
       strides: steps between the positions of the kernel.
-      use_bias: whether the convolution has a bias. None: where no norm follows at once, which would remove it again.
+      use_bias: whether the convolution has a bias. None: only if no norm directly follows, since a norm removes it.
       activate: False leaves the activation to the caller.
-      kernel_init: initializer of the kernel, where `block` has none.
-      momentum: of batch norm's running statistics, where `block` has none: the weight of the old value.
-      epsilon: what the norms add to the variance, where `block` says nothing.
-      use_scale: whether the norm learns a scale as well as a bias, where it learns.
+      kernel_init: initializer of the kernel, unless `block` has one.
+      momentum: weight of the old value in batch norm's running statistics, unless `block` has one.
+      epsilon: added to the variance by the norms, unless `block` has one.
+      use_scale: whether an affine norm learns a scale in addition to a bias.
     """
 
     features: int
@@ -79,7 +88,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the normalized convolution of x, shape [n, height, width, features]."""
+        """Returns the normalized and activated convolution of x, shape [n, height, width, features]."""
         block = self.block
         x = nn.Conv(
             self.features,
@@ -97,7 +106,7 @@ class ConvNorm(nn.Module):
 
 
 def needs_bias(block: Block) -> bool:
-    """Says whether a convolution has a bias: not where a norm follows at once, which would remove it again."""
+    """Says whether a convolution needs a bias: a norm that directly follows would remove it."""
     return block.hidden_norm == "none" or block.placement == "after"
 
 
@@ -111,18 +120,18 @@ def classify(
     kernel_init: Callable = LECUN_NORMAL,
     name: str | None = None,
 ) -> jax.Array:
-    """Returns logits: a global average, dropout, a dense layer, and its norm where `block` wants one there.
+    """Computes logits: a global average, dropout, a dense layer, and a norm if `block` normalizes the logits.
 
     Call it in a compact method of a module.
 
     Args:
-      block: what is put around the dense layer.
+      block: dropout, norm and initialization.
       x: activations, shape [n, height, width, features].
       num_classes: number of logits.
       train: see the module.
-      mask: booleans [n]; images that are False there are left out of the statistics.
-      kernel_init: initializer of the kernel, where `block` has none.
-      name: of the dense layer, where it is not the only one.
+      mask: booleans [n]; images marked False are left out of the statistics.
+      kernel_init: initializer of the kernel, unless `block` has one.
+      name: name of the dense layer, unless it is the only one.
     """
     x = nn.Dropout(block.dropout, rng_collection="noise")(x.mean((1, 2)), deterministic=not train)
     x = nn.Dense(num_classes, kernel_init=start(block, kernel_init), name=name)(x)
@@ -130,7 +139,7 @@ def classify(
 
 
 def start(block: Block, initializer: Callable) -> Callable:
-    """Returns the initializer of weights: the given one, or uniform between plus and minus `block.init_scale`."""
+    """Returns this initializer of weights, or a uniform one between plus and minus `block.init_scale`."""
     if block.init_scale is None:
         return initializer
     scale = block.init_scale
@@ -147,24 +156,28 @@ def normalize(
     epsilon: float = 1e-5,
     use_scale: bool = True,
 ) -> jax.Array:
-    """Returns x [n, ..., features] after the norm of `block`, and its noise; call it in a compact method of a module.
+    """Applies the norm and the noise of `block`; call it in a compact method of a module.
 
     Args:
-      block: says which norm.
-      x: activations.
+      block: the norm, its options and its noise.
+      x: activations, shape [n, ..., features].
       train: see the module.
-      mask: booleans [n]; images that are False there are left out of the statistics.
-      momentum: weight of the old value in batch norm's running statistics, where `block` says none.
-      epsilon: what is added to the variance, where `block` says nothing.
-      use_scale: whether the norm learns a scale as well as a bias, where it learns.
+      mask: booleans [n]; images marked False are left out of the statistics.
+      momentum: weight of the old value in batch norm's running statistics, unless `block` has one.
+      epsilon: added to the variance, unless `block` has one.
+      use_scale: whether an affine norm learns a scale in addition to a bias.
+
+    Raises:
+      ValueError: `block` has no norm.
     """
+    if block.norm == "none":
+        raise ValueError("norm='none' normalizes nothing; do not call `normalize` for such a block.")
     epsilon = epsilon if block.epsilon is None else block.epsilon
     learned = {"use_scale": use_scale and block.affine, "use_bias": block.affine}
-    if block.norm == "none":
-        raise ValueError("norm='none' normalizes nothing; call this where there is a norm.")
     if block.norm == "group":
         return nn.GroupNorm(num_groups(x.shape[-1]), epsilon=epsilon, **learned)(x)
     if block.tuning != "trained":
+        # `surgery.to_affine` puts its variables where the batch norm was, so this layer takes the same name.
         return Affine(fixed=block.tuning == "frozen", name="BatchNorm_0")(x)
     options = {"momentum": momentum if block.momentum is None else block.momentum, "epsilon": epsilon}
     if block.debias:
@@ -173,31 +186,33 @@ def normalize(
         options["method"] = functools.partial(jaxbn.ghost_normalize, group_size=block.group_size)
     elif block.norm == "renorm":
         options["method"] = jaxbn.batch_renormalize
+    options["use_running_average"] = not train
     mask = None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1))
-    if block.noise == "matched":  # comes before scale and bias, as the noise of the statistics does
-        x = BatchNorm(use_running_average=not train, **options, use_scale=False, use_bias=False)(x, mask=mask)
+    if block.noise == "matched":
+        # Noise in the statistics of ghost batch norm acts before scale and bias, so this noise does too.
+        x = block.batch_norm(**options, use_scale=False, use_bias=False)(x, mask=mask)
         x = MatchedNoise(block.group_size)(x, train)
         return Affine(**learned)(x) if block.affine else x
-    x = BatchNorm(use_running_average=not train, **options, **learned)(x, mask=mask)
+    x = block.batch_norm(**options, **learned)(x, mask=mask)
     return ShiftingNoise()(x, train) if block.noise == "shifting" else x
 
 
 def num_groups(features: int) -> int:
     """Returns the number of groups for group norm: the largest divisor of `features` that is at most 8.
 
-    Wu and He (2018) use 32 groups or 16 channels a group on nets of 64 to 2048 channels. These nets start at 16
-    channels, where 32 groups are impossible and 8 leave two channels to share a mean. A divisor exists for every number
-    of channels, so that group norm never changes the widths.
+    Wu and He (2018) use 32 groups, or 16 channels per group, in networks of 64 to 2048 channels. These networks start
+    at 16 channels, where 32 groups are impossible, and 8 groups leave two channels to share a mean. Every number of
+    channels has such a divisor, so group norm never changes the widths.
     """
     return max(g for g in range(1, MAX_GROUPS + 1) if features % g == 0)
 
 
 class MatchedNoise(nn.Module):
-    """Noise of the size that ghost batch norm's has, and without its dependence on the images.
+    """Noise as large as that of ghost batch norm, but independent of the images.
 
-    Ghost batch norm shifts each group of images by its own mean and divides it by its own standard deviation. Here each
-    group is shifted and scaled by normal random numbers instead, whose spread over the groups is, for each channel,
-    that of the groups' true means and standard deviations in this batch.
+    Ghost batch norm shifts each group of images by its own mean and divides it by its own standard deviation. This
+    module shifts and scales each group by normal random numbers instead. For each channel, their standard deviation
+    over the groups is that of the true means and standard deviations of the groups in this batch.
 
     Attributes:
       group_size: images per group; divides the batch.
@@ -207,25 +222,26 @@ class MatchedNoise(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns normalized activations x, shape [n, ..., features], with the noise in training."""
+        """Adds the noise to normalized activations x, shape [n, ..., features], in training."""
         if not train:
             return x
         groups = x.reshape(-1, self.group_size, *x.shape[1:])
         within = tuple(range(1, groups.ndim - 1))
-        mean, std = jax.lax.stop_gradient((groups.mean(within), groups.std(within)))  # [groups, features]
+        # Shape [groups, features]. No gradient, since the noise must not depend on the images.
+        mean, std = jax.lax.stop_gradient((groups.mean(within), groups.std(within)))
         shift, scale = jax.random.normal(self.make_rng("noise"), (2, *mean.shape))
-        shape = (len(mean), *(1,) * len(within), x.shape[-1])
-        noisy = (groups - (shift * mean.std(0)).reshape(shape)) / jnp.maximum(1 + scale * std.std(0), 0.1).reshape(
-            shape
-        )
+        shift = shift * mean.std(0)
+        scale = jnp.maximum(1 + scale * std.std(0), 0.1)  # far from 0, which a normal number can reach
+        broadcast = (len(mean), *(1,) * len(within), x.shape[-1])
+        noisy = (groups - shift.reshape(broadcast)) / scale.reshape(broadcast)
         return noisy.reshape(x.shape)
 
 
 class ShiftingNoise(nn.Module):
-    """Noise whose distribution is another one at each step: the "noisy batch norm" of Santurkar et al.
+    """Noise whose distribution changes at each step: the "noisy batch norm" of Santurkar et al.
 
-    At each step, a mean from U(-0.5, 0.5) and a scale from U(1, 1.25) are drawn for every channel; each image is then
-    shifted by a number from U(mean - 0.1, mean + 0.1) and scaled by one from N(scale, 0.1).
+    Each step draws a mean from U(-0.5, 0.5) and a scale from U(1, 1.25) for every channel. Each image is then shifted
+    by a number from U(mean - 0.1, mean + 0.1) and scaled by one from N(scale, 0.1).
 
     References:
       Santurkar, Tsipras, Ilyas, Madry 2018, arXiv:1805.11604, appendix A.
@@ -233,12 +249,14 @@ class ShiftingNoise(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns activations x, shape [n, ..., features], with the noise in training."""
+        """Adds the noise to activations x, shape [n, ..., features], in training."""
         if not train:
             return x
-        of_step, of_image, scales, scale_noise = jax.random.split(self.make_rng("noise"), 4)
-        features, images = (x.shape[-1],), (len(x), *(1,) * (x.ndim - 2), x.shape[-1])
-        mean = jax.random.uniform(of_step, features, minval=-0.5, maxval=0.5)
-        scale = jax.random.uniform(scales, features, minval=1.0, maxval=1.25)
-        shift = mean + jax.random.uniform(of_image, images, minval=-0.1, maxval=0.1)
-        return (scale + 0.1 * jax.random.normal(scale_noise, images)) * x + shift
+        mean_key, shift_key, scale_key, factor_key = jax.random.split(self.make_rng("noise"), 4)
+        per_channel = (x.shape[-1],)
+        per_image = (len(x), *(1,) * (x.ndim - 2), x.shape[-1])
+        mean = jax.random.uniform(mean_key, per_channel, minval=-0.5, maxval=0.5)
+        scale = jax.random.uniform(scale_key, per_channel, minval=1.0, maxval=1.25)
+        shift = mean + jax.random.uniform(shift_key, per_image, minval=-0.1, maxval=0.1)
+        factor = scale + 0.1 * jax.random.normal(factor_key, per_image)
+        return factor * x + shift

@@ -1,11 +1,12 @@
-"""The three nets of the studies in flax.linen, with whatever `experiments.nets.blocks` puts around their layers.
+"""The three networks of the studies in flax.linen, made of the layers in `experiments.nets.blocks`.
 
-Convention: images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
-`module(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. With a `mask`,
-booleans [n], it leaves out the images that are False there.
+Conventions: images are float32 [n, height, width, channels] in [0, 1], and every network is called as
+`module(x, train)`; with `train`, batch norm uses and updates the statistics of the batch. An optional `mask`, booleans
+[n], leaves out the images marked False.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -13,30 +14,32 @@ import jax.numpy as jnp
 
 from experiments.config import Config
 from experiments.nets.blocks import ACTIVATIONS, Block, ConvNorm, classify
+from jaxbn.linen import BatchNorm
 
-AUXILIARY = "auxiliary"  # the collection of the logits that deep supervision adds
+AUXILIARY = "auxiliary"  # collection of the logits that deep supervision adds
 
 
-def build(config: Config, num_classes: int) -> nn.Module:
-    """Returns the net that `config` describes, not yet initialized.
+def build(config: Config, num_classes: int, batch_norm: Callable[..., nn.Module] = BatchNorm) -> nn.Module:
+    """Makes the network of a training run, not yet initialized.
 
     Args:
       config: the training run.
       num_classes: number of logits.
+      batch_norm: makes a layer of batch norm from the arguments of ``flax.linen.BatchNorm``.
 
     Returns:
-      A module; `module.apply(variables, x, train)` gives logits of shape [n, num_classes]. In training, it wants a key
-      "noise" where the config has noise or dropout.
+      A module; `module.apply(variables, x, train)` gives logits of shape [n, num_classes]. In training it needs a key
+      "noise" if the config has noise or dropout.
     """
     nets = {"cnn7": CNN7, "resnet20": ResNet20, "inception": Inception}
-    return nets[config.net](num_classes=num_classes, width=config.width, block=Block.of(config))
+    return nets[config.net](num_classes=num_classes, width=config.width, block=Block.of(config, batch_norm))
 
 
 class CNN7(nn.Module):
     """Six 3x3 convolutions, a global average and a dense layer: seven layers with weights.
 
-    With deep supervision (Lee et al. 2015), classifiers follow the second and the fourth convolution as well; their
-    logits in training are sown into the collection `AUXILIARY`.
+    With deep supervision (Lee et al. 2015), classifiers also follow the second and the fourth convolution; in training
+    their logits are sown into the collection `AUXILIARY`.
     """
 
     num_classes: int
@@ -45,7 +48,7 @@ class CNN7(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of the images x."""
+        """Returns the logits of the images x, shape [n, num_classes]."""
         for layer, (features, strides) in enumerate(((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 1)), start=1):
             x = ConvNorm(scaled(features, self.width), 3, self.block, strides)(x, train, mask)
             if self.block.deep_supervision and layer in (2, 4):
@@ -56,10 +59,10 @@ class CNN7(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The 20-layer residual net for CIFAR-10: three stages of three blocks.
+    """The 20-layer residual network for CIFAR-10: three stages of three blocks.
 
     References:
-      He, Zhang, Ren, Sun 2015, "Deep residual learning for image recognition", section 4.2; its weights start as in
+      He, Zhang, Ren, Sun 2015, "Deep residual learning for image recognition", section 4.2; initialization:
       He, Zhang, Ren, Sun 2015, "Delving deep into rectifiers".
     """
 
@@ -69,7 +72,7 @@ class ResNet20(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of the images x."""
+        """Returns the logits of the images x, shape [n, num_classes]."""
         conv = functools.partial(ConvNorm, block=self.block, kernel_init=nn.initializers.he_normal())
         x = conv(scaled(16, self.width), 3)(x, train, mask)
         for stage, features in enumerate((16, 32, 64)):
@@ -83,9 +86,9 @@ class ResNet20(nn.Module):
 
 
 def shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
-    """Returns x brought to the shape of a block's output without parameters (option A of He et al. 2015).
+    """Brings x to the shape of a block's output without parameters (option A of He et al. 2015).
 
-    Every `strides`-th position is kept, and the channels that x lacks are zeros.
+    Keeps every `strides`-th position, and fills the missing channels with zeros.
     """
     return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
@@ -105,10 +108,10 @@ INCEPTION_CHANNELS = (
 
 
 class Inception(nn.Module):
-    """Nine Inception modules straight on the image, without a stem: the net of the published CIFAR-10 comparison.
+    """Nine Inception modules directly on the image, without a stem: the network of the published CIFAR-10 comparison.
 
-    Its convolutions have no bias (but where the norm comes after the activation), its norms have no scale, and the rest
-    follows Keras's defaults (momentum 0.99, epsilon 1e-3, Glorot-uniform kernels), as published.
+    Convolutions have no bias, except where the norm follows the activation, and norms have no scale. The rest follows
+    Keras's defaults, as published: momentum 0.99, epsilon 1e-3, Glorot-uniform kernels.
 
     References:
       Szegedy et al. 2015, "Going deeper with convolutions".
@@ -120,7 +123,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of the images x."""
+        """Returns the logits of the images x, shape [n, num_classes]."""
         for number, channels in enumerate(INCEPTION_CHANNELS, start=1):
             x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.block)(x, train, mask)
             if number in (2, 7):
@@ -130,11 +133,11 @@ class Inception(nn.Module):
 
 
 class InceptionModule(nn.Module):
-    """Four branches side by side, joined along the channels.
+    """Four parallel branches, concatenated along the channels.
 
     Attributes:
-      channels: of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
-      block: what is put around the convolutions.
+      channels: output channels of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
+      block: norm, activation and initialization of the convolutions.
     """
 
     channels: tuple[int, int, int, int, int, int]
@@ -142,9 +145,9 @@ class InceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the four branches' outputs, shape [n, height, width, sum of their channels]."""
+        """Returns the outputs of all branches, shape [n, height, width, sum of their channels]."""
 
-        def conv(features, kernel_size, x):
+        def conv(features: int, kernel_size: int, x: jax.Array) -> jax.Array:
             layer = ConvNorm(
                 features,
                 kernel_size,
@@ -157,28 +160,29 @@ class InceptionModule(nn.Module):
             )
             return layer(x, train, mask)
 
-        one, three_reduce, three, five_reduce, five, projection = self.channels
+        features_1x1, reduce_3x3, features_3x3, reduce_5x5, features_5x5, projection = self.channels
         branches = (
-            conv(one, 1, x),
-            conv(three, 3, conv(three_reduce, 1, x)),
-            conv(five, 5, conv(five_reduce, 1, x)),
+            conv(features_1x1, 1, x),
+            conv(features_3x3, 3, conv(reduce_3x3, 1, x)),
+            conv(features_5x5, 5, conv(reduce_5x5, 1, x)),
             conv(projection, 1, max_pool(x, strides=1)),
         )
         return jnp.concatenate(branches, axis=-1)
 
 
 def max_pool(x: jax.Array, *, strides: int) -> jax.Array:
-    """Returns the largest values in 3x3 windows, at every `strides`-th position, as flax.linen.max_pool with SAME.
+    """Computes the maximum over 3x3 windows, at every `strides`-th position, like flax.linen.max_pool with SAME.
 
-    It takes the maximum of three shifted copies along each axis, because the derivative of XLA's own window operation
-    makes a step of the Inception net half as slow again on a CPU.
+    XLA's own window operation has a slow derivative on CPUs: it makes a training step of Inception take half as long
+    again. So this takes the maximum of three shifted copies along each axis.
     """
     for axis in (1, 2):
         size = -(-x.shape[axis] // strides)
         span = (size - 1) * strides + 1  # from the first position to the last
         missing = max(span + 2 - x.shape[axis], 0)
+        before, after = missing // 2, missing - missing // 2  # SAME puts the odd one at the end
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (missing // 2, missing - missing // 2)
+        widths[axis] = (before, after)
         padded = jnp.pad(x, widths, constant_values=-jnp.inf)
         first, second, third = (jax.lax.slice_in_dim(padded, i, i + span, strides, axis) for i in range(3))
         x = jnp.maximum(jnp.maximum(first, second), third)
@@ -186,5 +190,5 @@ def max_pool(x: jax.Array, *, strides: int) -> jax.Array:
 
 
 def scaled(features: int, width: float) -> int:
-    """Returns `features` times `width`, rounded, at least 1; whatever the norm, so that arms compare like with like."""
+    """Returns `features` times `width`, rounded, at least 1; independent of the norm, so that arms stay comparable."""
     return max(1, round(features * width))

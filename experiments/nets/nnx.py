@@ -1,8 +1,8 @@
-"""ResNet-20 and the Inception net of :mod:`experiments.nets.linen` in flax.nnx, with batch norm.
+"""ResNet-20 and Inception of :mod:`experiments.nets.linen` in flax.nnx, with batch norm.
 
-Convention: as there, images come as float32 [n, height, width, channels] in [0, 1], and every net is called as
-`net(x, train)`; `train` says whether batch norm uses, and updates, the statistics of the batch. A net is made for a
-number of classes (logits), a `width` that multiplies its numbers of channels, and so many `channels` of the images.
+Conventions: as there, images are float32 [n, height, width, channels] in [0, 1], and every network is called as
+`net(x, train)`; with `train`, batch norm uses and updates the statistics of the batch. The arguments of a network are
+the number of logits, a `width` that multiplies its numbers of channels, and the number of `channels` of the images.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxbn.nnx import BatchNorm
 
 
 class ConvNorm(nnx.Module):
-    """A convolution without a bias, and batch norm; the ReLU is the caller's.
+    """A convolution without bias, followed by batch norm; the caller applies the ReLU.
 
     Args:
       in_features: number of input channels.
@@ -26,7 +26,7 @@ class ConvNorm(nnx.Module):
       strides: steps between the positions of the kernel.
       kernel_init: initializer of the kernel.
       rngs: keys for the initializers.
-      **options: of the batch norm.
+      **options: arguments of the batch norm.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ConvNorm(nnx.Module):
 
 
 class ResNet20(nnx.Module):
-    """The 20-layer residual net for CIFAR-10: three stages of three blocks."""
+    """The 20-layer residual network for CIFAR-10: three stages of three blocks."""
 
     def __init__(self, num_classes: int, width: float, *, channels: int = 3, rngs: nnx.Rngs):
         features = scaled(16, width)
@@ -64,7 +64,7 @@ class ResNet20(nnx.Module):
         self.dense = nnx.Linear(features, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits of the images x."""
+        """Returns the logits of the images x, shape [n, num_classes]."""
         x = nnx.relu(self.stem(x, train))
         for block in self.blocks:
             x = block(x, train)
@@ -72,7 +72,7 @@ class ResNet20(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, in_features: int, features: int, strides: int, *, rngs: nnx.Rngs):
         self.first = _residual_conv(in_features, features, strides, rngs=rngs)
@@ -85,25 +85,26 @@ class ResidualBlock(nnx.Module):
         return nnx.relu(y + shortcut(x, self.features, self.strides))
 
 
-def _residual_conv(in_features, features, strides=1, *, rngs):
+def _residual_conv(in_features: int, features: int, strides: int = 1, *, rngs: nnx.Rngs) -> ConvNorm:
     he_normal = nnx.initializers.he_normal()
     return ConvNorm(in_features, features, 3, strides, kernel_init=he_normal, rngs=rngs, momentum=0.9)
 
 
 class Inception(nnx.Module):
-    """Nine Inception modules straight on the image, without a stem."""
+    """Nine Inception modules directly on the image, without a stem."""
 
     def __init__(self, num_classes: int, width: float, *, channels: int = 3, rngs: nnx.Rngs):
         self.modules = nnx.List()
-        for numbers in INCEPTION_CHANNELS:
-            module = InceptionModule(channels, tuple(scaled(c, width) for c in numbers), rngs=rngs)
+        for module_channels in INCEPTION_CHANNELS:
+            scaled_channels = tuple(scaled(features, width) for features in module_channels)
+            module = InceptionModule(channels, scaled_channels, rngs=rngs)
             self.modules.append(module)
             channels = module.features
         glorot_uniform = nnx.initializers.glorot_uniform()
         self.dense = nnx.Linear(channels, num_classes, kernel_init=glorot_uniform, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits of the images x."""
+        """Returns the logits of the images x, shape [n, num_classes]."""
         for number, module in enumerate(self.modules, start=1):
             x = module(x, train)
             if number in (2, 7):
@@ -112,11 +113,11 @@ class Inception(nnx.Module):
 
 
 class InceptionModule(nnx.Module):
-    """Four branches side by side, joined along the channels.
+    """Four parallel branches, concatenated along the channels.
 
     Args:
       in_features: number of input channels.
-      channels: of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
+      channels: output channels of the 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and pool projection convolutions.
       rngs: keys for the initializers.
     """
 
@@ -129,19 +130,19 @@ class InceptionModule(nnx.Module):
             momentum=0.99,
             epsilon=1e-3,
         )
-        one, three_reduce, three, five_reduce, five, projection = channels
-        self.one = conv(in_features, one, 1)
-        self.three_reduce = conv(in_features, three_reduce, 1)
-        self.three = conv(three_reduce, three, 3)
-        self.five_reduce = conv(in_features, five_reduce, 1)
-        self.five = conv(five_reduce, five, 5)
+        features_1x1, reduce_3x3, features_3x3, reduce_5x5, features_5x5, projection = channels
+        self.one = conv(in_features, features_1x1, 1)
+        self.three_reduce = conv(in_features, reduce_3x3, 1)
+        self.three = conv(reduce_3x3, features_3x3, 3)
+        self.five_reduce = conv(in_features, reduce_5x5, 1)
+        self.five = conv(reduce_5x5, features_5x5, 5)
         self.projection = conv(in_features, projection, 1)
-        self.features = one + three + five + projection
+        self.features = features_1x1 + features_3x3 + features_5x5 + projection
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Returns the four branches' outputs, shape [n, height, width, sum of their channels]."""
+        """Returns the outputs of all branches, shape [n, height, width, sum of their channels]."""
 
-        def conv(layer, x):
+        def conv(layer: ConvNorm, x: jax.Array) -> jax.Array:
             return nnx.relu(layer(x, train))
 
         branches = (

@@ -45,15 +45,15 @@ class Shown(NamedTuple):
 
 
 BLOCKS = {
-    "numerics": Shown(numerics.NAME, "numerics", numerics.block),
-    "layers": Shown(layers.NAME, "bench --only layers", layers.block),
-    "steps": Shown(steps.NAME, "bench --only steps", steps.block),
-    "collectives": Shown(collectives.NAME, "collectives", collectives.block),
+    "numerics": Shown(numerics.NAME, "bench numerics", numerics.block),
+    "layers": Shown(layers.NAME, "bench layers", layers.block),
+    "steps": Shown(steps.NAME, "bench steps", steps.block),
+    "collectives": Shown(collectives.NAME, "bench collectives", collectives.block),
     "scoreboard": Shown(board.FOLDER / board.NAME, "scoreboard", board.summary),  # its file is next to its page
-    "throughput": Shown(throughput.NAME, "throughput", throughput.block),
-    "folding": Shown(folding.NAME, "folding", folding.block),
-    "calibration": Shown(calibration.NAME, "calibration", calibration.block),
-    "accelerators": Shown(accelerators.NAME, "bench --only accelerators", compiled.block),
+    "throughput": Shown(throughput.NAME, "bench throughput", throughput.block),
+    "folding": Shown(folding.NAME, "bench folding", folding.block),
+    "calibration": Shown(calibration.NAME, "bench calibration", calibration.block),
+    "accelerators": Shown(accelerators.NAME, "bench accelerators", compiled.block),
 }
 
 

@@ -1,1 +1,1 @@
-"""The laws of batch norm, put to this library and to its peers."""
+"""Tests this library and its peers against the laws of batch norm."""

@@ -1,7 +1,7 @@
-"""A trained net tested in other ways than `fit` does: on other images, with the statistics of its batches.
+"""Evaluates trained networks on any images, with running statistics or with those of each batch.
 
-Convention: images are uint8 [n, height, width, channels]. They go through the net in the order given, the last batch
-perhaps smaller.
+Conventions: images are uint8 [n, height, width, channels]. Batches follow the order of the images, and the last one may
+be smaller.
 """
 
 import functools
@@ -20,14 +20,14 @@ Statistics = Literal["running", "batch"]
 
 
 class Score(NamedTuple):
-    """How well a net does: the mean cross-entropy in nats, and the part of the images that it recognises."""
+    """The mean cross-entropy in nats, and the fraction of correctly classified images."""
 
     loss: float
     accuracy: float
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> Score:
-    """Returns how well logits [n, classes] tell the labels [n]."""
+    """Scores logits [n, classes] against labels [n]."""
     losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.asarray(labels))
     return Score(float(losses.mean()), float(np.mean(logits.argmax(-1) == labels)))
 
@@ -40,15 +40,15 @@ def predict(
     statistics: Statistics = "running",
     batch_size: int = 500,
 ) -> np.ndarray:
-    """Returns the logits of images, float32 [n, classes].
+    """Computes the logits of images, float32 [n, classes].
 
     Args:
-      net: as `nets.linen.build` returns it.
+      net: from `nets.linen.build`.
       variables: its `params` and `batch_stats`.
-      images: what to look at.
-      statistics: those with which batch norm normalizes: the running ones, or those of each batch. The latter wants a
-        net of plain batch norm (`plain`), since it does what the net does in training.
-      batch_size: images that share their statistics, where these are the batch's.
+      images: the images.
+      statistics: statistics of batch norm: the running ones, or those of each batch. The latter runs the network in
+        training mode, so it needs a network with plain batch norm (`plain`).
+      batch_size: number of images that share their statistics, with those of each batch.
     """
     forward = _with_running if statistics == "running" else _with_batch
     batches = split(images, batch_size)
@@ -56,7 +56,7 @@ def predict(
 
 
 def score_all(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
-    """Returns the scores of a net on all "training" and all "test" `images`, as a study has them in `measured`."""
+    """Scores a network on all training and all test images; returns entries of `measured`."""
     sets = {
         "training": (dataset.train_images, dataset.train_labels),
         "test": (dataset.test_images, dataset.test_labels),
@@ -68,44 +68,44 @@ def score_all(net: nn.Module, variables: dict, dataset: Dataset) -> list[dict]:
 
 
 def plain(config: Config) -> Config:
-    """Returns the run with plain batch norm in the place of its variants, and without noise and dropout.
+    """Returns this run with plain batch norm instead of its variants, and without noise and dropout.
 
-    The variables of the one fit the net of the other.
+    Both networks have the same variables.
 
     Raises:
-      ValueError: the run has no batch norm whose statistics could be those of a batch.
+      ValueError: the run's network has no batch norm that uses statistics of a batch.
     """
     if config.norm in ("none", "group") or config.tuning != "trained" or config.noise == "matched":
         raise ValueError(
-            f"norm={config.norm!r}, tuning={config.tuning!r}, noise={config.noise!r}; accepted are nets that normalize "
-            "with statistics of a batch; test this one with its running statistics."
+            f"norm={config.norm!r}, tuning={config.tuning!r}, noise={config.noise!r}: this network does not normalize "
+            "with statistics of a batch; evaluate it with its running statistics."
         )
     return config.replace(norm="batch", group_size=None, noise="none", dropout=0.0)
 
 
 def split(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Returns the images in batches, the last one perhaps smaller."""
+    """Splits images into batches; the last one may be smaller."""
     return [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
 
 
 def evaluate(net: Any, images: jax.Array) -> jax.Array:
-    """Returns the logits of a linen or nnx net in evaluation, of images that are floats in [0, 1]."""
+    """Computes the logits of a linen or nnx network in evaluation mode, for images as floats in [0, 1]."""
     return net(images, train=False)
 
 
 def call(net: nn.Module, images: jax.Array) -> jax.Array:
-    """Evaluates a batch of images with the running statistics: what `jaxbn.calibrate` wants to be told."""
+    """Evaluates uint8 images; the `call` of `jaxbn.calibrate`."""
     return evaluate(net, images.astype(jnp.float32) / 255)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _with_running(net, variables, images):
+def _with_running(net: nn.Module, variables: dict, images: jax.Array) -> jax.Array:
     return net.apply(variables, images, method=call)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _with_batch(net, variables, images):
-    """What the net does in training, noise included; its running statistics stay."""
+def _with_batch(net: nn.Module, variables: dict, images: jax.Array) -> jax.Array:
+    """Runs the network in training mode, including its noise, and discards the updated running statistics."""
     x = images.astype(jnp.float32) / 255
     keys = {"noise": jax.random.key(0)}
     return net.apply(variables, x, train=True, mutable=["batch_stats"], rngs=keys)[0]

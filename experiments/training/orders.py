@@ -1,6 +1,7 @@
-"""The order of the training images in an epoch, and with it what shares a batch.
+"""Orders of the training images in an epoch, which decide what images share a batch.
 
-Convention: every order has the signature of `shuffled`, and depends on key and epoch alone. Each image comes once.
+Conventions: every order has the signature of `shuffled`, depends only on labels, key and epoch, and contains each image
+once.
 """
 
 import jax
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 def shuffled(
     labels: jax.Array, key: jax.Array, epoch: int | jax.Array, *, num_classes: int = 0, batch_size: int = 0
 ) -> jax.Array:
-    """Returns the order of the images in an epoch, int32 [n]: any permutation.
+    """Returns a random permutation of the images, int32 [n].
 
     Args:
       labels: int32 [n].
       key: random key.
       epoch: counted from 0.
-      num_classes: not used here.
-      batch_size: not used here.
+      num_classes: unused.
+      batch_size: unused.
     """
     del num_classes, batch_size
     return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(len(labels), dtype=jnp.int32))
@@ -26,33 +27,35 @@ def shuffled(
 def one_class(
     labels: jax.Array, key: jax.Array, epoch: int | jax.Array, *, num_classes: int, batch_size: int
 ) -> jax.Array:
-    """Returns an order of the images in an epoch, int32 [n], in which each batch holds images of one class.
+    """Returns an order, int32 [n], in which each batch holds images of one class.
 
-    Where the images of a class are not a multiple of the batch, the last of them share one with the next class.
+    If a class does not fill its last batch, the images of the next class complete it.
 
     Args:
       labels: int32 [n].
       key: random key.
       epoch: counted from 0.
-      num_classes: not used here.
-      batch_size: images per batch; those that fill no batch come last.
+      num_classes: unused.
+      batch_size: images per batch; images that do not fill a batch come last.
     """
     del num_classes
+    # Sort by class, in random order within each class. Then shuffle the batches.
     order = shuffled(labels, key, epoch)
-    order = order[jnp.argsort(labels[order], stable=True)]
-    batches = len(order) // batch_size
-    mixed = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), batches)
-    head = order[: batches * batch_size].reshape(batches, batch_size)[mixed]
-    return jnp.concatenate([head.ravel(), order[batches * batch_size :]])
+    by_class = order[jnp.argsort(labels[order], stable=True)]
+    batches = len(by_class) // batch_size
+    whole, rest = by_class[: batches * batch_size], by_class[batches * batch_size :]
+    batch_key = jax.random.fold_in(jax.random.fold_in(key, epoch), 1)
+    shuffled_batches = whole.reshape(batches, batch_size)[jax.random.permutation(batch_key, batches)]
+    return jnp.concatenate([shuffled_batches.ravel(), rest])
 
 
 def half_the_classes(
     labels: jax.Array, key: jax.Array, epoch: int | jax.Array, *, num_classes: int, batch_size: int
 ) -> jax.Array:
-    """Returns an order of the images in an epoch, int32 [n], in which a batch holds a random half of the classes.
+    """Returns an order, int32 [n], in which each batch holds a random half of the classes.
 
-    Each of these classes has as many images in the batch. That ends with the images of the smallest class; what is left
-    of the others comes last.
+    All of these classes have equally many images in the batch. When the smallest class runs out of images, the
+    remaining images of the others follow.
 
     Args:
       labels: int32 [n].
@@ -67,21 +70,26 @@ def half_the_classes(
     half, odd = divmod(num_classes, 2)
     if odd or not half or batch_size % half:
         raise ValueError(
-            f"batch_size={batch_size} with {num_classes} classes; batches of a half of the classes want an even number "
-            "of classes, and a multiple of half of it as batch_size; choose such."
+            "Batches of half the classes need an even number of classes, and a batch_size that is a multiple of half "
+            f"that number, got {num_classes} classes and batch_size={batch_size}."
         )
-    each = batch_size // half  # images of a class in a batch
+    share = batch_size // half  # images of a class in a batch
     order = shuffled(labels, key, epoch)
     classes = labels[order]
     members = jax.nn.one_hot(classes, num_classes, dtype=jnp.int32)
     rank = (members * (members.cumsum(0) - 1)).sum(1)  # of each image among those of its class
-    # In each round, two batches share the classes out: a class's place among them says which one it belongs to.
-    rounds = jnp.arange(-(-len(labels) // each))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, epoch), 1), i))(rounds)
-    places = jax.vmap(lambda key: jax.random.permutation(key, num_classes))(keys)
-    place = (rank // each * num_classes + places[rank // each, classes]) * each + rank % each
-    complete = rank < members.sum(0).min() // each * each
-    return order[jnp.argsort(jnp.where(complete, place, len(labels) + rank), stable=True)]
+    # In each round every class contributes `share` images, and a random permutation of the classes lines them up. The
+    # first half of the line fills one batch, the second half the next one.
+    rounds = jnp.arange(-(-len(labels) // share))
+    round_key = jax.random.fold_in(jax.random.fold_in(key, epoch), 1)
+    keys = jax.vmap(lambda i: jax.random.fold_in(round_key, i))(rounds)
+    class_positions = jax.vmap(lambda key: jax.random.permutation(key, num_classes))(keys)
+    round_of_image, rank_in_round = rank // share, rank % share
+    group = round_of_image * num_classes + class_positions[round_of_image, classes]
+    position = group * share + rank_in_round
+    # There are as many rounds as the smallest class fills. All other images come last.
+    in_round = rank < members.sum(0).min() // share * share
+    return order[jnp.argsort(jnp.where(in_round, position, len(labels) + rank), stable=True)]
 
 
 ORDERS = {"shuffled": shuffled, "one_class": one_class, "half_the_classes": half_the_classes}

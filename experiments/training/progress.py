@@ -1,6 +1,6 @@
-"""How far a training run is: live bars on a terminal, plain lines elsewhere.
+"""Shows the progress of training runs: live bars on a terminal, plain lines elsewhere.
 
-Convention: a run is shown by the callback that `Display.run` returns, to be given to `loop.fit` as `on_progress`.
+Conventions: `Display.run` returns the callback that `loop.fit` takes as `on_progress`.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.training import loop
+
 
 class Display:
-    """Shows `runs` runs, one after the other. Use it in a `with` statement."""
+    """Shows this number of runs, one after the other. Use it in a `with` statement."""
 
     def __init__(self, runs: int, console: Console | None = None):
         self._console = console or Console()
@@ -40,22 +42,23 @@ class Display:
             self._bars.stop()
 
     def line(self, text: str) -> None:
-        """Prints a line, above the bars where there are any."""
+        """Prints a line, above the bars if there are any."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def skip(self, name: str) -> None:
-        """Counts a run that is already finished."""
+        """Counts a run that was finished before."""
         self.line(f"{name}: already there")
         self._finish()
 
     def run(self, name: str) -> Callable:
-        """Returns the `on_progress` of the next run. A finished run leaves one line behind."""
+        """Returns the `on_progress` of the next run. A finished run leaves one line on the screen."""
         bar = self._bars.add_task(name, total=1, status="compiling") if self._bars else None
 
-        def on_progress(progress) -> None:
+        def on_progress(progress: loop.Progress) -> None:
             row = progress.row
             ends = row is not None and (progress.step == progress.steps or row["diverged"])
             if bar is None:
+                # Without bars, only whole epochs and the last row are worth a line.
                 if row is not None and (ends or row["epoch"] == int(row["epoch"])):
                     self.line(f"{name}: {summarize(row)}")
             else:
@@ -70,14 +73,14 @@ class Display:
 
         return on_progress
 
-    def _finish(self):
+    def _finish(self) -> None:
         self._done += 1
         if self._bars:
             self._bars.update(self._total, completed=self._done, status=f"{self._done} of {self._runs}")
 
 
 def summarize(row: dict) -> str:
-    """Returns a row in a few words."""
+    """Formats a row in a few words."""
     diverged = "  DIVERGED" if row["diverged"] else ""
     return (
         f"epoch {row['epoch']:g}  train loss {row['train_loss']:.3f}  "

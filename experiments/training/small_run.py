@@ -1,4 +1,4 @@
-"""The run of the demos: a small net on a fifth of CIFAR-10, or on scikit-learn's digits."""
+"""The training run of the demos: a small network on a fifth of CIFAR-10, or on scikit-learn's digits."""
 
 from pathlib import Path
 
@@ -7,10 +7,9 @@ from experiments.data import datasets
 from experiments.data.cifar10 import find_cifar10
 from experiments.data.datasets import Dataset
 
-TEST_IMAGES = 2000  # at most, so that testing several times per epoch stays cheap
-
-
-CONFIGS = {  # in both, the last epoch runs at a tenth of the rate, which calms the curves
+TEST_IMAGES = 2000  # at most, so that several evaluations per epoch stay cheap
+# In both runs, the last epoch has a tenth of the learning rate, which smooths the end of the curves.
+CONFIGS = {
     "cifar10": Config(
         data="cifar10",
         image_size=16,
@@ -27,14 +26,14 @@ CONFIGS = {  # in both, the last epoch runs at a tenth of the rate, which calms 
 
 
 def choose_data(data_dir: Path | None) -> tuple[Dataset, str]:
-    """Returns what the demo learns, and a sentence that says why."""
+    """Returns the demo's images, and a sentence about their choice."""
     if find_cifar10(data_dir):
-        name, why = "cifar10", "The demo halves its images to 16x16 pixels and uses a fifth of them."
+        name, reason = "cifar10", "The demo scales its images down to 16x16 pixels and uses a fifth of them."
     else:
         name = "digits"
-        why = "CIFAR-10 is not at hand, and the demo downloads nothing; --data-dir or CIFAR10_DIR says where it is."
+        reason = "CIFAR-10 was not found, and the demo downloads nothing; set --data-dir or CIFAR10_DIR to use it."
     config = CONFIGS[name]
     dataset = datasets.load(
         name, image_size=config.image_size, train_images=config.train_images, data_dir=data_dir, download=False
     )
-    return datasets.first_tests(dataset, TEST_IMAGES), why
+    return datasets.first_tests(dataset, TEST_IMAGES), reason

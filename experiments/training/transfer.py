@@ -1,4 +1,4 @@
-"""How a trained net becomes the start of another run: a new last layer, and its batch norms as the run wants them."""
+"""Starts a run from a trained network: with a new last layer, and batch norms as the run requires."""
 
 from typing import Any
 
@@ -10,22 +10,23 @@ from experiments.nets import linen as linen_nets
 from experiments.training.evaluation import evaluate
 from jaxbn import surgery
 
-LAST = "Dense_0"  # the name of every net's last layer
+LAST = "Dense_0"  # name of the last layer in every network
 
 
 def transplant(config: Config, trained: dict, fresh: dict, sample: jax.Array) -> dict:
-    """Returns the `params` and `batch_stats` with which a run begins that starts from a trained net.
+    """Returns the initial `params` and `batch_stats` of a run that starts from a trained network.
 
     Args:
-      config: the run; its `start` is the run that trained the net, its `tuning` says what becomes of the batch norms.
-      trained: variables of the trained net.
-      fresh: variables of the run's own net as random weights give them; the last layer is taken from here.
-      sample: images of the run, float32 [n, height, width, channels], to find the batch norms with.
+      config: the run; `start` is the run that trained the network, `tuning` tells what happens to the batch norms.
+      trained: variables of the trained network.
+      fresh: random initial variables of the run's network, for the last layer.
+      sample: images of the run, float32 [n, height, width, channels], to trace the network with.
 
     Raises:
-      ValueError: the trained net does not fit the run's.
+      ValueError: the variables of the two networks do not match.
     """
     if config.tuning != "trained":
+        # Folds the running statistics into an affine map, which the run learns or keeps.
         net = linen_nets.build(config.start, num_classes=trained["params"][LAST]["bias"].size)
         learnable = config.tuning == "affine"
         trained = surgery.to_affine(net, trained, jnp.asarray(sample), call=evaluate, learnable=learnable).variables
@@ -33,20 +34,21 @@ def transplant(config: Config, trained: dict, fresh: dict, sample: jax.Array) ->
         "params": {**trained["params"], LAST: fresh["params"][LAST]},
         "batch_stats": trained.get("batch_stats", {}),
     }
-    _must_fit(moved, fresh)
+    _must_match(moved, fresh)
     return moved
 
 
-def _must_fit(moved: Any, fresh: Any) -> None:
-    """Refuses variables of another structure or other shapes than the net's."""
-    found, wanted = (
+def _must_match(moved: Any, fresh: Any) -> None:
+    """Refuses variables whose structure or shapes differ from those of the run's network."""
+    shapes, expected = (
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (moved, fresh)
     )
-    if different := [path for path in sorted({**found, **wanted}) if found.get(path) != wanted.get(path)]:
+    different = [path for path in sorted({**shapes, **expected}) if shapes.get(path) != expected.get(path)]
+    if different:
         path = different[0]
         raise ValueError(
-            f"the net to start from does not fit that of this run at {len(different)} of its variables, the first of "
-            f"them {path}: shape {found.get(path)}, and this run wants {wanted.get(path)}; start from a net of the "
-            "same kind, trained on images with as many channels."
+            f"The network to start from does not match that of this run: {len(different)} variables differ, the first "
+            f"is {path} with shape {shapes.get(path)}, expected {expected.get(path)}. Start from the same kind of "
+            "network, trained on images with the same number of channels."
         )

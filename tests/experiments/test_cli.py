@@ -27,7 +27,7 @@ def call(monkeypatch, *arguments):
 
 
 def start(*arguments):
-    """Starts a command in a process of its own."""
+    """Starts a command in its own process."""
     command = [sys.executable, "-m", "experiments", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,11 +1,11 @@
-"""Batch norm of this library and of its peers, as the laws see them: a table of adapters.
+"""Adapters that make batch norm of this library and of its peers accessible to the laws.
 
-Conventions: every layer has the same epsilon and momentum, and is otherwise left at its defaults, or set as its library
-advises for the dtype at hand; what a library documents is declared, not what its code turns out to do.  A module of
-this package imports its library at its top, and is itself imported when one of its adapters is asked for.
+Conventions: all layers have the same epsilon and momentum. Their other options have the defaults, or the values that
+the library recommends for the dtype. Adapters declare what a library documents, not what its code happens to do. Each
+module of this package imports its library at its top, and is imported when one of its adapters is made.
 
-Not here: ``equinox.nn.BatchNorm(mode="ema")``, which normalises with the running average in training too.  That is
-another algorithm, to which the laws do not apply.
+``equinox.nn.BatchNorm(mode="ema")`` is not included: it also normalizes with the running average in training, which is
+a different algorithm, and the laws do not apply to it.
 """
 
 import importlib
@@ -15,20 +15,20 @@ from jaxbn.testing import Adapter
 
 EPSILON = 1e-5
 MOMENTUM = 0.9
-EXTRA = "pip install 'jaxbn[peers]' brings it, and in a checkout pip install -e '.[peers]'"
+EXTRA = "install it with pip install 'jaxbn[peers]', or in a checkout with pip install -e '.[peers]'"
 
 
 def _peer(module: str, function: str, library: str) -> Callable[[], Adapter]:
-    """Returns what imports a module of this package, and makes one of its adapters."""
+    """Returns a function that imports a module of this package and makes one of its adapters."""
 
     def adapter() -> Adapter:
         try:
-            found = importlib.import_module(f"{__name__}.{module}")
+            imported = importlib.import_module(f"{__name__}.{module}")
         except ModuleNotFoundError as error:
             if error.name != library:
                 raise
             raise ModuleNotFoundError(f"{library} is not installed; {EXTRA}.", name=library) from None
-        return getattr(found, function)()
+        return getattr(imported, function)()
 
     return adapter
 
@@ -46,4 +46,4 @@ PEERS = {
     "torch": _peer("torch", "layer", "torch"),
 }
 OURS = tuple(name for name in PEERS if name.startswith("jaxbn"))
-LIBRARIES = {"haiku": "dm-haiku", "equinox": "equinox", "keras": "keras", "torch": "torch"}  # and what brings them
+LIBRARIES = {"haiku": "dm-haiku", "equinox": "equinox", "keras": "keras", "torch": "torch"}  # module: package

@@ -1,4 +1,4 @@
-"""Equinox's batch norm, which works on single examples, channels first, under a vmap over the batch."""
+"""Equinox's batch norm, which takes single examples, channels first, under a vmap over the batch."""
 
 import equinox as eqx
 import jax
@@ -11,15 +11,15 @@ BATCH = "batch"
 
 
 def layer() -> Adapter:
-    """Returns the adapter of ``equinox.nn.BatchNorm(mode="batch")``.
+    """Makes the adapter of ``equinox.nn.BatchNorm(mode="batch")``.
 
-    Its documentation speaks of the "unbiased variance"; since there is no factor m/(m - 1), this is understood as the
-    correction of the average for its start, which its comments name, and the adapter declares that.
+    Its documentation mentions an "unbiased variance". There is no factor m/(m - 1), so we take this to mean the bias
+    correction of the running average, which its comments mention, and the adapter declares that.
     """
     return _layer(BATCH, over_devices=_layer((BATCH, AXIS)))
 
 
-def _layer(axis_name, over_devices=None) -> Adapter:
+def _layer(axis_name: str | tuple[str, ...], over_devices: Adapter | None = None) -> Adapter:
     def make(features):
         make_norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)
         return make_norm(features, axis_name=axis_name, eps=EPSILON, momentum=MOMENTUM, mode="batch")
@@ -32,17 +32,17 @@ def _layer(axis_name, over_devices=None) -> Adapter:
         weight, bias, stats = state
         norm = eqx.tree_at(lambda norm: (norm.weight, norm.bias), make(len(weight))[0], (weight, bias))
 
-        def one(x, stats):
+        def normalize_example(x, stats):
             return norm(x, stats, inference=inference)
 
-        batched = jax.vmap(one, axis_name=BATCH, in_axes=(0, None), out_axes=(0, None))
+        batched = jax.vmap(normalize_example, axis_name=BATCH, in_axes=(0, None), out_axes=(0, None))
         y, stats = batched(jnp.moveaxis(x, -1, 1), stats)
         return jnp.moveaxis(y, 1, -1), (weight, bias, stats)
 
     def statistics(state):
         weight, _, stats = state
         norm, _ = make(len(weight))
-        # As the layer itself takes them in evaluation; it has no name for them.
+        # The statistics that the layer uses in evaluation. It computes them there, and stores only the average.
         batches = stats.get(norm.batch_counter)
         correction = jnp.where(batches == 0, 1, 1 - MOMENTUM**batches)
         return tuple(hidden / correction for hidden in stats.get(norm.batch_state_index))

@@ -1,4 +1,4 @@
-"""Flax's batch norm, in linen and nnx; this library's layers take the same arguments, so these adapters serve both."""
+"""Flax's batch norm in linen and nnx; also used for this library's layers, which take the same arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,31 +12,31 @@ from jaxbn.testing import AXIS, Adapter
 
 
 def linen() -> Adapter:
-    """Returns the adapter of ``flax.linen.BatchNorm``."""
+    """Makes the adapter of ``flax.linen.BatchNorm``."""
     return linen_layer("flax-linen", nn.BatchNorm)
 
 
 def linen_stable() -> Adapter:
-    """Returns the adapter of the same with two passes over the inputs, which Flax offers as the more stable way."""
+    """Makes the adapter of the same layer with two passes over the inputs, Flax's numerically stable option."""
     return linen_layer("flax-linen-stable", nn.BatchNorm, use_fast_variance=False)
 
 
 def nnx() -> Adapter:
-    """Returns the adapter of ``flax.nnx.BatchNorm``."""
+    """Makes the adapter of ``flax.nnx.BatchNorm``."""
     return nnx_layer("flax-nnx", flax_nnx.BatchNorm)
 
 
 def linen_layer(name: str, layer: Callable[..., nn.Module], **options: Any) -> Adapter:
-    """Returns the adapter of a linen layer with the arguments and variables of Flax's."""
+    """Makes the adapter of a linen layer with the arguments and variables of Flax's layer."""
     return _linen(name, layer, options, over_devices=_linen(name, layer, options | {"axis_name": AXIS}))
 
 
 def nnx_layer(name: str, layer: Callable[..., flax_nnx.Module], **options: Any) -> Adapter:
-    """Returns the adapter of an nnx layer with the arguments and variables of Flax's."""
+    """Makes the adapter of an nnx layer with the arguments and variables of Flax's layer."""
     return _nnx(name, layer, options, over_devices=_nnx(name, layer, options | {"axis_name": AXIS}))
 
 
-def _linen(name, layer, options, over_devices=None) -> Adapter:
+def _linen(name: str, layer: Callable[..., nn.Module], options: dict, over_devices: Adapter | None = None) -> Adapter:
     norm = layer(momentum=MOMENTUM, epsilon=EPSILON, **options)
 
     def init(x):
@@ -63,8 +63,10 @@ def _linen(name, layer, options, over_devices=None) -> Adapter:
     )
 
 
-def _nnx(name, layer, options, over_devices=None) -> Adapter:
-    """The adapter of an nnx layer; a state is what ``nnx.split`` gives."""
+def _nnx(
+    name: str, layer: Callable[..., flax_nnx.Module], options: dict, over_devices: Adapter | None = None
+) -> Adapter:
+    """Makes the adapter of an nnx layer, whose state is the result of ``nnx.split``."""
 
     def init(x):
         norm = layer(x.shape[-1], momentum=MOMENTUM, epsilon=EPSILON, rngs=flax_nnx.Rngs(0), **options)

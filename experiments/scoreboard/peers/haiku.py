@@ -13,12 +13,12 @@ NAME = "batch_norm"
 
 
 def layer() -> Adapter:
-    """Returns the adapter of ``haiku.BatchNorm``."""
+    """Makes the adapter of ``haiku.BatchNorm``."""
     return _layer(None, over_devices=_layer(AXIS))
 
 
-def _layer(cross_replica_axis, over_devices=None) -> Adapter:
-    def transformed(cross_replica_axis):
+def _layer(cross_replica_axis: str | None, over_devices: Adapter | None = None) -> Adapter:
+    def transformed(cross_replica_axis: str | None) -> hk.TransformedWithState:
         def call(x, is_training):
             norm = hk.BatchNorm(
                 create_scale=True,
@@ -36,7 +36,8 @@ def _layer(cross_replica_axis, over_devices=None) -> Adapter:
 
     def init(x):
         with _precision_for(x):
-            return transformed(None).init(None, x, True)  # in `init` the device axis is not there yet
+            # The laws call `init` outside of the program with the device axis.
+            return transformed(None).init(None, x, True)
 
     def train(state, x, mask):
         del mask
@@ -50,7 +51,7 @@ def _layer(cross_replica_axis, over_devices=None) -> Adapter:
             return norm.apply(*state, None, x, False)[0]
 
     def statistics(state):
-        return tuple(state[1][f"{NAME}/~/{of}_ema"]["average"].reshape(-1) for of in ("mean", "var"))
+        return tuple(state[1][f"{NAME}/~/{name}_ema"]["average"].reshape(-1) for name in ("mean", "var"))
 
     def with_parameters(state, scale, bias):
         shape = state[0][NAME]["scale"].shape  # [1, ..., C]
@@ -70,8 +71,8 @@ def _layer(cross_replica_axis, over_devices=None) -> Adapter:
     )
 
 
-def _precision_for(x):
-    """The policy that Haiku advises for batch norm in half precision: computed in float32, then rounded."""
+def _precision_for(x) -> contextlib.AbstractContextManager:
+    """Applies the policy that Haiku recommends for batch norm in half precision: compute in float32, then round."""
     dtype = jnp.result_type(x)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return contextlib.nullcontext()

@@ -13,29 +13,28 @@ os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is first imported
 
 import keras  # noqa: E402
 
-POLICIES = {
-    "bfloat16": "mixed_bfloat16",
-    "float16": "mixed_float16",
-}  # by the inputs' dtype; otherwise it is that dtype
+# Policy by the dtype of the inputs; for other dtypes, the dtype itself is the policy.
+POLICIES = {"bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
 def layer() -> Adapter:
-    """Returns the adapter of ``keras.layers.BatchNormalization``.
+    """Makes the adapter of ``keras.layers.BatchNormalization``.
 
-    It declares no statistics over devices: ``synchronized=True`` is for the TensorFlow backend alone.
+    It declares no statistics over devices, since only the TensorFlow backend supports ``synchronized=True``.
 
     Raises:
-      ValueError: Keras runs on another backend already.
+      ValueError: Keras already runs on another backend.
     """
     if keras.backend.backend() != "jax":
         raise ValueError(
-            f"Keras runs on its {keras.backend.backend()} backend already; the JAX backend is needed; set "
+            f"Keras already runs on its {keras.backend.backend()} backend, but the laws need the JAX backend; set "
             "KERAS_BACKEND=jax before Keras is first imported."
         )
 
     def init(x):
         norm = _layer(x.ndim, x.shape[-1], jnp.result_type(x).name)
-        return [[one.value for one in some] for some in (norm.trainable_variables, norm.non_trainable_variables)]
+        collections = (norm.trainable_variables, norm.non_trainable_variables)
+        return [[variable.value for variable in collection] for collection in collections]
 
     def apply(state, x, **options):
         norm = _layer(x.ndim, x.shape[-1], jnp.result_type(x).name)
@@ -46,10 +45,11 @@ def layer() -> Adapter:
         if mask is None or mask.shape[-1] == 1:
             mask = None if mask is None else jnp.broadcast_to(mask[..., 0], x.shape[:-1])
             return apply(state, x, training=True, mask=mask)
-        # Keras's masks have no feature axis: it gets the mask of each feature in turn, and of the results that feature.
-        each = jax.vmap(lambda mask: apply(state, x, training=True, mask=mask), in_axes=-1, out_axes=-1)
-        y, (_, statistics) = each(mask)
-        return jnp.diagonal(y, axis1=-2, axis2=-1), [state[0], [jnp.diagonal(one) for one in statistics]]
+        # Keras's masks have no feature axis. So run the layer with the mask of each feature, and keep only that feature
+        # of each result.
+        run_with_masks = jax.vmap(lambda mask: apply(state, x, training=True, mask=mask), in_axes=-1, out_axes=-1)
+        y, (_, statistics) = run_with_masks(mask)
+        return jnp.diagonal(y, axis1=-2, axis2=-1), [state[0], [jnp.diagonal(statistic) for statistic in statistics]]
 
     return Adapter(
         name="keras",
@@ -65,8 +65,8 @@ def layer() -> Adapter:
 
 
 @functools.cache
-def _layer(dimensions, features, dtype):
-    """A layer that is built, once for each kind of input; its variables are never used but at the start."""
+def _layer(dimensions: int, features: int, dtype: str) -> "keras.layers.Layer":
+    """Builds a layer, once for each kind of input; only `init` reads its variables."""
     with jax.ensure_compile_time_eval():
         policy = POLICIES.get(dtype, dtype)
         norm = keras.layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON, dtype=policy)

@@ -20,21 +20,21 @@ class State(NamedTuple):
 
 
 def functional() -> Adapter:
-    """Returns the adapter of ``jaxbn.batch_norm``."""
+    """Makes the adapter of ``jaxbn.batch_norm``."""
     return _functional(None, over_devices=_functional(AXIS))
 
 
 def linen() -> Adapter:
-    """Returns the adapter of ``jaxbn.linen.BatchNorm``."""
+    """Makes the adapter of ``jaxbn.linen.BatchNorm``."""
     return flax.linen_layer("jaxbn-linen", jaxbn.linen.BatchNorm)
 
 
 def nnx() -> Adapter:
-    """Returns the adapter of ``jaxbn.nnx.BatchNorm``."""
+    """Makes the adapter of ``jaxbn.nnx.BatchNorm``."""
     return flax.nnx_layer("jaxbn-nnx", jaxbn.nnx.BatchNorm)
 
 
-def _functional(axis_name, over_devices=None) -> Adapter:
+def _functional(axis_name: str | None, over_devices: Adapter | None = None) -> Adapter:
     def apply(state, x, mask, use_running_average):
         y, stats = jaxbn.batch_norm(
             x,

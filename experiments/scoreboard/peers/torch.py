@@ -1,4 +1,4 @@
-"""PyTorch's batch norm on the CPU; arrays are NumPy's, channels are moved to the front and back."""
+"""PyTorch's batch norm on the CPU; converts NumPy arrays, and moves the channels."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ LAYERS = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNor
 
 
 def layer() -> Adapter:
-    """Returns the adapter of ``torch.nn.BatchNorm1d`` and those of more dimensions; a state is their ``state_dict``."""
+    """Makes the adapter of ``torch.nn.BatchNorm1d``, 2d and 3d, whose state is their ``state_dict``."""
 
     def train(state, x, mask):
         del mask
@@ -49,28 +49,30 @@ def layer() -> Adapter:
     )
 
 
-def _make(x):
-    dtype = torch.float64 if x.dtype == np.float64 else torch.float32  # also for inputs in half precision
-    return LAYERS[np.ndim(x)](np.shape(x)[-1], eps=EPSILON, momentum=1 - MOMENTUM, dtype=dtype)  # that of the new value
+def _make(x) -> torch.nn.Module:
+    dtype = torch.float64 if x.dtype == np.float64 else torch.float32  # float32 also for half precision
+    # PyTorch's momentum is the weight of the new value.
+    return LAYERS[np.ndim(x)](np.shape(x)[-1], eps=EPSILON, momentum=1 - MOMENTUM, dtype=dtype)
 
 
-def _layer(state, x):
+def _layer(state: dict, x) -> torch.nn.Module:
     norm = _make(x)
     norm.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return norm
 
 
-def _state(norm):
+def _state(norm: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.numpy().copy() for name, value in norm.state_dict().items()}
 
 
-def _tensor(x):
-    """A tensor with channels first; bfloat16, which PyTorch does not know from NumPy, goes through its bits."""
+def _tensor(x) -> torch.Tensor:
+    """Converts to channels first. PyTorch cannot read NumPy arrays in bfloat16, so it gets their bits."""
     x = np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1))
     return torch.tensor(x.view(np.int16)).view(torch.bfloat16) if x.dtype == jnp.bfloat16 else torch.tensor(x)
 
 
-def _array(y):
+def _array(y: torch.Tensor) -> np.ndarray:
+    """Converts to channels last; the inverse of `_tensor`."""
     y = y.detach()
     y = y.view(torch.int16).numpy().view(jnp.bfloat16) if y.dtype == torch.bfloat16 else y.numpy()
     return np.moveaxis(y, 1, -1)

@@ -1,4 +1,4 @@
-"""Rows of compiled programs, the process that compiles one, and what it leaves; no compiler is needed."""
+"""Programs for accelerators: their rows, the process that compiles one, and its results; needs no compiler."""
 
 import json
 import signal
@@ -31,17 +31,20 @@ def test_every_gpu_has_a_description(name):
 
 
 def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="target v9 on 1 chips is not known; choose one of: v5e on 1, 16, 256; v5p"):
+    with pytest.raises(ValueError, match="Unknown target v9 on 1 chips; choose one of: v5e on 1, 16, 256; v5p"):
         targets.devices("v9")
 
 
 def test_target_without_its_compiler_is_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(targets, "_version", lambda package: None if package == "libtpu" else "1.0")
-    accelerators._say.cache_clear()
+    accelerators._print_once.cache_clear()
     assert accelerators.available(("v6e", "h100")) == ["h100"]
-    said = "v6e is left out: libtpu not installed; pip install 'jaxbn[aot]' brings the compilers.\n"
+    said = "v6e is left out: libtpu not installed; install the compilers with pip install 'jaxbn[aot]'.\n"
     assert capsys.readouterr().err == said
-    with pytest.raises(ModuleNotFoundError, match="no target to compile for: libtpu not installed; pip install 'jaxbn"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match="no compiler for any target: libtpu not installed; install the compilers with pip install 'jaxbn",
+    ):
         accelerators.available(("v6e", "v5e"))
 
 
@@ -61,9 +64,9 @@ def test_row_is_there_once():
 
 def test_large_nets_and_several_chips_are_compiled_for_few_targets():
     nets = {target: {row.get("net") for row in accelerators.rows(target, ALL)} for target in benchmarks.TARGETS}
-    assert [target for target, found in nets.items() if "ResNet-50" in found] == ["v6e", "h100"]
+    assert [target for target, values in nets.items() if "ResNet-50" in values] == ["v6e", "h100"]
     chips = {target: {row["chips"] for row in accelerators.rows(target, ALL)} for target in benchmarks.TARGETS}
-    assert {target: found for target, found in chips.items() if found != {1}} == {
+    assert {target: values for target, values in chips.items() if values != {1}} == {
         "v5e": {1, 16, 256},
         "h100": {1, 8, 16},
     }
@@ -181,9 +184,9 @@ def test_program_that_is_cut_off_or_came_with_an_error_or_too_late_does_not_coun
 
 def test_reasons_say_how_a_process_ended():
     log = "I0000 begins\nF0000 shape.cc:7] Check failed: rank == 2\n"
-    assert aot.death(-6, log) == "the compiler died (SIGABRT): F0000 shape.cc:7] Check failed: rank == 2"
-    assert aot.death(-signal.SIGILL, "") == "the compiler died (SIGILL)"
-    assert aot.death(3, "") == "the compiler died (exit status 3)"
+    assert aot.crash_reason(-6, log) == "the compiler died (SIGABRT): F0000 shape.cc:7] Check failed: rank == 2"
+    assert aot.crash_reason(-signal.SIGILL, "") == "the compiler died (SIGILL)"
+    assert aot.crash_reason(3, "") == "the compiler died (exit status 3)"
 
 
 def test_reason_is_one_line_that_is_not_long():
@@ -205,5 +208,8 @@ allocation 5: size 6, thread-local:
 
 def test_compiler_that_is_missing_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(targets, "_version", lambda package: None)
-    with pytest.raises(ModuleNotFoundError, match="cannot compile for v6e: libtpu not installed; pip install 'jaxbn"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match="cannot compile for v6e: libtpu not installed; install the compilers with pip install 'jaxbn",
+    ):
         aot.compile_apart(lower_nothing, "v6e")

@@ -1,11 +1,11 @@
-"""Collectives: how many a layer executes on each parallel API, and that their bytes do not grow with the devices."""
+"""Collectives of a layer: their number on each parallel API, and bytes that do not grow with the devices."""
 
 import math
 import types
 
 import pytest
 
-from experiments.benchmarks import collectives, hlo
+from experiments.benchmarks import collectives, hlo, parts
 from experiments.benchmarks.collectives import RECIPES, VALID, compile_layer, error_of_variance
 from experiments.benchmarks.hlo import Collective, executed_bytes
 
@@ -41,8 +41,9 @@ DEVICES = 8
 
 
 def executed_and_rare(api, **options):
-    found = hlo.collectives(compile_layer(LAYER, api, devices=DEVICES, **options).as_text())
-    return [sum(not c.conditional for c in found), sum(c.conditional for c in found)]
+    all_of_them = hlo.collectives(compile_layer(LAYER, api, devices=DEVICES, **options).as_text())
+    executed = len(hlo.executed(all_of_them))
+    return [executed, len(all_of_them) - executed]
 
 
 def test_collectives_are_found_in_called_computations_and_branches():
@@ -87,12 +88,16 @@ def test_cost_counts_what_every_step_executes_apart_from_the_rest():
     assert collectives.cost(program) == {"collectives": 2, "conditional": 1, "bytes": 28 + 96}
 
 
+def test_environment_simulates_enough_devices():
+    assert parts.ENVIRONMENTS["collectives"]["JAX_NUM_CPU_DEVICES"] == str(max(collectives.GROWTH))
+
+
 @pytest.mark.slow
 def test_there_is_a_record_for_each_api_and_layer_and_a_line_in_the_tables(monkeypatch):
     monkeypatch.setattr(collectives, "RECIPES", {"jit": "grad(loss)", "vmap": "pmean(grad(loss))"})
     monkeypatch.setattr(collectives, "LAYERS", {"jaxbn": LAYER})
-    records = collectives.what_each_api_does(DEVICES)
+    records = collectives.measure_apis(DEVICES)
     assert [(record["api"], record["layer"]) for record in records] == [("jit", "jaxbn"), ("vmap", "jaxbn")]
     assert records[0]["forward+backward"]["collectives"] == 2
     assert collectives.table_of_apis(records).row_count == 2
-    assert collectives.table_of_growth(collectives.growth([8])).row_count == 2  # and one for the groups
+    assert collectives.table_of_growth(collectives.measure_growth([8])).row_count == 2  # and one for the groups

@@ -1,4 +1,4 @@
-"""The page and the block of compiled programs: every row, ratios to Flax's, and what was not compiled."""
+"""The page and the block of compiled programs: rows, ratios to Flax, and programs that were not compiled."""
 
 from experiments.benchmarks import compiled
 
@@ -22,8 +22,8 @@ def record(row, arm, moved, *, target="v6e", dtype="float32", kernels=3, **count
 
 
 def dead(row, arm, target="v6e"):
-    found = {**row, "target": target, "dtype": "float32", "arm": arm}
-    return found | {"compiled": False, "error": "the compiler died (SIGILL)"}
+    fields = {**row, "target": target, "dtype": "float32", "arm": arm}
+    return fields | {"compiled": False, "error": "the compiler died (SIGILL)"}
 
 
 def page(records):
@@ -42,7 +42,7 @@ def test_line_shows_each_arm_over_flaxs_and_kernels_and_temporaries_of_both():
         record(LAYER, "Flax, stable", 3e8),
     ]
     text = page(records)
-    assert "| of | pass | shape | dtype | jaxbn, MB | Flax, MB | Flax, stable, MB |" in text
+    assert "| program | pass | shape | dtype | jaxbn, MB | Flax, MB | Flax, stable, MB |" in text
     row = "| norm+ReLU | forward | 256x56x56x64 | float32 | 150 (0.75) | 200 | 300 (1.50) | 5 / 3 | 2.5 / 0.0 |"
     assert row in text and "Not compiled" not in text
 
@@ -90,7 +90,7 @@ def test_block_leaves_out_other_targets_shapes_and_several_chips():
         record(LAYER | {"shape": [2, 3]}, "Flax", 1e8),
         record(STEP | {"chips": 16, "api": "jit"}, "Flax", 1e8, target="h100"),
     ]
-    assert compiled.block({"records": records}).startswith("The rows that belong here are not measured yet.")
+    assert compiled.block({"records": records}).startswith("These programs are not measured yet.")
 
 
 def test_megabytes_have_a_decimal_where_they_are_few():

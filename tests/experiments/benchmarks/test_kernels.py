@@ -1,4 +1,4 @@
-"""Kernels and their bytes: each rule of counting, on a program of a few lines that is written by hand."""
+"""Counting kernels and bytes: each rule on a handwritten program of a few lines."""
 
 import pytest
 
@@ -14,7 +14,7 @@ SUM = """
 
 
 def count(entry, computations=""):
-    """What a program executes whose inputs are x: f32[100] and i: s32[]; `entry` may use them."""
+    """Counts a program with inputs x: f32[100] and i: s32[]; the lines of `entry` may use them."""
     head = "HloModule example, is_scheduled=true\n"
     inputs = "  %x = f32[100]{0} parameter(0)\n  %i = s32[] parameter(1)\n"
     body = "".join(f"  {line}\n" for line in entry)
@@ -22,8 +22,8 @@ def count(entry, computations=""):
 
 
 def kernels_and_bytes(*arguments):
-    found = count(*arguments)
-    return found.kernels, found.bytes
+    counted = count(*arguments)
+    return counted.kernels, counted.bytes
 
 
 def test_kernel_reads_each_distinct_operand_once_and_writes_its_result():
@@ -59,8 +59,8 @@ def test_copy_to_the_chip_is_counted_apart_by_what_it_moves_in_device_memory():
         "%start = (f32[100]{0:S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%x)",
         "ROOT %done = f32[100]{0:S(1)} copy-done(%start)",
     ]
-    found = count(entry)
-    assert (found.kernels, found.bytes, found.copied) == (0, 0, 400)
+    counted = count(entry)
+    assert (counted.kernels, counted.bytes, counted.copied) == (0, 0, 400)
 
 
 def test_copy_back_from_the_chip_moves_what_it_writes():
@@ -69,8 +69,8 @@ def test_copy_back_from_the_chip_moves_what_it_writes():
         "%start = (f32[100]{0}, f32[100]{0:S(1)}, u32[]{:S(2)}) copy-start(%y)",
         "ROOT %done = f32[100]{0} copy-done(%start)",
     ]
-    found = count(entry)
-    assert (found.kernels, found.bytes, found.copied) == (1, 400, 400)
+    counted = count(entry)
+    assert (counted.kernels, counted.bytes, counted.copied) == (1, 400, 400)
 
 
 def test_slice_to_the_chip_moves_the_slice():
@@ -97,9 +97,9 @@ def test_first_branch_of_a_conditional_counts_and_the_others_are_rare(branches):
   ROOT %twice = f32[50]{0} custom-call(%once)
 }
 """
-    found = count([f"ROOT %y = f32[100]{{0}} conditional(%i, %x, %x), {branches}"], computations)
-    assert (found.conditionals, found.kernels, found.bytes) == (1, 1, 800)
-    assert (found.rare.kernels, found.rare.bytes) == (2, 800 + 600)
+    counted = count([f"ROOT %y = f32[100]{{0}} conditional(%i, %x, %x), {branches}"], computations)
+    assert (counted.conditionals, counted.kernels, counted.bytes) == (1, 1, 800)
+    assert (counted.rare.kernels, counted.rare.bytes) == (2, 800 + 600)
 
 
 BODY = """
@@ -204,15 +204,15 @@ def test_collectives_are_counted_apart_with_the_bytes_that_a_device_hands_over()
         "%done = (f32[100]{0}, s32[]) all-reduce-done(%sums)",
         "ROOT %y = f32[800]{0} all-gather(%x), dimensions={0}",
     ]
-    found = count(entry, SUM)
-    assert (found.collectives, found.collective_bytes, found.kernels, found.bytes) == (2, 404 + 400, 0, 0)
+    counted = count(entry, SUM)
+    assert (counted.collectives, counted.collective_bytes, counted.kernels, counted.bytes) == (2, 404 + 400, 0, 0)
 
 
 def test_collective_inside_a_fusion_or_an_asynchronous_start_is_found():
     fused = fusion("%r = f32[100]{0} all-reduce(%p), to_apply=%sum", "ROOT %s = f32[10]{0} slice(%r), slice={[0:10]}")
     for opcode in ("fusion(%x, %i), kind=kCustom", "async-start(%x, %i)"):
-        found = count([f"ROOT %y = f32[10]{{0}} {opcode}, calls=%fused"], SUM + fused)
-        assert (found.collectives, found.collective_bytes, found.kernels) == (1, 404, 0)
+        counted = count([f"ROOT %y = f32[10]{{0}} {opcode}, calls=%fused"], SUM + fused)
+        assert (counted.collectives, counted.collective_bytes, counted.kernels) == (1, 404, 0)
 
 
 def test_collective_in_a_branch_is_rare():
@@ -226,10 +226,10 @@ def test_collective_in_a_branch_is_rare():
   ROOT %r = f32[100]{0} all-reduce(%q), to_apply=%sum
 }
 """
-    found = count(["ROOT %y = f32[100]{0} conditional(%i, %x, %x), branch_computations={%usual, %rare}"], SUM + rare)
-    assert (found.collectives, found.rare.collectives, found.rare.collective_bytes) == (0, 1, 400)
+    counted = count(["ROOT %y = f32[100]{0} conditional(%i, %x, %x), branch_computations={%usual, %rare}"], SUM + rare)
+    assert (counted.collectives, counted.rare.collectives, counted.rare.collective_bytes) == (0, 1, 400)
 
 
 def test_text_without_a_program_is_refused():
-    with pytest.raises(ValueError, match="the program has no ENTRY computation; give the text of optimised HLO"):
+    with pytest.raises(ValueError, match="the program has no ENTRY computation; pass the text of optimized HLO"):
         kernels.count("HloModule nothing\n")

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: every arm computes batch norm, and a record says what the seconds say."""
+"""The benchmark of layers: every arm computes batch norm, and records summarize the seconds correctly."""
 
 import subprocess
 import sys
@@ -43,12 +43,12 @@ def test_every_arm_computes_outputs_and_gradients_of_batch_norm(name, shape, act
     y, *middle, dx = arms.compiled(arm, "forward+backward", activation, *arms.inputs(shape, dtype))()
     assert y.dtype == dx.dtype == dtype
     exact_y, exact_dx, *parameters = exact(shape, dtype, activation)
-    for found, expected in ((y, exact_y), (dx, exact_dx)):
-        found = np.moveaxis(np.asarray(found, np.float64), arm.features_axis, -1)
-        np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype])
-    found = sorted(np.asarray(each, np.float64).ravel().tolist() for each in middle[-2:])  # in either order
+    for actual, expected in ((y, exact_y), (dx, exact_dx)):
+        actual = np.moveaxis(np.asarray(actual, np.float64), arm.features_axis, -1)
+        np.testing.assert_allclose(actual, expected, atol=TOLERANCE[dtype])
+    actual = sorted(np.asarray(each, np.float64).ravel().tolist() for each in middle[-2:])  # in either order
     expected = sorted(each.tolist() for each in parameters)
-    np.testing.assert_allclose(found, expected, atol=10 * TOLERANCE[dtype])
+    np.testing.assert_allclose(actual, expected, atol=10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", arms.ARMS)
@@ -72,18 +72,18 @@ def test_library_that_is_missing_is_left_out_and_named_once(monkeypatch, capsys)
         raise ImportError("No module named 'haiku'")
 
     monkeypatch.setattr(arms, "ARMS", {"jaxbn": arms.ARMS["jaxbn"], "Haiku": missing})
-    layers._say.cache_clear()
+    layers._print_once.cache_clear()
     assert list(layers.available()) == list(layers.available()) == ["jaxbn"]
-    said = "Haiku is left out: No module named 'haiku'; pip install 'jaxbn[peers]' brings it.\n"
+    said = "Haiku is left out: No module named 'haiku'; install it with pip install 'jaxbn[peers]'.\n"
     assert capsys.readouterr().err == said
 
 
 def test_rows_are_every_pass_with_and_without_relu():
-    found = list(layers.rows((2, 3), "float32"))
-    assert [(row["pass"], row["activation"]) for row in found] == [
+    actual = list(layers.rows((2, 3), "float32"))
+    assert [(row["pass"], row["activation"]) for row in actual] == [
         (name, activation) for name in arms.PASSES for activation in ("none", "relu")
     ]
-    assert all(row["shape"] == [2, 3] and row["dtype"] == "float32" for row in found)
+    assert all(row["shape"] == [2, 3] and row["dtype"] == "float32" for row in actual)
 
 
 def test_pieces_are_every_shape_and_dtype():
@@ -176,8 +176,8 @@ def test_pytorch_computes_outputs_and_gradients_of_batch_norm(shape, activation)
     expected = _oracle.batch_norm(x, scale, bias)[0]
     if activation == "relu":
         expected, dy = np.maximum(expected, 0), dy * (expected > 0)
-    for found, wanted in zip((dx, dscale, dbias), _oracle.gradients(x, scale, bias, dy), strict=True):
-        np.testing.assert_allclose(np.moveaxis(found, 1, -1) if found.ndim > 1 else found, wanted, atol=1e-5)
+    for actual, wanted in zip((dx, dscale, dbias), _oracle.gradients(x, scale, bias, dy), strict=True):
+        np.testing.assert_allclose(np.moveaxis(actual, 1, -1) if actual.ndim > 1 else actual, wanted, atol=1e-5)
     np.testing.assert_allclose(np.moveaxis(y, 1, -1), expected, atol=1e-5)
 
 
@@ -185,6 +185,6 @@ def test_pytorch_computes_outputs_and_gradients_of_batch_norm(shape, activation)
 def test_pytorch_works_channels_last_in_the_dtype_of_the_row(name):
     torch = pytest.importorskip("torch")
     row = {"pass": name, "activation": "relu", "shape": list(SHAPES[0]), "dtype": "bfloat16"}
-    found = pytorch.layer_call(row, "cpu")()
-    for each in found[:2] if name == "forward+backward" else [found]:
+    actual = pytorch.layer_call(row, "cpu")()
+    for each in actual[:2] if name == "forward+backward" else [actual]:
         assert each.dtype == torch.bfloat16 and each.is_contiguous(memory_format=torch.channels_last)

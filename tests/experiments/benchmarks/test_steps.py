@@ -46,9 +46,9 @@ def test_state_stays_float32(dtype):
 
 def test_parameters_of_norms_are_not_rounded():
     one = jnp.ones(1)
-    found = steps.rounded({"ConvNorm_0": {"Conv_0": {"kernel": one}, "BatchNorm_0": {"scale": one}}}, jnp.bfloat16)
-    assert found["ConvNorm_0"]["Conv_0"]["kernel"].dtype == jnp.bfloat16
-    assert found["ConvNorm_0"]["BatchNorm_0"]["scale"].dtype == jnp.float32
+    actual = steps.rounded({"ConvNorm_0": {"Conv_0": {"kernel": one}, "BatchNorm_0": {"scale": one}}}, jnp.bfloat16)
+    assert actual["ConvNorm_0"]["Conv_0"]["kernel"].dtype == jnp.bfloat16
+    assert actual["ConvNorm_0"]["BatchNorm_0"]["scale"].dtype == jnp.float32
 
 
 class Lowered:
@@ -76,7 +76,7 @@ def test_all_arms_are_compiled_in_the_order_of_the_process():
         order = []
         compiled, seconds = steps.compile_in_turn(steps_that_record(order), random.Random(process))
         assert compiled == {name: name for name in steps.ARMS} and sorted(order) == sorted(steps.ARMS)
-        assert all(set(found) == {"trace_seconds", "compile_seconds"} for found in seconds.values())
+        assert all(set(actual) == {"trace_seconds", "compile_seconds"} for actual in seconds.values())
         orders.append(tuple(order))
     assert len(set(orders)) > 4
 
@@ -95,9 +95,9 @@ def test_pieces_are_both_nets_in_every_dtype_as_often_as_there_are_processes():
 def test_pieces_are_measured_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(steps, "measure", process_of)
     settings = Settings(step_processes=2)
-    found = [piece() for piece in list(steps.pieces(settings).values())[:2]]
-    assert [process for _, process in found] == [1, 2]
-    assert len({os.getpid(), *(number for number, _ in found)}) == 3
+    actual = [piece() for piece in list(steps.pieces(settings).values())[:2]]
+    assert [process for _, process in actual] == [1, 2]
+    assert len({os.getpid(), *(number for number, _ in actual)}) == 3
 
 
 def process_of(name, config, dtype, process, **_):

@@ -1,7 +1,7 @@
-"""The comparison of `fit` with a plain loop: both train the same net in the same way, and every arm is timed."""
+"""The benchmark of throughput: `fit` and the plain loop take the same steps, and every arm is timed."""
 
 import functools
-import sys
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import __main__ as cli
-from experiments.benchmarks import throughput
+from experiments.benchmarks import Settings, throughput
+from experiments.benchmarks.__main__ import main
 from experiments.config import PRESETS
 from experiments.evidence import files
 from experiments.nets import linen as linen_nets
@@ -23,9 +23,9 @@ def test_plain_epoch_holds_every_image_once():
     images, labels = np.arange(12.0).reshape(12, 1, 1, 1), np.arange(12)
     batches = list(throughput.batches(images, labels, 4, np.random.default_rng(0)))
     assert [len(x) for x, _ in batches] == [4, 4, 4]
-    assert sorted(np.concatenate([each for _, each in batches])) == list(range(12))
-    for x, each in batches:
-        np.testing.assert_array_equal(x.ravel(), each)
+    assert sorted(np.concatenate([y for _, y in batches])) == list(range(12))
+    for x, y in batches:
+        np.testing.assert_array_equal(x.ravel(), y)
 
 
 def test_plain_augmentation_is_given_every_batch():
@@ -37,11 +37,12 @@ def test_plain_augmentation_is_given_every_batch():
 def test_crops_are_the_image_moved_by_up_to_an_eighth_and_half_of_them_mirrored():
     image = 1 + np.arange(16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-    moved = [padded[row : row + 16, column : column + 16] for row in range(5) for column in range(5)]
-    possible = np.stack(moved + [each[:, ::-1] for each in moved])
-    found = throughput.flip_and_crop(np.random.default_rng(0), np.stack([image] * 1000))
-    which = (found[:, None, 8, 8:10] == possible[None, :, 8, 8:10]).all((-1, -2)).argmax(1)  # two pixels tell
-    np.testing.assert_array_equal(found, possible[which])
+    crops = [padded[row : row + 16, column : column + 16] for row in range(5) for column in range(5)]
+    possible = np.stack(crops + [crop[:, ::-1] for crop in crops])
+    augmented = throughput.flip_and_crop(np.random.default_rng(0), np.stack([image] * 1000))
+    # Two pixels identify the crop.
+    which = (augmented[:, None, 8, 8:10] == possible[None, :, 8, 8:10]).all((-1, -2)).argmax(1)
+    np.testing.assert_array_equal(augmented, possible[which])
     assert set(which) == set(range(50)) and 0.45 < np.mean(which >= 25) < 0.55
 
 
@@ -52,8 +53,8 @@ def test_batch_that_leaves_images_over_is_refused():
 
 def record(timed, arm, seconds, over_plain=1.0, images=100):
     spread = {"median": over_plain, "lower": over_plain, "upper": over_plain}
-    found = {"timed": timed, "arm": arm, "images": images, "seconds": seconds, "images_over_plain": spread}
-    return found | {"seconds_over_at_hand": {"median": seconds / 0.0100}}
+    fields = {"timed": timed, "arm": arm, "images": images, "seconds": seconds, "images_over_plain": spread}
+    return fields | {"seconds_over_at_hand": {"median": seconds / 0.0100}}
 
 
 def test_table_compares_images_per_second_with_the_plain_loop():
@@ -67,17 +68,16 @@ def test_table_compares_images_per_second_with_the_plain_loop():
     ]
 
 
-def test_command_prints_both_tables_and_what_augmentation_adds(monkeypatch, capsys, tmp_path):
+def test_both_tables_and_the_cost_of_augmentation_are_printed(monkeypatch, capsys, tmp_path):
     def measure(config, rounds):
         assert (config, rounds) == (PRESETS["small"].replace(batch_size=50), 3)
-        steps = {throughput.FIT: 0.0103, throughput.AT_HAND: 0.0100, throughput.PLAIN: 0.0110}
+        steps = {throughput.FIT: 0.0103, throughput.FIXED: 0.0100, throughput.PLAIN: 0.0110}
         runs = {throughput.FIT: 1.0, throughput.PLAIN: 1.5}
         return [record("step", *arm) for arm in steps.items()] + [record("run", *arm) for arm in runs.items()]
 
     monkeypatch.setattr(throughput, "measure", measure)
-    command = f"experiments throughput --batch-size 50 --rounds 3 --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    assert cli.main() == 0
+    settings = Settings(throughput_batch_size=50, rounds=3)
+    main("throughput", str(tmp_path), json.dumps(settings.to_json()))
     printed = capsys.readouterr().out
     assert printed.count("images/s / plain") == 2 and "10,000 images" in printed
     assert "Gathering and augmenting the images adds 3.0 % to a step." in printed
@@ -85,7 +85,7 @@ def test_command_prints_both_tables_and_what_augmentation_adds(monkeypatch, caps
 
 
 def plainly_named(tree):
-    """Returns variables of the studies' net under the names of the plain one."""
+    """Renames variables of the studies' network to the names of the plain one."""
     renamed = {
         f"{layer[:-2]}_{name[-1]}": leaves
         for name, block in tree.items()

@@ -17,7 +17,7 @@ from experiments.training import checkpoints, evaluation, loop, programs, runs
 from jaxbn.diagnose import diagnose
 from tests.experiments.conftest import mesh_of
 from tests.experiments.test_cli import call
-from tests.experiments.training.test_loop import Small, compile_small
+from tests.experiments.training.conftest import Small, compile_small
 
 # The settings of the Config `tiny`.
 SETTINGS = (
@@ -106,7 +106,7 @@ def test_run_that_finished_without_keeping_its_checkpoint_is_told_so(monkeypatch
     run = make_run(tiny)
     files.write(tmp_path / "result.jsonl", run["header"], run["rows"])
     assert call(monkeypatch, "train", *SETTINGS, "--out", tmp_path, "--keep-checkpoint") == 0
-    assert "Checkpoint: none; the run had finished without --keep-checkpoint" in capsys.readouterr().out
+    assert "Checkpoint: none; the run finished without --keep-checkpoint" in capsys.readouterr().out
 
 
 def test_checkpoint_of_a_run_that_was_killed_before_it_was_put_away_is_kept(checkpoint, tiny):
@@ -120,7 +120,7 @@ def test_folder_without_a_checkpoint_is_refused_with_how_to_get_one(monkeypatch,
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, tmp_path / "nowhere", ".", "/"):
         assert call(monkeypatch, "diagnose", folder) == 2
-        assert f"{folder} holds no checkpoint; accepted is the folder that `train --keep-checkpoint`" in (
+        assert f"{folder} holds no checkpoint; pass the folder that `train --keep-checkpoint`" in (
             capsys.readouterr().err
         )
 

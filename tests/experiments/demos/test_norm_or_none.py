@@ -1,4 +1,4 @@
-"""The demo: runs offline from start to end, and says what it used."""
+"""The demo: it runs offline from start to end, and names its data."""
 
 import pytest
 from PIL import Image
@@ -10,7 +10,7 @@ from experiments.training import small_run
 
 @pytest.fixture
 def no_cifar10(monkeypatch, tmp_path):
-    """A place where CIFAR-10 is not at hand."""
+    """An environment without CIFAR-10."""
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -37,12 +37,12 @@ def test_without_cifar10_it_learns_digits_and_says_why(no_cifar10):
     if cache_folder().is_dir():
         pytest.skip("CIFAR-10 is in this user's cache")
     dataset, why = small_run.choose_data(None)
-    assert dataset.name == "digits" and "CIFAR-10 is not at hand" in why
+    assert dataset.name == "digits" and "CIFAR-10 was not found" in why
 
 
 def test_with_cifar10_it_learns_that_and_says_so():
     if find_cifar10() is None:
-        pytest.skip("CIFAR-10 is not at hand; CIFAR10_DIR says where it is")
+        pytest.skip("CIFAR-10 was not found; set CIFAR10_DIR")
     dataset, why = small_run.choose_data(None)
     assert dataset.name == "cifar10" and "16x16" in why
 

@@ -1,4 +1,4 @@
-"""The demo of synchronised batch norm: what it trains is what it says, and its numbers are measured."""
+"""The demo of synchronized batch norm: its training, its measurements, and the committed results."""
 
 import functools
 from pathlib import Path
@@ -71,9 +71,9 @@ def test_synchronised_statistics_are_equal_on_all_devices_and_others_are_not():
 
 def test_spread_is_the_deviation_over_devices_in_units_of_the_feature():
     mean, var = np.float32([[1.0, 0.0], [3.0, 0.0]]), np.float32([[1.0, 4.0], [3.0, 4.0]])
-    found = jax.vmap(synchronised.apart, axis_name=synchronised.AXIS)(mean, var)
-    np.testing.assert_allclose(found[0], np.full(2, (1 / np.sqrt(2) + 0) / 2), rtol=1e-6)
-    np.testing.assert_allclose(found[1], np.full(2, (1 / 2 + 0) / 2), rtol=1e-6)
+    deviations = jax.vmap(synchronised.apart, axis_name=synchronised.AXIS)(mean, var)
+    np.testing.assert_allclose(deviations[0], np.full(2, (1 / np.sqrt(2) + 0) / 2), rtol=1e-6)
+    np.testing.assert_allclose(deviations[1], np.full(2, (1 / 2 + 0) / 2), rtol=1e-6)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def shown(tmp_path, blobs, monkeypatch):
     for name, value in {"PER_DEVICE": (2,), "EPOCHS": 1, "SEEDS": 2}.items():
         monkeypatch.setattr(synchronised, name, value)
     monkeypatch.setattr(distributed, "mesh", lambda: mesh(8))
-    monkeypatch.setattr(synchronised.demo, "choose_data", lambda data_dir: (blobs, "Because."))
+    monkeypatch.setattr(synchronised.small_run, "choose_data", lambda data_dir: (blobs, "Because."))
     for name in ("RECIPES", "LAYERS"):  # one of each is enough
         monkeypatch.setattr(collectives, name, dict(list(getattr(collectives, name).items())[:1]))
     console = Console(width=120, record=True)
@@ -102,7 +102,7 @@ def test_demo_measures_every_arm_and_seed_and_draws_a_figure(shown):
     assert together - without == 2 * len(synchronised.CHANNELS)
     assert all((row["spread_of_mean"] > 0.01) == (row["arm"] == "per device") for row in measured["rows"])
     assert "Because." in text and "mean ± std over 2 seed(s)" in text
-    assert "What each API does with a batch on 8 devices" in text
+    assert "Collectives and errors of one layer on 8 devices" in text
 
 
 @pytest.mark.skipif(not COMMITTED.is_dir(), reason="the documentation is not in this distribution")

@@ -91,9 +91,9 @@ def test_norm_without_scale_learns_the_bias_alone(block):
 
 def test_norm_of_the_logits_alone_leaves_the_convolutions_their_bias():
     net = linen_nets.build(Config(net="cnn7", norm_layers="logits"), num_classes=5)
-    found = shapes(net, jnp.zeros((2, 8, 8, 3)))
-    assert jax.tree.map(jnp.shape, found["batch_stats"]) == {"BatchNorm_0": {"mean": (5,), "var": (5,)}}
-    assert all("bias" in found["params"][f"ConvNorm_{i}"]["Conv_0"] for i in range(6))
+    actual = shapes(net, jnp.zeros((2, 8, 8, 3)))
+    assert jax.tree.map(jnp.shape, actual["batch_stats"]) == {"BatchNorm_0": {"mean": (5,), "var": (5,)}}
+    assert all("bias" in actual["params"][f"ConvNorm_{i}"]["Conv_0"] for i in range(6))
 
 
 def test_norm_of_the_logits_normalizes_them():

@@ -94,10 +94,10 @@ def both(request):
     return Both(*request.param)
 
 
-def assert_equal_to_rounding(found, expected):
+def assert_equal_to_rounding(actual, expected):
     # The same operations, compiled twice: some roundings in each of 20 layers.
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
 def test_outputs_hang_on_the_images(both):

@@ -160,7 +160,7 @@ def test_rewriting_twice_changes_nothing(folder):
 
 def test_block_ends_with_the_command_that_measures_it_and_the_machine(folder):
     text = pages.block("steps", folder)
-    assert " ".join(text.split()).endswith(f"From `.venv/bin/python -m experiments bench --only steps`, {ORIGIN}")
+    assert " ".join(text.split()).endswith(f"From `.venv/bin/python -m experiments bench steps`, {ORIGIN}")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,10 @@ def test_block_ends_with_the_command_that_measures_it_and_the_machine(folder):
             "<!-- measured: nothing -->\n<!-- end -->",
             "must be one of numerics, .*got `<!-- measured: nothing -->`",
         ),
-        ("<!-- measured: numerics -->\n<!-- end -->", "numerics.jsonl does not exist.*experiments numerics` writes it"),
+        (
+            "<!-- measured: numerics -->\n<!-- end -->",
+            "numerics.jsonl does not exist.*bench numerics` writes it",
+        ),
         ("<!-- measured: steps -->\n", "has no `<!-- end -->`"),
         ("<!-- measured: steps -->\n<!-- measured: layers -->\n<!-- end -->", "has no `<!-- end -->`"),
     ],
@@ -183,7 +186,7 @@ def test_block_that_cannot_be_made_is_an_error_that_says_what_to_do(folder, text
 def test_what_was_measured_is_printed_as_a_page_shows_it(folder, capsys):
     cli._show(["steps"], folder)
     printed = capsys.readouterr().out
-    assert "ResNet-20, float32" in printed and "experiments bench --only steps" in " ".join(printed.split())
+    assert "ResNet-20, float32" in printed and "experiments bench steps" in " ".join(printed.split())
 
 
 def test_page_and_figure_are_written_beside_the_readme(folder):
@@ -206,7 +209,7 @@ def test_page_of_compiled_programs_is_written_where_they_were_counted_and_linked
     text = " ".join(written[-1].read_text(encoding="utf-8").split())
     assert "with jax 0.10, jaxlib 0.10, flax 0.12, libtpu 0.0.1, at commit c0ffee" in text
     shown = " ".join(pages.block("accelerators", folder).split())
-    assert shown.endswith("bench --only accelerators`, compiled with jax 0.10, flax 0.12, libtpu 0.0.1.")
+    assert shown.endswith("bench accelerators`, compiled with jax 0.10, flax 0.12, libtpu 0.0.1.")
 
 
 def test_guide_with_a_block_is_written_and_one_without_is_not(folder):
@@ -216,16 +219,16 @@ def test_guide_with_a_block_is_written_and_one_without_is_not(folder):
         (guides / name).write_text(text)
     written = pages.write(folder, folder)
     assert guides / "with.md" in written and guides / "without.md" not in written
-    assert "experiments bench --only steps" in " ".join((guides / "with.md").read_text().split())
+    assert "experiments bench steps" in " ".join((guides / "with.md").read_text().split())
 
 
 def test_layers_are_geometric_means_with_the_worst_row():
     text = layers.block(run_of(layer_records()))
-    assert "| Flax | 1.00 (2.00) |" in text and "| *part of the limit that jaxbn reaches* | 0.50 |" in text
+    assert "| Flax | 1.00 (2.00) |" in text and "| *fraction of the limit* | 0.50 |" in text
 
 
 def test_limit_is_left_out_where_all_arrays_are_small():
-    assert "jaxbn reaches* | - |" in layers.block(run_of(layer_records(shape=(10, 10))))
+    assert "*fraction of the limit* | - |" in layers.block(run_of(layer_records(shape=(10, 10))))
 
 
 def test_arm_that_was_left_out_of_a_row_is_a_dash():
@@ -278,7 +281,9 @@ def test_apis_that_do_the_same_share_a_line():
 
 def test_bytes_are_told_once_where_they_do_not_grow():
     text = collectives.block(run_of([api_record("jit", "jaxbn", 0.0), *growth_records()]))
-    assert "on 8, 64 devices (one number: the same on all): jaxbn 0; Flax 1,024, 10,240; Flax, stable 1,280" in text
+    assert (
+        "on 8, 64 devices (a single number: the same on all): jaxbn 0; Flax 1,024, 10,240; Flax, stable 1,280" in text
+    )
 
 
 def test_throughput_is_a_sentence():
@@ -288,7 +293,7 @@ def test_throughput_is_a_sentence():
 
     records = [record("step", throughput.FIT, 1.03, 1.2), record("run", throughput.FIT, 9.0, 1.1)]
     text = throughput.block(run_of(records))
-    assert "trains 1.10 times as many images" in text and "adds 3.0 % to a step" in text
+    assert "processes 1.10 times as many images" in text and "adds 3.0 % to a step" in text
 
 
 def test_folding_is_told_by_net_and_api():
@@ -332,7 +337,7 @@ def test_accuracies_after_calibration_are_told_by_images_with_their_spread(calib
 def test_accuracies_without_calibration_are_told_in_words(calibrated):
     text = calibration.block(calibrated)
     assert "for 4 epochs on 10,000 images at 16 x 16 pixels (Images, made up)" in text
-    assert "51.1 % correctly with the running averages" in text and "10.0 % with wrecked ones" in text
+    assert "accuracy is 51.1 % with the running averages" in text and "10.0 % with corrupted ones" in text
     assert "means 3 too large, variances 10 times too large" in text
 
 

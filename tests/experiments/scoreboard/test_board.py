@@ -1,4 +1,4 @@
-"""The scoreboard: what is committed is what the committed file gives, and every failure can be had again."""
+"""The scoreboard: the committed README follows from the committed file, and every failure can be reproduced."""
 
 import json
 import subprocess
@@ -60,8 +60,8 @@ def test_committed_readme_is_the_one_the_file_gives():
 
 def test_committed_file_has_every_law_for_every_peer(committed):
     assert committed["header"]["settings"]["laws"] == board.STATEMENTS
-    found = [(line["peer"], line["law"]) for line in committed["lines"]]
-    assert found == [(peer, law.name) for peer in PEERS for law in LAWS]
+    lines = [(line["peer"], line["law"]) for line in committed["lines"]]
+    assert lines == [(peer, law.name) for peer in PEERS for law in LAWS]
     assert not {"not installed", "could not be made"} & {line["outcome"] for line in committed["lines"]}
     assert not any("failed" in fault for fault in committed["faults"])
 
@@ -103,9 +103,9 @@ def test_every_failure_has_the_line_that_repeats_it(committed):
 @pytest.mark.slow
 def test_peer_is_judged_in_a_process_of_its_own():
     asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
-    found = board.judge("flax-linen", asked)
-    assert [line["law"] for line in found] == asked
-    assert [line["outcome"] for line in found] == ["holds", "broken"] and "not finite" in found[1]["detail"]
+    lines = board.judge("flax-linen", asked)
+    assert [line["law"] for line in lines] == asked
+    assert [line["outcome"] for line in lines] == ["holds", "broken"] and "not finite" in lines[1]["detail"]
 
 
 def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
@@ -120,10 +120,10 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
         return types.SimpleNamespace(returncode=-11 if OTHER in laws else 0, stderr="Fatal\nbad memory\n")
 
     monkeypatch.setattr(subprocess, "run", crash_at_the_second)
-    found = board.judge("haiku", [LAW, OTHER, THIRD])
+    lines = board.judge("haiku", [LAW, OTHER, THIRD])
     assert calls == [[LAW, OTHER, THIRD], [THIRD]]
-    assert [line["outcome"] for line in found] == ["holds", "broken", "holds"]
-    assert found[1]["law"] == OTHER and found[1]["detail"] == "the process was ended by SIGSEGV: bad memory"
+    assert [line["outcome"] for line in lines] == ["holds", "broken", "holds"]
+    assert lines[1]["law"] == OTHER and lines[1]["detail"] == "the process was killed by SIGSEGV: bad memory"
 
 
 @pytest.mark.parametrize("status", [1, 0])
@@ -135,17 +135,17 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
         return types.SimpleNamespace(returncode=status, stderr="Traceback\nValueError: no backend\n")
 
     monkeypatch.setattr(subprocess, "run", end)
-    found = board.judge("keras", [LAW, OTHER])
+    lines = board.judge("keras", [LAW, OTHER])
     assert len(calls) == 1
-    assert [(line["law"], line["outcome"]) for line in found] == [(law, "could not be made") for law in (LAW, OTHER)]
-    ending = f"the process has ended with exit status {status}: ValueError: no backend"
-    assert {line["detail"] for line in found} == {ending}
+    assert [(line["law"], line["outcome"]) for line in lines] == [(law, "could not be made") for law in (LAW, OTHER)]
+    ending = f"the process ended with exit status {status}: ValueError: no backend"
+    assert {line["detail"] for line in lines} == {ending}
 
 
 @pytest.mark.slow
 def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
-    (found,) = board.judge("nobody", [LAW])  # nobody is no peer
-    assert found["outcome"] == "could not be made" and found["detail"].endswith("KeyError: 'nobody'")
+    (line,) = board.judge("nobody", [LAW])  # nobody is no peer
+    assert line["outcome"] == "could not be made" and line["detail"].endswith("KeyError: 'nobody'")
 
 
 def test_missing_library_is_no_failure(monkeypatch, tmp_path):
@@ -203,9 +203,9 @@ def test_fault_script_that_fails_is_recorded_with_what_it_printed_and_all_else(m
     script.write_text('"""Haiku: it fails."""\n\nprint("half way")\nraise ValueError("no more")\n')
     monkeypatch.setattr(board, "fault_scripts", lambda: [script])
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW, "--out", tmp_path) == 0
-    found = board.load(tmp_path)
-    (fault,), ending = found["faults"], "the process has ended with exit status 1: ValueError: no more"
-    assert fault["printed"] == "half way\n" and fault["failed"] == ending and len(found["lines"]) == 1
+    run = board.load(tmp_path)
+    (fault,), ending = run["faults"], "the process ended with exit status 1: ValueError: no more"
+    assert fault["printed"] == "half way\n" and fault["failed"] == ending and len(run["lines"]) == 1
     assert f"It failed: {ending}" in (tmp_path / "README.md").read_text()
     assert f"haiku_fails: {ending}" in capsys.readouterr().out
 
@@ -226,7 +226,7 @@ def test_written_table_has_a_row_for_each_law_and_a_column_for_each_judged_peer(
         "| --- | --- | --- |",
         f"| `{LAW}` | holds | **broken** |",
         f"| `{OTHER}` | holds | **broken** |",
-        "| holds, of those asked | 2 of 2 | 0 of 2 |",
+        "| laws passed, of those tested | 2 of 2 | 0 of 2 |",
     ]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text == board.readme(tmp_path)
@@ -253,4 +253,4 @@ def test_versions_of_all_peers_are_recorded():
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
 def test_unknown_name_is_an_error_in_a_sentence(monkeypatch, capsys, option, kind):
     assert call(monkeypatch, option, "nope") == 2
-    assert capsys.readouterr().err.startswith(f"Error: {kind}='nope'; the {kind}s are ")
+    assert capsys.readouterr().err.startswith(f"Error: Unknown {kind} 'nope'; choose from ")

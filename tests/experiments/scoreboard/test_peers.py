@@ -1,4 +1,4 @@
-"""The peers: an adapter shows what its library does, and one whose library is missing says what brings it."""
+"""The peers: an adapter does what its library does, and names the package to install if the library is missing."""
 
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ def adapter_of(peer):
 
 
 def forgotten(monkeypatch, peer):
-    """Has the module of an adapter imported anew, and the one that is there put back in the end."""
+    """Has the module of an adapter imported again, and restores the present one at the end."""
     monkeypatch.setitem(sys.modules, f"{peers.__name__}.{peer}", None)
     del sys.modules[f"{peers.__name__}.{peer}"]
 
@@ -56,28 +56,30 @@ def test_this_library_keeps_every_law(peer, law):
 
 
 def test_variance_of_equinox_is_off_by_what_its_average_started_from():
-    found = judge(adapter_of("equinox"), ["running_statistics_equal_oracle"]).findings[0]
+    finding = judge(adapter_of("equinox"), ["running_statistics_equal_oracle"]).findings[0]
     # After one batch: momentum / (1 - momentum) times 1.
-    assert found.detail.startswith("running var after 1 batch") and "error 9," in found.detail
+    assert finding.detail.startswith("running var after 1 batch") and "error 9," in finding.detail
 
 
 @pytest.mark.slow
 def test_equinox_adds_up_half_precision_in_itself():
-    found = judge(adapter_of("equinox"), ["low_precision"]).findings[0]
+    finding = judge(adapter_of("equinox"), ["low_precision"]).findings[0]
     # The gradient in the mean adds up 16,384 values. What comes first is as precise as it should be.
-    assert found.detail.startswith("dx of shape (64, 16, 16, 4) in bfloat16: error ")
+    assert finding.detail.startswith("dx of shape (64, 16, 16, 4) in bfloat16: error ")
 
 
 def test_keras_takes_no_mask_of_a_single_feature():
-    found = judge(adapter_of("keras"), ["mask_of_one_feature"]).findings[0]
-    assert found.detail.startswith("IndexError: tuple index out of range")
+    finding = judge(adapter_of("keras"), ["mask_of_one_feature"]).findings[0]
+    assert finding.detail.startswith("IndexError: tuple index out of range")
 
 
 @pytest.mark.parametrize("peer", LIBRARIES)
-def test_missing_library_is_an_error_that_says_what_brings_it(monkeypatch, peer):
+def test_missing_library_is_an_error_that_names_the_package(monkeypatch, peer):
     forgotten(monkeypatch, peer)
     monkeypatch.setitem(sys.modules, peer, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{peer} is not installed; pip install 'jaxbn\[peers\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"{peer} is not installed; install it with pip install 'jaxbn\[peers\]'"
+    ):
         PEERS[peer]()
 
 

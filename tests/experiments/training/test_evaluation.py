@@ -62,9 +62,9 @@ def test_noise_of_training_is_there_with_batch_statistics_alone(variables):
 
 def test_score_counts_images_and_takes_the_mean_loss():
     logits = np.log([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]).astype(np.float32)
-    found = score(logits, np.array([0, 1], np.int32))
-    assert found.accuracy == 0.5
-    assert found.loss == pytest.approx((np.log(2) + np.log(4)) / 2, rel=1e-6)
+    actual = score(logits, np.array([0, 1], np.int32))
+    assert actual.accuracy == 0.5
+    assert actual.loss == pytest.approx((np.log(2) + np.log(4)) / 2, rel=1e-6)
 
 
 def test_loss_of_a_diverged_net_is_no_number():

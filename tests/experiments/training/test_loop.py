@@ -1,10 +1,9 @@
-"""The training loop: its rows, its schedule, and that an interruption leaves no trace."""
+"""The training loop: rows, schedule, metrics, and the number of devices."""
 
 import functools
 import math
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -12,57 +11,11 @@ import pytest
 
 from experiments.data import augmentation
 from experiments.nets import linen as linen_nets
-from experiments.nets.blocks import Block, ConvNorm
 from experiments.processes import distributed
 from experiments.training import loop, orders, programs
-from experiments.training.checkpoints import Checkpoints
 from experiments.training.loop import fit
 from tests.experiments.conftest import mesh_of
-
-
-class Small(nn.Module):
-    """One convolution: what the loop does is the same for all nets, and this one compiles quickly.
-
-    It is smooth: where sums are rounded otherwise, a ReLU at 0 may open or close, and runs part by more than rounding.
-    """
-
-    num_classes: int
-    norm: str
-
-    @nn.compact
-    def __call__(self, x, train, mask=None):
-        x = nn.silu(ConvNorm(4, 3, Block(self.norm), activate=False)(x, train, mask))
-        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
-
-
-compile_small = functools.lru_cache(programs._compile.__wrapped__)  # kept apart from the programs of the true nets
-
-
-@pytest.fixture
-def small_net(monkeypatch):
-    """Trains `Small` instead of the net of the config."""
-    monkeypatch.setattr(linen_nets, "build", lambda config, num_classes: Small(num_classes, config.norm))
-    monkeypatch.setattr(programs, "_compile", compile_small)
-
-
-class Stop(Exception):
-    """Ends a run as an interruption would."""
-
-
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def stop_at(step):
-    def on_progress(progress):
-        if progress.step >= step:
-            raise Stop
-
-    return on_progress
+from tests.experiments.training.conftest import Stop, assert_same_bits, assert_same_curve
 
 
 def test_learning_rate_follows_the_published_schedule(tiny):
@@ -131,12 +84,12 @@ def test_images_are_mirrored_in_training_where_that_keeps_their_class(tiny, monk
 
 
 @pytest.mark.slow
-def test_there_is_a_row_at_every_evaluation(tiny, blobs):
+def test_there_is_a_row_at_every_evaluation(tiny, blobs, small_net):
     rows = fit(tiny.replace(evaluations=2), blobs).rows
     assert [(row["step"], row["epoch"]) for row in rows] == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0)]
 
 
-def test_training_learns(tiny, blobs):
+def test_training_learns(tiny, blobs, small_net):
     rows = fit(tiny.replace(epochs=6), blobs).rows
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
 
@@ -171,30 +124,22 @@ def test_every_training_image_counts_once_per_epoch(tiny, blobs, small_net, monk
     np.testing.assert_allclose((row["train_loss"], row["train_accuracy"]), expected, rtol=1e-5)
 
 
-def test_evaluating_more_often_does_not_change_the_training(tiny, blobs):
+def test_evaluating_more_often_does_not_change_the_training(tiny, blobs, small_net):
     assert_same_bits(fit(tiny, blobs).variables, fit(tiny.replace(evaluations=4), blobs).variables)
 
 
-def test_same_seed_gives_same_bits(tiny, blobs):
+def test_same_seed_gives_same_bits(tiny, blobs, small_net):
     assert_same_bits(fit(tiny, blobs).variables, fit(tiny, blobs).variables)
 
 
-def test_other_seed_gives_another_run(tiny, blobs):
+def test_other_seed_gives_another_run(tiny, blobs, small_net):
     assert fit(tiny, blobs).rows[-1]["train_loss"] != fit(tiny.replace(seed=1), blobs).rows[-1]["train_loss"]
 
 
-def test_runs_with_other_rates_and_seeds_share_their_programs(tiny):
+def test_runs_with_other_rates_and_seeds_share_their_programs(tiny, small_net):
     shapes = (4, (64, 8, 8, 1), (620, 8, 8, 1), distributed.mesh())
     first = programs.compile_programs(tiny, *shapes)
     assert programs.compile_programs(tiny.replace(seed=3, learning_rate=1.0, epochs=9), *shapes) is first
-
-
-def assert_same_curve(rows, others):
-    # Sums of float32 are rounded otherwise, by 1e-7, and that adds up; an image between two classes may change sides.
-    tolerances = {"train_loss": (1e-5, 0), "test_loss": (1e-5, 0), "train_accuracy": (0, 1 / 64)}
-    for name, (rtol, atol) in tolerances.items():
-        pair = ([row[name] for row in each] for each in (rows, others))
-        np.testing.assert_allclose(*pair, rtol=rtol, atol=atol)
 
 
 @pytest.mark.slow
@@ -216,169 +161,43 @@ def test_batch_is_split_over_the_devices_and_all_else_is_whole(tiny, blobs, smal
     assert "all-reduce(" in text and "all-gather(" not in text
 
 
-@pytest.mark.slow
-def test_run_continues_on_another_number_of_devices(tmp_path, tiny, blobs, small_net):
-    straight = fit(tiny, blobs)
-    with pytest.raises(Stop):
-        fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=stop_at(8), mesh=mesh_of(8))
-    resumed = fit(tiny, blobs, checkpoint_dir=tmp_path)
-    assert_same_curve(resumed.rows, straight.rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stops", "checkpoint_steps"),
-    [pytest.param((4,), 500, id="at a row"), pytest.param((2, 6), 1, id="twice"), pytest.param((7,), 3, id="later")],
-)
-def test_interruption_leaves_no_trace_in_rows_and_variables(tmp_path, tiny, blobs, stops, checkpoint_steps):
-    config = tiny.replace(evaluations=2)
-    straight = fit(config, blobs)
-    keep = {"checkpoint_dir": tmp_path, "checkpoint_steps": checkpoint_steps}
-    for stop in stops:
-        with pytest.raises(Stop):
-            fit(config, blobs, on_progress=stop_at(stop), **keep)
-    resumed = fit(config, blobs, **keep)
-    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
-    assert_same_bits(resumed.variables, straight.variables)
-
-
-def test_continued_run_does_not_repeat_finished_steps(tmp_path, tiny, blobs, monkeypatch):
-    compile_programs, taken = loop.compile_programs, []
-
-    def counting(*args):
-        compiled = compile_programs(*args)
-
-        def train(state, *rest):
-            taken.append(state.step)
-            return compiled.train(state, *rest)
-
-        return compiled._replace(train=train, train_last=train)
-
-    monkeypatch.setattr(loop, "compile_programs", counting)
-    with pytest.raises(Stop):
-        fit(tiny, blobs, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(8))
-    assert len(taken) == 8
-    taken.clear()
-    fit(tiny, blobs, checkpoint_dir=tmp_path)
-    assert len(taken) == 2  # the newest checkpoint is that of step 6
-
-
-def test_continued_run_reports_the_rows_it_already_has(tmp_path, tiny, blobs):
-    rows, again = fit(tiny, blobs, checkpoint_dir=tmp_path).rows, []
-    fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=again.append)
-    assert [(progress.step, progress.row) for progress in again] == [(8, rows[-1])]
-
-
-@pytest.mark.slow
-def test_half_written_checkpoint_is_passed_over(tmp_path, tiny, blobs):
-    straight = fit(tiny, blobs)
-    with pytest.raises(Stop):
-        fit(tiny, blobs, checkpoint_dir=tmp_path, on_progress=stop_at(8))
-    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
-    resumed = fit(tiny, blobs, checkpoint_dir=tmp_path)
-    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
-
-
-def test_checkpoint_holds_the_rows_of_its_step_though_it_is_written_while_the_run_goes_on(tmp_path, tiny, monkeypatch):
-    written, rows = [], [{"step": 1}]
-    with Checkpoints(tmp_path, tiny) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "save", lambda step, args: written.append(args.progress.item))
-        checkpoints.save(1, {"x": np.zeros(2)}, {"rows": rows})
-    rows.append({"step": 2})
-    assert written[0]["progress"] == {"rows": [{"step": 1}]}
-
-
-def test_checkpoint_of_another_config_is_refused(tmp_path, tiny, blobs):
-    fit(tiny, blobs, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.05 and is now 0\.5.*delete that folder"):
-        fit(tiny.replace(learning_rate=0.5), blobs, checkpoint_dir=tmp_path)
-
-
-def test_divergence_ends_the_run_with_a_row_that_says_so(tiny, blobs):
+def test_divergence_ends_the_run_with_a_row_that_says_so(tiny, blobs, small_net):
     rows = fit(tiny.replace(learning_rate=1e38, epochs=4), blobs).rows
     assert [row["diverged"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert rows[-1]["epoch"] < 4
 
 
-def test_test_loss_that_is_not_finite_ends_the_run_too(tiny, blobs, monkeypatch):
+def test_test_loss_that_is_not_finite_ends_the_run_too(tiny, blobs, monkeypatch, small_net):
     monkeypatch.setattr(loop, "evaluate", lambda *_: (math.inf, 0.25))
     (row,) = fit(tiny, blobs).rows
     assert row["diverged"] and math.isfinite(row["train_loss"])
 
 
-def test_diverged_run_is_not_continued(tmp_path, tiny, blobs):
-    config = tiny.replace(learning_rate=1e38, epochs=4)
-    first, again = (fit(config, blobs, checkpoint_dir=tmp_path).rows for _ in range(2))
-    assert len(again) == len(first)
-
-
-def test_only_the_first_row_holds_compilation(tiny, blobs):
+def test_only_the_first_row_holds_compilation(tiny, blobs, small_net):
     first, second = fit(tiny, blobs).rows
     assert first["compile_seconds"] > 0 and second["compile_seconds"] == 0
 
 
-def test_batch_larger_than_the_data_set_is_refused(tiny, blobs):
+def test_batch_larger_than_the_data_set_is_refused(tiny, blobs, small_net):
     with pytest.raises(ValueError, match="batch_size=65 is larger than the 64 training images of blobs.*lower it"):
         fit(tiny.replace(batch_size=65), blobs)
 
 
-def test_more_evaluations_than_steps_are_refused(tiny, blobs):
+def test_more_evaluations_than_steps_are_refused(tiny, blobs, small_net):
     with pytest.raises(ValueError, match="evaluations=5 per epoch, but an epoch has only 4 steps"):
         fit(tiny.replace(evaluations=5), blobs)
 
 
-def test_last_batch_that_groups_do_not_divide_is_refused(tiny, blobs):
+def test_last_batch_that_groups_do_not_divide_is_refused(tiny, blobs, small_net):
     config = tiny.replace(norm="ghost", group_size=8, batch_size=24)
     fewer = blobs._replace(train_images=blobs.train_images[:60], train_labels=blobs.train_labels[:60])
-    with pytest.raises(ValueError, match="group_size=8 does not divide the last batch .* of 12 images; .* to 48"):
+    with pytest.raises(ValueError, match="group_size=8 does not divide the last batch .* 12 images.* to 48"):
         fit(config, fewer)
 
 
-def test_noise_on_devices_that_do_not_divide_the_batch_is_refused(tiny, blobs):
+def test_noise_on_devices_that_do_not_divide_the_batch_is_refused(tiny, blobs, small_net):
     with pytest.raises(ValueError, match=r"dropout=0.5 with batches of 16 .* on 3 devices, which do not divide"):
         fit(tiny.replace(dropout=0.5), blobs, mesh=mesh_of(3))
-
-
-def test_start_is_wanted_where_the_config_names_one_and_nowhere_else(tiny, blobs):
-    for config, start in ((tiny, {}), (tiny.replace(start=tiny), None)):
-        with pytest.raises(ValueError, match="a run that starts from another one wants the variables"):
-            fit(config, blobs, start=start)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"noise": "matched", "group_size": 8, "dropout": 0.5},
-        {"noise": "shifting"},
-        {"sampling": "half_the_classes"},
-        {"norm": "none", "deep_supervision": True},
-    ],
-    ids=str,
-)
-def test_interruption_leaves_no_trace_in_runs_of_the_studies(tmp_path, tiny, blobs, changes):
-    config = tiny.replace(**changes)
-
-    def probe(state, learning_rate):
-        return {"step_of_state": int(state.step), "rate": learning_rate}
-
-    straight = fit(config, blobs, probe=probe)
-    with pytest.raises(Stop):
-        fit(config, blobs, probe=probe, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
-    resumed = fit(config, blobs, probe=probe, checkpoint_dir=tmp_path)
-    assert without_seconds(resumed.rows) == without_seconds(straight.rows)
-    assert [row["step_of_state"] for row in resumed.rows] == [4, 8]
-    assert_same_bits(resumed.variables, straight.variables)
-
-
-@pytest.mark.slow
-def test_run_that_starts_from_another_continues_with_the_same_bits(tmp_path, tiny, blobs):
-    start = fit(tiny, blobs).variables
-    config = tiny.replace(start=tiny, tuning="affine", seed=1)
-    straight = fit(config, blobs, start=start)
-    with pytest.raises(Stop):
-        fit(config, blobs, start=start, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
-    assert_same_bits(fit(config, blobs, start=start, checkpoint_dir=tmp_path).variables, straight.variables)
 
 
 def test_measuring_is_added_to_the_seconds_of_a_run():

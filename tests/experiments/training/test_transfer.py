@@ -68,16 +68,16 @@ def test_last_layer_is_new(moved, tuning):
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_net_sees_what_the_trained_one_sees(moved, tuning):
     expected, _ = moved.features("trained", moved.trained, train=False)
-    found, _ = moved.features(tuning, moved.variables[tuning], train=False)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    actual, _ = moved.features(tuning, moved.variables[tuning], train=False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_trained_net_is_taken_over_bit_by_bit_where_its_batch_norms_stay(moved):
-    found, expected = moved.variables["trained"], moved.trained
-    np.testing.assert_equal(found["batch_stats"], expected["batch_stats"])
-    assert found["params"].keys() == expected["params"].keys()
+    actual, expected = moved.variables["trained"], moved.trained
+    np.testing.assert_equal(actual["batch_stats"], expected["batch_stats"])
+    assert actual["params"].keys() == expected["params"].keys()
     np.testing.assert_equal(
-        {name: leaves for name, leaves in found["params"].items() if name != LAST},
+        {name: leaves for name, leaves in actual["params"].items() if name != LAST},
         {name: leaves for name, leaves in expected["params"].items() if name != LAST},
     )
 
@@ -118,14 +118,14 @@ def test_net_of_other_images_is_refused(moved):
         jnp.zeros((1, 8, 8, 1)),
     )
     grey = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    with pytest.raises(ValueError, match="does not fit .* at \\d+ of its variables, .*; start from a net of the"):
+    with pytest.raises(ValueError, match="does not match .* \\d+ variables differ, .*. Start from the same kind of"):
         transplant(config, moved.trained, grey, moved.images[:1])
 
 
 @pytest.mark.parametrize(("start", "given"), [(None, {"params": {}}), ("a run", None)])
 def test_run_and_variables_to_start_from_go_together(tiny, blobs, start, given):
     config = tiny.replace(start=tiny if start else None)
-    with pytest.raises(ValueError, match="start=.* but config.start is .*give both or neither"):
+    with pytest.raises(ValueError, match="start=.* but config.start is .*if and only if the config has one"):
         fit(config, blobs, start=given)
 
 
