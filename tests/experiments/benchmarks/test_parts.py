@@ -118,6 +118,7 @@ def test_every_benchmark_has_the_same_interface(name):
     assert callable(getattr(module, "tables", None)) == (name in parts.SHOWN_AS_TABLES)
 
 
+@pytest.mark.slow
 def test_mistake_of_the_user_is_an_error_in_a_sentence(tmp_path):
     command = parts.command("calibration", tmp_path, Settings(data_dir=str(tmp_path)))
     done = subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True)

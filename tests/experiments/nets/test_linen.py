@@ -15,6 +15,7 @@ from experiments.nets import linen as linen_nets
 NETS = ("cnn7", "resnet20", "inception")
 NORMS = ("batch", "none", "group")
 EVERY_NET_AND_NORM = [(net, norm) for net in NETS for norm in NORMS]
+FAST = [("cnn7", "none"), ("cnn7", "group"), ("resnet20", "batch")]  # each norm and two networks
 
 
 @functools.cache
@@ -58,7 +59,7 @@ class Narrow:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair[0] == "inception"))
+        pytest.param(pair, id="-".join(pair), marks=[] if pair in FAST else [pytest.mark.slow])
         for pair in EVERY_NET_AND_NORM
     ],
 )
