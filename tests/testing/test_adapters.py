@@ -17,7 +17,7 @@ def numpy_adapter():
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"momentum": 1.5}, "momentum=1.5 is outside"),
+        ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
         ({"momentum": None}, "momentum must be a number, got None"),
         ({"epsilon": -1e-5}, "epsilon must not be negative, got -1e-05"),
         ({"train": "train"}, "train must be a function, got 'train'"),
