@@ -17,11 +17,11 @@ def numpy_adapter():
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"momentum": 1.5}, "momentum=1.5 is outside"),
-        ({"momentum": None}, "momentum must be a number, got None"),
-        ({"epsilon": -1e-5}, "epsilon must not be negative, got -1e-05"),
-        ({"train": "train"}, "train must be a function, got 'train'"),
-        ({"traceable": False}, "traceable=False requires gradients"),
+        ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
+        ({"momentum": None}, "momentum must be a number, got None; use the weight of the old value"),
+        ({"epsilon": -1e-5}, "epsilon must not be negative, got -1e-05; use for example 1e-5"),
+        ({"train": "train"}, "train must be a function, got 'train'; the docstring of Adapter has its signature"),
+        ({"traceable": False}, "gradients must be a function if traceable=False, got None"),
         ({"half_precision": "bfloat16"}, "half_precision must be a sequence of .*, got 'bfloat16'"),
         ({"half_precision": ("float32",)}, "must be a sequence of floating-point dtypes below 32 bits"),
         ({"half_precision": ("half-ish",)}, "must be a sequence of floating-point dtypes below 32 bits"),

@@ -1,4 +1,4 @@
-"""Our layers keep the laws of batch norm, and each law finds the mutants that break it."""
+"""Our layers satisfy the laws of batch norm, and each law detects the mutants that break it."""
 
 import dataclasses
 

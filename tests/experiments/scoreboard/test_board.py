@@ -25,7 +25,7 @@ def committed():
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Lets a test say which peers break the laws; the others keep them, but for two that cannot be judged."""
+    """The peers that break the laws, which a test adds; torch and keras cannot be tested, and the others break none."""
     broken = set()
 
     def judge(peer, laws):
@@ -93,7 +93,7 @@ def test_fault_shows_without_this_library_as_the_readme_says(committed, path):
     assert board.run_fault(path) in committed["faults"]
 
 
-def test_every_failure_has_the_line_that_repeats_it(committed):
+def test_every_failure_has_the_command_that_reproduces_it(committed):
     text = board.readme(FOLDER)
     for line in committed["lines"]:
         command = f"`python -m experiments scoreboard --peers {line['peer']} --laws {line['law']}`"
@@ -101,7 +101,7 @@ def test_every_failure_has_the_line_that_repeats_it(committed):
 
 
 @pytest.mark.slow
-def test_peer_is_judged_in_a_process_of_its_own():
+def test_peer_is_tested_in_its_own_process():
     asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
     lines = board.judge("flax-linen", asked)
     assert [line["law"] for line in lines] == asked
@@ -153,8 +153,8 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
         raise ModuleNotFoundError("haiku is not installed; pip install it.", name="haiku")
 
     monkeypatch.setitem(PEERS, "haiku", missing)
-    board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
-    line = json.loads((tmp_path / "found.jsonl").read_text())
+    board.judge_here(tmp_path / "outcomes.jsonl", "haiku", [LAW])
+    line = json.loads((tmp_path / "outcomes.jsonl").read_text())
     assert line == {
         "peer": "haiku",
         "law": LAW,
@@ -166,8 +166,8 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
 def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setitem(PEERS, "haiku", lambda: __import__("jax.nonsense"))
     with pytest.raises(ModuleNotFoundError, match="nonsense"):
-        board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
-    assert not (tmp_path / "found.jsonl").exists()
+        board.judge_here(tmp_path / "outcomes.jsonl", "haiku", [LAW])
+    assert not (tmp_path / "outcomes.jsonl").exists()
 
 
 @pytest.mark.parametrize(("broken", "status"), [((), 0), (("haiku",), 0), (("jaxbn-nnx", "haiku"), 1)])
@@ -176,7 +176,7 @@ def test_exit_status_tells_of_this_library_alone(monkeypatch, judged, broken, st
     assert call(monkeypatch, "--laws", LAW) == status
 
 
-def test_failure_is_printed_with_the_line_that_repeats_it(monkeypatch, capsys, judged):
+def test_failure_is_printed_with_the_command_that_reproduces_it(monkeypatch, capsys, judged):
     judged.add("haiku")
     assert call(monkeypatch, "--peers", "jaxbn,haiku,torch", "--laws", f"{LAW},{OTHER}") == 0
     printed = capsys.readouterr().out
@@ -253,4 +253,4 @@ def test_versions_of_all_peers_are_recorded():
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
 def test_unknown_name_is_an_error_in_a_sentence(monkeypatch, capsys, option, kind):
     assert call(monkeypatch, option, "nope") == 2
-    assert capsys.readouterr().err.startswith(f"Error: Unknown {kind} 'nope'; choose from ")
+    assert capsys.readouterr().err.startswith(f"Error: {kind}s must be a comma-separated list of ")
