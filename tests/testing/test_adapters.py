@@ -110,5 +110,5 @@ def test_a_crash_in_float64_breaks_the_law_unless_the_adapter_declares_that_it_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", laws_for(in_numpy(FUNCTION)), ids=lambda law: law.name)
-def test_an_implementation_that_is_not_written_in_jax_can_be_judged(numpy_adapter, law):
+def test_an_implementation_that_is_not_written_in_jax_can_be_tested(numpy_adapter, law):
     check_batch_norm(numpy_adapter, [law])

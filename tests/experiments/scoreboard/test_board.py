@@ -108,7 +108,7 @@ def test_peer_is_tested_in_its_own_process():
     assert [line["outcome"] for line in lines] == ["holds", "broken"] and "not finite" in lines[1]["detail"]
 
 
-def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
+def test_crash_breaks_one_law_and_the_next_process_continues(monkeypatch):
     calls = []
 
     def crash_at_the_second(command, **_):
@@ -127,7 +127,7 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
 
 
 @pytest.mark.parametrize("status", [1, 0])
-def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_law(monkeypatch, status):
+def test_process_that_ends_without_an_adapter_breaks_no_law(monkeypatch, status):
     calls = []
 
     def end(command, **_):
@@ -143,7 +143,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
 
 
 @pytest.mark.slow
-def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
+def test_error_in_making_an_adapter_is_reported_by_the_parent_process():
     (line,) = board.judge("nobody", [LAW])  # nobody is no peer
     assert line["outcome"] == "could not be made" and line["detail"].endswith("KeyError: 'nobody'")
 
@@ -171,7 +171,7 @@ def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp
 
 
 @pytest.mark.parametrize(("broken", "status"), [((), 0), (("haiku",), 0), (("jaxbn-nnx", "haiku"), 1)])
-def test_exit_status_tells_of_this_library_alone(monkeypatch, judged, broken, status):
+def test_exit_status_depends_on_this_library_alone(monkeypatch, judged, broken, status):
     judged.update(broken)
     assert call(monkeypatch, "--laws", LAW) == status
 
@@ -192,7 +192,7 @@ def test_adapter_that_could_not_be_made_is_printed_once(monkeypatch, capsys, jud
     assert "keras breaks" not in printed
 
 
-def test_exit_status_tells_that_this_library_could_not_be_made(monkeypatch, judged):
+def test_exit_status_is_1_if_the_adapter_of_this_library_could_not_be_made(monkeypatch, judged):
     lines = [{"peer": "jaxbn", "law": LAW, "outcome": "could not be made", "detail": "ValueError: no."}]
     monkeypatch.setattr(board, "judge", lambda peer, laws: lines)
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW) == 1
