@@ -1,7 +1,7 @@
-"""An implementation of batch norm as the laws see it, and the calls through which they use it.
+"""The interface between an implementation of batch norm and the laws.
 
-The calls check what an implementation returns, and convert it to NumPy arrays in float64.  A traceable implementation
-is compiled, once for all laws that pass it arrays of the same shapes and dtypes.
+The functions check the results of an implementation and convert them to NumPy arrays in float64.  A traceable
+implementation is compiled once for all laws that call it with arrays of the same shapes and dtypes.
 """
 
 import dataclasses
@@ -16,40 +16,40 @@ import numpy as np
 
 from jaxbn._core import checks
 
-#: Name of the device axis under which `Adapter.over_devices` is called.
+#: Name of the device axis under which the laws call `Adapter.over_devices`.
 AXIS = "devices"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An implementation of batch norm, as the laws see it.
+    """How to call an implementation of batch norm, and which conventions it follows.
 
-    ``state`` is anything in which the implementation keeps its parameters and running statistics.  Functions take and
-    return channels-last arrays, and return a new state instead of changing their argument.  Arrays are JAX's if the
-    implementation is traceable, otherwise NumPy's.
+    ``state`` holds parameters and running statistics.  Functions take and return channels-last arrays; they return a
+    new state and leave the old one unchanged.  Arrays are JAX arrays if the implementation is traceable, and NumPy
+    arrays otherwise.
 
     Attributes:
-      name: its name in reports.
+      name: name of the implementation in reports.
       init: ``x -> state``, with scale 1 and bias 0; x is an example batch, shape [N, ..., C].
-      train: ``(state, x, mask) -> (y, state)``, normalized with the batch; mask is None, or booleans of shape
-        [N, 1, ..., 1] or of the shape of x.
+      train: ``(state, x, mask) -> (y, state)``, normalized with the statistics of the batch; mask is None, or booleans
+        of shape [N, 1, ..., 1] or of the shape of x.
       evaluate: ``(state, x) -> y``, normalized with the running statistics.
       statistics: ``state -> (mean, var)``, the running statistics that evaluation uses, shape [C].
       with_parameters: ``(state, scale, bias) -> state``.
       gradients: ``(state, x, scale, bias, dy, mask) -> (dx, dscale, dbias)`` of sum(y dy) in training; dy has the
-        dtype of x.  None: `train` is written in JAX, and jax.vjp computes them.
+        dtype of x.  None if `train` is traceable, so that jax.vjp can compute them.
       epsilon: added to the variance.
       momentum: weight of the OLD running value.
       unbiased: whether the running variance is multiplied by m/(m - 1).
-      debiased: whether the running statistics are corrected for their start, so that after one batch they equal the
-        batch's; otherwise they start at mean 0 and variance 1.
+      debiased: whether the running statistics are corrected for their initial values, so that after one batch they
+        equal those of the batch; otherwise they start at mean 0 and variance 1.
       masks: whether `train` takes masks.
-      traceable: whether the functions are written in JAX, so that they can be jitted, differentiated, mapped and
-        scanned, and states are pytrees.
-      half_precision: dtypes with fewer than 32 bits that it takes.
-      float64: whether it takes float64, the dtype of JAX's arrays under ``jax.enable_x64``.
-      over_devices: the same implementation with statistics over the device axis `AXIS`; its train is called under
-        ``jax.vmap(axis_name=AXIS)``.  None: it does not synchronize.
+      traceable: whether JAX can trace the functions, that is, jit, differentiate, vmap and scan them, and states are
+        pytrees.
+      half_precision: dtypes with fewer than 32 bits that it accepts.
+      float64: whether it accepts float64, which JAX arrays have under ``jax.enable_x64``.
+      over_devices: an adapter of the same implementation that synchronizes over the device axis `AXIS`; its `train` is
+        called under ``jax.vmap(axis_name=AXIS)``.  None if it cannot.
     """
 
     name: str
@@ -70,32 +70,34 @@ class Adapter:
     over_devices: "Adapter | None" = None
 
     def __post_init__(self):
-        """Refuses conventions that no batch norm has, and functions that the laws could not call."""
+        """Raises ValueError for conventions that no batch norm has, and for functions that the laws could not call."""
         for name in ("init", "train", "evaluate", "statistics", "with_parameters"):
             function = getattr(self, name)
             if not callable(function):
-                raise ValueError(f"{name} must be a function, got {function!r}; see Adapter for its arguments.")
+                raise ValueError(
+                    f"{name} must be a function, got {function!r}; the docstring of Adapter has its signature."
+                )
         if self.momentum is None:
-            raise ValueError("momentum must be a number, got None; declare the weight of the old value, such as 0.99.")
+            raise ValueError("momentum must be a number, got None; use the weight of the old value, for example 0.99.")
         checks.momentum(self.momentum)
         if not self.epsilon >= 0:
-            raise ValueError(f"epsilon must not be negative, got {self.epsilon}; it is added to the variance.")
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}; use for example 1e-5.")
         if self.gradients is None and not self.traceable:
             raise ValueError(
-                "traceable=False requires gradients, since jax.vjp differentiates only functions written in JAX; "
+                "gradients must be a function if traceable=False, got None; "
                 "pass gradients=(state, x, scale, bias, dy, mask) -> (dx, dscale, dbias)."
             )
         dtypes = self.half_precision
         if isinstance(dtypes, str) or any(_bits(dtype) >= 32 for dtype in dtypes):
             raise ValueError(
-                f"half_precision must be a sequence of floating-point dtypes below 32 bits, got {dtypes!r}; pass those "
-                'that the implementation takes, such as ("bfloat16", "float16"), or ().'
+                f"half_precision must be a sequence of floating-point dtypes below 32 bits, got {dtypes!r}; use those "
+                'that the implementation accepts, such as ("bfloat16", "float16"), or ().'
             )
         spread = self.over_devices
         if spread is not None and not (isinstance(spread, Adapter) and spread.traceable):
             raise ValueError(
-                f"over_devices must be a traceable Adapter or None, got {spread!r}; pass one whose train names AXIS in "
-                "its collectives."
+                f"over_devices must be a traceable Adapter or None, got {spread!r}; use one whose train has AXIS as "
+                "the axis name of its collectives."
             )
 
 
@@ -105,8 +107,8 @@ class Law(NamedTuple):
     Attributes:
       name: an identifier, such as ``statistics_of_masked_data``.
       statement: one sentence.
-      applies: whether an adapter declares the feature that the law is about.
-      check: raises AssertionError where the law is broken, with the quantity, the case, the error and the tolerance.
+      applies: whether the law applies to an adapter: whether that declares the feature, such as masks.
+      check: raises AssertionError if the law is broken, with the quantity, the case, the error and the tolerance.
     """
 
     name: str
@@ -116,7 +118,7 @@ class Law(NamedTuple):
 
 
 def law(applies: Callable[[Adapter], bool] = lambda adapter: True) -> Callable[[Callable[[Adapter], None]], Law]:
-    """Decorates a check, to make it a law with the name of the function; the docstring is the statement."""
+    """Turns a check into a law, with the name of the function and its docstring as the statement."""
 
     def make(check: Callable[[Adapter], None]) -> Law:
         return Law(check.__name__, inspect.getdoc(check) or check.__name__, applies, check)
@@ -125,13 +127,13 @@ def law(applies: Callable[[Adapter], bool] = lambda adapter: True) -> Callable[[
 
 
 def start(adapter: Adapter, x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> Any:
-    """Makes the state before the first batch, with these parameters."""
+    """Creates the state before the first batch, with these parameters."""
     state = adapter.init(arrays(adapter, x))
     return adapter.with_parameters(state, arrays(adapter, scale), arrays(adapter, bias))
 
 
 def train(adapter: Adapter, state: Any, x: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
-    """Makes a training step; returns its output and the new state."""
+    """Runs a training step; returns its output and the new state."""
     x = arrays(adapter, x)
     mask = arrays(adapter, mask)
     if not adapter.traceable:
@@ -142,11 +144,11 @@ def train(adapter: Adapter, state: Any, x: np.ndarray, mask: np.ndarray | None =
 
 
 def train_eagerly(adapter: Adapter, state: Any, x: Any, mask: Any | None = None) -> tuple[np.ndarray, Any]:
-    """Makes a training step without jit; returns its output and the new state."""
+    """Runs a training step without jit; returns its output and the new state."""
     before = statistics(adapter, state)
     returned = adapter.train(state, x, mask)
     y, after = entries(returned, "train", "y", "state")
-    # Under jit, a state cannot change in place.
+    # Only needed here: under jit, a state cannot change in place.
     if not np.array_equal(before, statistics(adapter, state), equal_nan=True):
         raise AssertionError("train changed the running statistics of the state it was given; return a new state")
     return wide(y, x.shape, "y of train"), after
@@ -195,12 +197,12 @@ def gradients(
 
 
 def arrays(adapter: Adapter, value: Any) -> Any:
-    """Converts an array, or None, to the kind that the implementation takes: JAX's if it is traceable, else NumPy's."""
+    """Converts to a JAX array if the implementation is traceable, and leaves NumPy arrays and None as they are."""
     return value if value is None or not adapter.traceable else jnp.asarray(value)
 
 
 def wide(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Converts a returned array to float64; refuses one of another shape."""
+    """Converts a result to float64, and checks its shape."""
     value = np.asarray(value).astype(np.float64)
     if value.shape != tuple(shape):
         raise AssertionError(f"{name} has shape {value.shape}, expected {tuple(shape)}")
@@ -208,13 +210,13 @@ def wide(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
 
 
 def entries(returned: Any, function: str, *names: str) -> Any:
-    """Returns the returned tuple; refuses anything that is not a tuple with an entry for each name."""
+    """Returns a result, after checking that it is a tuple with an entry for each name."""
     if not isinstance(returned, (tuple, list)) or len(returned) != len(names):
         raise AssertionError(f"{function} returned {_in_words(returned)}, expected ({', '.join(names)})")
     return returned
 
 
-# Adapters are compared by identity (eq=False), so the laws share what is compiled for one adapter.
+# Adapters are compared and hashed by identity (eq=False), so all laws share the programs compiled for an adapter.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -242,7 +244,7 @@ def _gradients(
         return adapter.train(with_parameters, x, mask)[0]
 
     y, vjp = jax.vjp(output, x, scale, bias)
-    # An implementation may return another dtype than that of x.
+    # The output of an implementation may have another dtype than x.
     return vjp(dy.astype(y.dtype))
 
 
@@ -256,7 +258,7 @@ def _in_words(returned: Any) -> str:
 
 
 def _bits(dtype: Any) -> int:
-    """Returns the number of bits of a floating-point dtype; 64, which is always refused, for anything else."""
+    """Returns the number of bits of a floating-point dtype; 64, which is never accepted, for anything else."""
     try:
         return jnp.finfo(dtype).bits
     except (TypeError, ValueError):

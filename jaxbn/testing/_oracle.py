@@ -1,8 +1,8 @@
 """The oracle: batch norm in NumPy and float64, written from the paper and not from the rest of the library.
 
-``axis`` names the feature axes; statistics have their shape.  ``mask`` marks the positions that count.  Masked
-positions are normalized with the moments of the others; there, a value that is not finite counts as 0 and has no
-derivative.
+``axis`` has the feature axes; statistics have their shape.  ``mask`` is True at the positions that count.  Masked
+positions are normalized with the moments of the other positions; a masked value that is not finite counts as 0 and
+gets no gradient.
 
 References:
   Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -81,7 +81,8 @@ def gradients(
     dvar = -sum(dy scale (x - mean)) (var + epsilon)^(-3/2) / 2,  dmean = -sum(dy scale) / sqrt(var + epsilon),
     dx = dy scale / sqrt(var + epsilon) + (dvar 2 (x - mean) + dmean) / m.
 
-    The sums run over all positions; the second term of dx belongs to the m positions that made the moments.
+    The sums run over all positions; only the m unmasked positions, which determine the moments, have the second term of
+    dx.
     """
     del bias  # the gradients do not depend on it
     mean, var, count = (_flat(s) for s in moments(x, axis=axis, mask=mask))
@@ -115,7 +116,7 @@ def update(
     momentum: float,
     unbiased: bool = False,
 ) -> tuple[Array, Array]:
-    """Computes the running mean and variance after a batch; a feature that is empty or not finite keeps its own."""
+    """Updates the running mean and variance; features that are empty or not finite keep theirs."""
     mean, var = np.asarray(mean), np.asarray(var)
     batch_mean, batch_var, count = np.asarray(batch_mean), np.asarray(batch_var), np.asarray(count)
     if unbiased:
@@ -143,7 +144,7 @@ def _rows(x: Any, axis: Axes, mask: Any) -> tuple[Array, Array, tuple[int, ...]]
     axes = _axes(x, axis)
     last = tuple(range(x.ndim - len(axes), x.ndim))
     shape = tuple(x.shape[a] for a in axes)
-    # Both sizes are spelled out: for an empty batch, -1 would be ambiguous.
+    # Both sizes are explicit, because -1 is ambiguous for an empty batch.
     features = int(np.prod(shape))
     size = (x.size // max(features, 1), features)
     rows, admitted = (np.moveaxis(value, axes, last).reshape(size) for value in (x, admitted))
@@ -159,7 +160,7 @@ def _restore(rows: Array, x: Any, axis: Axes) -> Array:
 
 
 def _filled(x: Any, mask: Any) -> Array:
-    """Replaces masked values that are not finite by 0."""
+    """Replaces masked values that are not finite with 0."""
     x = np.asarray(x)
     if mask is None:
         return x

@@ -1,4 +1,4 @@
-"""Checks the laws on an implementation, and reports which of them hold."""
+"""Runs laws on an implementation, and reports the results."""
 
 import difflib
 import textwrap
@@ -52,7 +52,7 @@ WIDTH = 200  # characters of an exception that a report shows
 
 
 class Outcome(NamedTuple):
-    """Whether a law holds.
+    """The outcome of a law.
 
     Attributes:
       law: name of the law.
@@ -66,11 +66,11 @@ class Outcome(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Which laws hold for an implementation; ``print`` shows a line for each law.
+    """The outcomes of all laws for an implementation; ``print`` shows one line per law.
 
     Attributes:
       name: name of the adapter.
-      findings: an outcome for each law, in the order of the laws.
+      findings: the outcome of each law, in the order of the laws.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Report(NamedTuple):
 
     @property
     def broken(self) -> tuple[Outcome, ...]:
-        """Outcomes of the laws that are broken."""
+        """The outcomes of the broken laws."""
         return tuple(finding for finding in self.findings if finding.outcome == BROKEN)
 
     def __str__(self) -> str:
@@ -90,10 +90,10 @@ class Report(NamedTuple):
 
 
 def laws_for(adapter: Adapter) -> tuple[Law, ...]:
-    """Selects the laws that apply to an implementation, for example to make each of them a test case.
+    """Returns the laws that apply to an implementation, for example to run each of them as a test case.
 
     With pytest, ``@pytest.mark.parametrize("law", laws_for(adapter), ids=lambda law: law.name)`` makes the cases, and
-    ``check_batch_norm(adapter, [law])`` is the test.
+    ``check_batch_norm(adapter, law)`` is the test.
 
     >>> from jaxbn.testing import Adapter, laws_for
     >>> functions = 5 * [lambda *arguments: None]  # never called here
@@ -110,16 +110,16 @@ def laws_for(adapter: Adapter) -> tuple[Law, ...]:
       adapter: the implementation.
 
     Returns:
-      The laws about features that the adapter declares; those about masks, for example, only where it takes masks.
+      The laws about features that the adapter declares; those about masks, for example, only if it takes masks.
     """
     return tuple(law for law in LAWS if law.applies(adapter))
 
 
 def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
-    """Checks laws on an implementation and reports the outcomes; an exception in the implementation breaks the law.
+    """Tests an implementation and returns a report; an exception that it raises counts as a broken law.
 
     >>> from jaxbn.testing import Adapter, judge
-    >>> affine = Adapter(  # y = scale * x + bias, which obeys some of the laws
+    >>> affine = Adapter(  # y = scale * x + bias, which satisfies some of the laws
     ...     "affine",
     ...     init=lambda x: (jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])),
     ...     train=lambda state, x, mask: (jaxbn.affine(x, *state), state),
@@ -134,15 +134,15 @@ def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Rep
 
     Args:
       adapter: the implementation.
-      laws: laws or their names, or a single one.
+      laws: laws or their names; a sequence or a single one.
 
     Returns:
-      An outcome for each law.
+      The outcome of each law.
 
     Raises:
-      ValueError: for a name that no law has; the message lists those that are close.
+      ValueError: for an unknown name; the message suggests similar ones.
     """
-    # A law is a tuple and a name a string, so either would pass for a sequence.
+    # A law is a tuple and a name is a string, so both are sequences themselves.
     several = [laws] if isinstance(laws, (Law, str)) else laws
     chosen = [_named(law) if isinstance(law, str) else law for law in several]
     outcomes = tuple(_judge(adapter, law) for law in chosen)
@@ -150,7 +150,7 @@ def judge(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Rep
 
 
 def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] | Law | str = LAWS) -> Report:
-    """Checks laws on an implementation, and fails if any is broken: a complete test of a batch norm.
+    """Tests an implementation, and raises an AssertionError if it breaks a law.
 
     >>> from jaxbn.testing import Adapter, check_batch_norm
     >>> def init(x):
@@ -175,19 +175,19 @@ def check_batch_norm(adapter: Adapter, laws: Sequence[Law | str] | Law | str = L
 
     Args:
       adapter: the implementation.
-      laws: laws or their names, or a single one.
+      laws: laws or their names; a sequence or a single one.
 
     Returns:
-      An outcome for each law, none of them broken.
+      The outcome of each law, none of them broken.
 
     Raises:
       AssertionError: if a law is broken; the message has a line for each broken law.
-      ValueError: for a name that no law has; the message lists those that are close.
+      ValueError: for an unknown name; the message suggests similar ones.
     """
     report = judge(adapter, laws)
     if report.broken:
-        judged = [finding for finding in report.findings if finding.outcome != NOT_DECLARED]
-        head = f"{adapter.name} breaks {len(report.broken)} of {_number_of_laws(judged)} of batch norm:"
+        tested = [outcome for outcome in report.findings if outcome.outcome != NOT_DECLARED]
+        head = f"{adapter.name} breaks {len(report.broken)} of {_number_of_laws(tested)} of batch norm:"
         raise AssertionError("\n".join([head, *_lines(report.broken)]))
     return report
 
@@ -199,7 +199,7 @@ def _judge(adapter: Adapter, law: Law) -> Outcome:
         law.check(adapter)
     except AssertionError as error:
         return Outcome(law.name, BROKEN, _first_line(error))
-    except Exception as error:  # raised by the implementation, for which the law then does not hold
+    except Exception as error:  # raised by the implementation, which breaks the law
         return Outcome(law.name, BROKEN, f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "))
     return Outcome(law.name, HOLDS, "")
 

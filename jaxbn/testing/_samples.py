@@ -1,7 +1,7 @@
-"""Data for the laws, the oracle's results on them, and how far a float32 implementation may be from those.
+"""Data for the laws, the oracle's results for them, and the errors allowed to a float32 implementation.
 
-An error is measured relative to the natural magnitude of a quantity, per feature: that of the terms whose sum it is.
-Inputs are rounded to their dtype before the oracle sees them, so that an error is due to the arithmetic alone.
+Errors are relative to the natural magnitude of a quantity, per feature: the magnitude of the terms that it is a sum of.
+Inputs are rounded to their dtype before the oracle gets them, so that only the arithmetic causes errors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from jaxbn.testing._adapter import Adapter
 SHAPES = (48, 4), (6, 5, 3, 4)  # dense and convolutional
 MEANS = (0.0, 1.0, -6.0, 0.02)
 STDS = (1.0, 0.5, 3.0, 0.01)  # the last variance is close to the usual epsilon
-ALIKE = (1.0, 0.5, 3.0, 2.0)  # standard deviations far above epsilon
+ALIKE = (1.0, 0.5, 3.0, 2.0)  # standard deviations whose squares are much larger than epsilon
 EPS = float(np.finfo(np.float32).eps)
-ROUNDINGS = 64  # allowed errors, in EPS: for sums of a hundred float32 numbers, multiplied a few times
+ROUNDINGS = 64  # allowed error in EPS: for sums of a hundred float32 numbers and a few multiplications
 
 
 class Sample(NamedTuple):
@@ -38,7 +38,7 @@ def sample(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Sample:
-    """Draws normally distributed data, the same in every call; rounds x to its dtype, and the rest to float32."""
+    """Draws normally distributed data, the same in every call; x has the dtype, and the rest float32."""
     generator = np.random.default_rng((seed, len(shape)))
     features = shape[-1]
     signs = np.resize((1, -1), features)
@@ -90,7 +90,7 @@ def magnitudes(adapter: Adapter, data: Sample, mask: np.ndarray | None = None) -
 def exact_evaluation(
     adapter: Adapter, data: Sample, mean: np.ndarray, var: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes y of evaluation with a running mean and variance, with the oracle, and its natural magnitude."""
+    """Computes the oracle's y of evaluation with a running mean and variance, and its natural magnitude."""
     y = _oracle.normalize(data.x, mean, var, data.scale, data.bias, epsilon=adapter.epsilon)
     # An implementation may compute  scale / sqrt(var) * x + (bias - scale * mean / sqrt(var)),  whose terms are larger
     # than those of  scale * (x - mean) / sqrt(var) + bias.
@@ -100,7 +100,7 @@ def exact_evaluation(
 
 
 def running(adapter: Adapter, batches: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the running mean and variance after batches of (mean, var, count), by the adapter's conventions."""
+    """Computes the running mean and variance after batches of (mean, var, count), with the adapter's conventions."""
     mean = np.zeros_like(batches[0][0])
     var = np.ones_like(batches[0][1])
     for number, (batch_mean, batch_var, count) in enumerate(batches, start=1):
@@ -137,7 +137,7 @@ def at(data: np.ndarray, case: str = "") -> str:
 
 
 def require_close(quantity: str, actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray | float) -> None:
-    """Raises AssertionError where an entry is further from the expected one than allowed; reports the worst."""
+    """Asserts that all errors are at most the allowed ones; the message shows the worst."""
     actual = np.asarray(actual, np.float64)
     expected = np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
@@ -150,7 +150,7 @@ def require_close(quantity: str, actual: np.ndarray, expected: np.ndarray, allow
         worst = np.unravel_index(np.argmax(excess), error.shape)
         raise AssertionError(
             f"{quantity}: error {error[worst]:.2g}, allowed {allowed[worst]:.2g} "
-            f"(found {actual[worst]:.6g}, expected {expected[worst]:.6g})"
+            f"(got {actual[worst]:.6g}, expected {expected[worst]:.6g})"
         )
 
 
@@ -162,13 +162,13 @@ def require_statistics(
     *,
     rounding: float = 16 * EPS,
 ) -> None:
-    """Raises AssertionError where a running mean or variance is off by more than ``rounding`` of its magnitude."""
+    """Asserts that errors of the running mean and variance are at most ``rounding`` times their magnitudes."""
     for name, actual_value, expected_value in zip(("mean", "var"), actual, expected, strict=True):
         require_close(f"running {name} {case}", actual_value, expected_value, rounding * magnitude[name])
 
 
 def require_finite(quantity: str, actual: np.ndarray) -> None:
-    """Raises AssertionError where an entry is NaN or infinite."""
+    """Asserts that no entry is NaN or infinite."""
     wrong = ~np.isfinite(actual)
     if wrong.any():
         raise AssertionError(f"{quantity}: {wrong.sum()} of {wrong.size} values are not finite")

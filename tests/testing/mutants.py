@@ -1,7 +1,7 @@
-"""Mutants of a plain batch norm, each with one wrong part that occurs in practice, and the laws that they break.
+"""Mutants of a plain batch norm, each with one mistake that occurs in practice, and the laws that they break.
 
-Those that compute wrong numbers are in mutants_of_numbers.py; here are those under transformations, with masks and over
-devices.
+This file has the mutants that fail under transformations, with masks and over devices; mutants_of_numbers.py has those
+that compute wrong numbers.
 """
 
 import jax
@@ -189,7 +189,7 @@ class FastVarianceOverDevices(FastVariance):
 
 
 class DevicesWeighAlike(BatchNorm):
-    """Averages the moments of devices, however many examples they have."""
+    """Averages the moments of devices, no matter how many examples they have."""
 
     def moments(self, x, admitted):
         if self.axis_name is None:

@@ -98,7 +98,7 @@ class VarianceHasACap(BatchNorm):
 
 
 class GradientOfUnitLength(BatchNorm):
-    """The gradient in the inputs is divided by its length."""
+    """The gradient with respect to the inputs is divided by its norm."""
 
     def train(self, state, x, mask):
         @jax.custom_vjp
@@ -148,7 +148,7 @@ class MeanInOneFloat(BatchNorm):
 
 
 def added_one_by_one(x, dtype):
-    """Adds up over all axes but the last in this dtype; a sum that has become large loses the next term."""
+    """Sums over all axes but the last in this dtype; once the sum is large, it loses the next terms."""
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     return lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(rows[0]), rows)[0].astype(x.dtype)
 
@@ -182,7 +182,7 @@ class TotalsInHalfPrecision(SumsInHalfPrecision):
 
 
 class GradientsAddedInBfloat16(BatchNorm):
-    """Moments and parameters have gradients that are sums over the values of a feature; here, sums in bfloat16."""
+    """The gradients of moments and parameters, which are sums over the values of a feature, are summed in bfloat16."""
 
     def train(self, state, x, mask):
         self.narrow = x.dtype.itemsize < 4

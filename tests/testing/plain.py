@@ -1,4 +1,4 @@
-"""A plain batch norm that keeps every law, with its variants.
+"""A plain batch norm that satisfies every law, with its variants.
 
 It is written for clarity and shares no code with jaxbn.  Each method is a part that a mutant can replace.
 """
@@ -10,7 +10,7 @@ from jaxbn.testing import AXIS, Adapter
 
 
 class BatchNorm:
-    """Statistics over all axes but the last, and over the axis of devices if it has a name."""
+    """Statistics over all axes but the last, and over the device axis if it has a name."""
 
     epsilon, momentum, unbiased, debiased = 1e-5, 0.9, False, False
 
@@ -31,7 +31,7 @@ class BatchNorm:
         return admitted, jnp.where(admitted, x, 0)
 
     def moments(self, x, admitted):
-        """Returns mean, variance and count; the mean in two parts, since one float is too coarse for a large mean."""
+        """Returns mean, variance and count; the mean in two parts, because one float is too coarse for a large mean."""
         count = self.count(x, admitted)
         m = jnp.maximum(count, 1)
         mean = self.total(x) / m
@@ -113,7 +113,7 @@ class Unbiased(BatchNorm):
 
 
 class Debiased(BatchNorm):
-    """The running statistics are corrected for their start, by the number of batches."""
+    """The running statistics are corrected for their initial values, with the number of batches."""
 
     debiased = True
 

@@ -18,10 +18,10 @@ def numpy_adapter():
     ("declared", "message"),
     [
         ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
-        ({"momentum": None}, "momentum must be a number, got None"),
-        ({"epsilon": -1e-5}, "epsilon must not be negative, got -1e-05"),
-        ({"train": "train"}, "train must be a function, got 'train'"),
-        ({"traceable": False}, "traceable=False requires gradients"),
+        ({"momentum": None}, "momentum must be a number, got None; use the weight of the old value"),
+        ({"epsilon": -1e-5}, "epsilon must not be negative, got -1e-05; use for example 1e-5"),
+        ({"train": "train"}, "train must be a function, got 'train'; the docstring of Adapter has its signature"),
+        ({"traceable": False}, "gradients must be a function if traceable=False, got None"),
         ({"half_precision": "bfloat16"}, "half_precision must be a sequence of .*, got 'bfloat16'"),
         ({"half_precision": ("float32",)}, "must be a sequence of floating-point dtypes below 32 bits"),
         ({"half_precision": ("half-ish",)}, "must be a sequence of floating-point dtypes below 32 bits"),
@@ -110,5 +110,5 @@ def test_a_crash_in_float64_breaks_the_law_unless_the_adapter_declares_that_it_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", laws_for(in_numpy(FUNCTION)), ids=lambda law: law.name)
-def test_an_implementation_that_is_not_written_in_jax_can_be_judged(numpy_adapter, law):
+def test_an_implementation_that_is_not_written_in_jax_can_be_tested(numpy_adapter, law):
     check_batch_norm(numpy_adapter, [law])

@@ -38,7 +38,7 @@ def test_a_report_has_a_line_for_each_law():
     ]
 
 
-def test_a_report_of_no_laws_has_its_first_line_alone():
+def test_a_report_of_no_laws_has_only_its_first_line():
     assert str(judge(FUNCTION, [])) == "function: 0 laws: 0 holds, 0 broken, 0 not declared"
 
 
@@ -53,7 +53,7 @@ def test_a_broken_law_fails_the_check_with_a_line_for_it():
 
 
 @pytest.mark.parametrize("law", ["running_average_converges", LAWS[NAMES.index("running_average_converges")]], ids=type)
-def test_a_single_law_need_not_be_in_a_sequence(law):
+def test_a_single_law_is_accepted_without_a_sequence(law):
     report = check_batch_norm(FUNCTION, law)
     assert str(report).splitlines() == [
         "function: 1 law: 1 holds, 0 broken, 0 not declared",
@@ -75,10 +75,10 @@ def test_a_check_that_passes_returns_its_report():
 def test_a_broken_law_says_quantity_case_error_and_tolerance():
     (finding,) = judge(FLAX, ["large_means"]).findings
     assert finding.detail.startswith("y of shape (48, 4) at mean/std 1000: error 0.")
-    assert "allowed 0.02 (found " in finding.detail
+    assert "allowed 0.02 (got " in finding.detail
 
 
-def test_a_name_that_no_law_has_is_an_error_that_lists_close_ones():
+def test_an_unknown_name_is_an_error_that_suggests_similar_ones():
     with pytest.raises(ValueError, match="'large_mean' is not a law; did you mean large_means"):
         judge(FUNCTION, ["large_mean"])
 

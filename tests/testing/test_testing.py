@@ -1,4 +1,4 @@
-"""Our layers keep the laws of batch norm, and each law finds the mutants that break it."""
+"""Our layers satisfy the laws of batch norm, and each law detects the mutants that break it."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ ABOUT_STATISTICS = [
 @pytest.mark.parametrize(
     "law", [pytest.param(law, id=law.name, marks=[pytest.mark.slow] * (law.name in EXPENSIVE)) for law in LAWS]
 )
-def test_our_function_keeps_the_law(law):
+def test_our_function_satisfies_the_law(law):
     assert law.applies(FUNCTION)
     check_batch_norm(FUNCTION, [law])
 
@@ -44,7 +44,7 @@ def test_our_function_keeps_the_law(law):
 @pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 @pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_our_layers_keep_the_law(name, law):
+def test_our_layers_satisfy_the_law(name, law):
     assert law.applies(OURS[name])
     check_batch_norm(OURS[name], [law])
 
@@ -52,7 +52,7 @@ def test_our_layers_keep_the_law(name, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("law", ABOUT_STATISTICS)
 @pytest.mark.parametrize("options", [{"debias": True}, {"unbiased": True}, {"momentum": None, "debias": True}], ids=str)
-def test_the_options_of_our_running_statistics_keep_the_law(options, law):
+def test_our_running_statistics_with_options_satisfy_the_law(options, law):
     adapter = function(**options)
     if options.get("momentum", MOMENTUM) is None:  # the average over all batches alike
         adapter = dataclasses.replace(adapter, momentum=1.0)
@@ -61,12 +61,12 @@ def test_the_options_of_our_running_statistics_keep_the_law(options, law):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [plain.BatchNorm, plain.Unbiased, plain.Debiased])
-def test_what_the_mutants_are_made_of_keeps_every_law(kind):
+def test_the_base_classes_of_the_mutants_satisfy_every_law(kind):
     check_batch_norm(kind.adapter())
 
 
 @pytest.mark.parametrize("kind", [plain.BatchNorm, mutants.EvaluationHalvesTheVariance])
-def test_an_average_with_a_long_memory_is_judged_in_few_steps(monkeypatch, kind):
+def test_an_average_with_a_long_memory_is_tested_in_few_steps(monkeypatch, kind):
     steps, train = [], values.train
     monkeypatch.setattr(values, "train", lambda *arguments: steps.append(None) or train(*arguments))
     slow = type(kind.__name__, (kind,), {"momentum": 0.9999})
@@ -99,7 +99,7 @@ def test_flaxs_layer_breaks_the_law(law):
     assert judge(FLAX, [law]).broken
 
 
-def test_flaxs_layer_keeps_the_laws_of_ordinary_data():
+def test_flaxs_layer_satisfies_the_laws_about_ordinary_data():
     check_batch_norm(FLAX, NAMES[:4])
 
 

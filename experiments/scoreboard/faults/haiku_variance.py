@@ -1,4 +1,4 @@
-"""Haiku: the variance can be negative, as E[x^2] - E[x]^2 is not clipped; where it is below -epsilon, y is NaN."""
+"""Haiku: the variance can be negative, because E[x^2] - E[x]^2 is not clipped; below -epsilon, y is NaN."""
 
 import haiku as hk
 import jax.numpy as jnp

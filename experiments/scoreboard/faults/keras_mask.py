@@ -1,4 +1,4 @@
-"""Keras: with a mask, inputs of one feature are an error; the feature axis is dropped with all others of size 1."""
+"""Keras: with a mask, inputs with one feature raise an error, because all axes of size 1 are squeezed, features too."""
 
 import os
 

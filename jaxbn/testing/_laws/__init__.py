@@ -1,1 +1,1 @@
-"""The laws of batch norm by subject.  Each is a function that raises AssertionError where the law is broken."""
+"""The laws of batch norm by subject; each law is a function that raises AssertionError if it is broken."""

@@ -1,6 +1,7 @@
 """Laws of parallelism: a batch that is split over a named axis is normalized like the whole batch.
 
-Devices are those of ``jax.vmap(axis_name=AXIS)``, which need no hardware; other ways to split a batch are not tested.
+The devices are those of ``jax.vmap(axis_name=AXIS)``, which needs no hardware; other ways to split a batch are not
+tested.
 """
 
 import functools
@@ -30,25 +31,25 @@ COUNTS = (12, 7, 1, 3), (12, 7, 1, 0), (0, 5, 12, 1)  # valid examples on each d
 
 
 def spread(adapter: Adapter) -> bool:
-    """Says whether the implementation synchronizes over devices."""
+    """Whether the implementation synchronizes over devices."""
     return adapter.over_devices is not None
 
 
 def spread_and_masked(adapter: Adapter) -> bool:
-    """Says whether the implementation takes masks, and synchronizes over devices with them."""
+    """Whether the implementation takes masks, also when it synchronizes over devices."""
     return adapter.masks and adapter.over_devices is not None and adapter.over_devices.masks
 
 
 @law(spread)
 def split_over_devices(adapter: Adapter) -> None:
-    """A batch split under vmap with a named axis has the output, statistics and gradients of the whole batch."""
+    """Splitting a batch under vmap with a named axis gives the output, statistics and gradients of the whole batch."""
     for shape in DIVISIBLE:
         _require_whole(adapter, sample(shape))
 
 
 @law(spread)
 def large_means_over_devices(adapter: Adapter) -> None:
-    """Split under vmap with a named axis, large means cost no more digits than the mean has over the deviation."""
+    """Under vmap with a named axis, the error grows at most in proportion to mean / standard deviation."""
     # The mean is rounded to EPS of itself, which is LARGE * EPS of the standard deviation.
     rounding = (ROUNDINGS + 32 * LARGE) * EPS
     for shape in DIVISIBLE:
@@ -58,7 +59,7 @@ def large_means_over_devices(adapter: Adapter) -> None:
 
 @law(spread_and_masked)
 def devices_with_unequal_counts(adapter: Adapter) -> None:
-    """Devices, under vmap with a named axis, weigh as many examples as their masks admit, which may be none."""
+    """Under vmap with a named axis, devices are weighted by the number of their valid examples, which may be zero."""
     shape = DIVISIBLE[0]
     per_device = shape[0] // DEVICES
     for counts in COUNTS:
@@ -77,9 +78,9 @@ def _require_whole(
     case: str = "",
     rounding: float = ROUNDINGS * EPS,
 ) -> None:
-    """Compares a step over devices with the whole batch: with the oracle, and with the statistics on one device."""
+    """Asserts that a step over devices equals the oracle, and that its statistics equal those of one device."""
     spread_adapter = adapter.over_devices
-    assert spread_adapter is not None  # `spread` says so
+    assert spread_adapter is not None  # ensured by `spread`
     actual, after = _step(spread_adapter, data, mask)
     expected = exact(adapter, data, mask)
     magnitude = magnitudes(adapter, data, mask)
@@ -90,7 +91,7 @@ def _require_whole(
         expected_value = np.where(compared, expected[name], 0)
         require_close(f"{name} {case}", actual_value, expected_value, rounding * magnitude[name])
 
-    # Every device keeps running statistics, and all of them are those of the whole batch.
+    # Every device has running statistics, which must all be those of the whole batch.
     _, after_whole = train(adapter, start(adapter, *data[:3]), data.x, mask)
     whole = statistics(adapter, after_whole)
     for device in range(DEVICES):
@@ -106,7 +107,7 @@ def _step(adapter: Adapter, data: Sample, mask: np.ndarray | None) -> tuple[dict
     x, dy = (arrays(adapter, _split(value)) for value in (data.x, data.dy))
     mask = None if mask is None else arrays(adapter, _split(mask))
     y, dx, dscale, dbias, after = _on_devices(adapter, state, scale, bias, x, dy, mask)
-    # On each device, the gradient in the parameters is that of its own outputs, while that in the inputs is complete.
+    # The parameter gradients of a device are those of its own outputs alone; the input gradients are complete.
     actual = {"y": y, "dx": dx, "dscale": dscale.sum(0), "dbias": dbias.sum(0)}
     shapes = {"y": data.x.shape, "dx": data.x.shape, "dscale": data.scale.shape, "dbias": data.bias.shape}
     return {name: wide(value.reshape(shapes[name]), shapes[name], name) for name, value in actual.items()}, after

@@ -1,4 +1,4 @@
-"""Laws of invariance: changes of the inputs that batch norm removes, and the gradients that are 0 for that reason."""
+"""Laws of invariance: changes of the inputs that do not change the output, and what they imply for the gradient."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from jaxbn.testing._samples import (
 
 @law()
 def shifting_changes_only_the_mean(adapter: Adapter) -> None:
-    """A constant added to the inputs moves the mean by as much, and leaves output, variance and gradients."""
+    """Adding a constant to the inputs adds it to the mean, and does not change output, variance or gradients."""
     shift = 2.0
     for shape in SHAPES:
         data = sample(shape, std=ALIKE)
@@ -31,7 +31,7 @@ def shifting_changes_only_the_mean(adapter: Adapter) -> None:
         shifted = data._replace(x=data.x + np.float32(shift))
         actual = _step(adapter, shifted)
         expected = _step(adapter, data)
-        # A running mean is linear in the batch's, so it grows by the average of the shift alone.
+        # The running mean is linear in the means of the batches, so it grows by the running average of the shift.
         _, _, count = _oracle.moments(data.x)
         average_of_shift, _ = running(adapter, [(np.full_like(count, shift), np.ones_like(count), count)])
         expected["mean"] = expected["mean"] + average_of_shift
@@ -43,7 +43,7 @@ def shifting_changes_only_the_mean(adapter: Adapter) -> None:
 
 @law()
 def scaling_changes_only_the_statistics(adapter: Adapter) -> None:
-    """A factor on the inputs multiplies mean and variance, and leaves the output, but for the epsilon in it."""
+    """Scaling the inputs scales mean and variance, and does not change the output, except through epsilon."""
     for shape in SHAPES:
         for factor in (2.0**-6, 2.0**6):  # powers of two, so that the product is exact
             data = sample(shape)
@@ -54,15 +54,15 @@ def scaling_changes_only_the_statistics(adapter: Adapter) -> None:
             actual = _step(adapter, scaled)
             expected = _step(adapter, data)
 
-            # z = (x - mean) / sqrt(var + epsilon) changes only since epsilon is not scaled with the variance.
+            # z = (x - mean) / sqrt(var + epsilon) changes only because epsilon is not scaled with the variance.
             mean, var, count = _oracle.moments(data.x)
             growth = np.sqrt((var + adapter.epsilon) / (var + adapter.epsilon / factor**2))
             expected["y"] = data.bias + growth * (expected["y"] - data.bias)
-            # The output of the original inputs is multiplied, and its error with it.
+            # The output of the original inputs is multiplied by `growth`, and so is its error.
             allowed = ROUNDINGS * EPS * magnitude["y"] * (1 + growth)
             require_close(f"y {case}", actual["y"], expected["y"], allowed)
 
-            # In the difference of two running averages, their start cancels.
+            # In the difference of two running averages, the initial values cancel.
             before = running(adapter, [(mean, var, count)])
             after = running(adapter, [(factor * mean, factor**2 * var, count)])
             for name, value, scaled_value in zip(("mean", "var"), before, after, strict=True):
@@ -73,7 +73,7 @@ def scaling_changes_only_the_statistics(adapter: Adapter) -> None:
 
 @law()
 def permutation_changes_only_the_order(adapter: Adapter) -> None:
-    """Examples in another order have the same outputs and gradients in that order, and the same statistics."""
+    """Permuting the examples permutes outputs and gradients, and does not change the statistics."""
     for shape in SHAPES:
         data = sample(shape)
         order = np.random.default_rng(0).permutation(shape[0])
@@ -90,7 +90,7 @@ def permutation_changes_only_the_order(adapter: Adapter) -> None:
 
 @law()
 def gradient_sums_to_zero(adapter: Adapter) -> None:
-    """The gradient with respect to the inputs adds up to zero over the batch: shifting them changes nothing."""
+    """The gradient with respect to the inputs sums to zero over the batch, because shifting them changes nothing."""
     for shape in SHAPES:
         data = sample(shape)
         dx = gradients(adapter, start(adapter, *data[:3]), *data)["dx"]
@@ -101,7 +101,7 @@ def gradient_sums_to_zero(adapter: Adapter) -> None:
 
 @law()
 def gradient_is_orthogonal_to_the_output(adapter: Adapter) -> None:
-    """The gradient with respect to the inputs is orthogonal to the normalised ones, but for the epsilon in them."""
+    """The gradient with respect to the inputs is orthogonal to the normalized inputs, except through epsilon."""
     for shape in SHAPES:
         data = sample(shape)
         dx = gradients(adapter, start(adapter, *data[:3]), *data)["dx"]
@@ -119,7 +119,7 @@ def gradient_is_orthogonal_to_the_output(adapter: Adapter) -> None:
 
 @law()
 def gradient_is_invariant_to_the_scale_of_weights(adapter: Adapter) -> None:
-    """Weights before a batch norm have a gradient orthogonal to them, and 1/c of it where they are c times as large."""
+    """The gradient of weights before a batch norm is orthogonal to them; scaling the weights by c scales it by 1/c."""
     generator = np.random.default_rng(0)
     # Integers, so that x = u w is exact.  Its variance is so large that epsilon does not matter.
     u = generator.integers(-99, 100, (48, 7)).astype(np.float64)
@@ -141,7 +141,7 @@ def gradient_is_invariant_to_the_scale_of_weights(adapter: Adapter) -> None:
 
 
 def _step(adapter: Adapter, data: Sample) -> dict[str, np.ndarray]:
-    """Makes the first training step; returns outputs, gradients and running statistics."""
+    """Runs the first training step; returns outputs, gradients and running statistics."""
     state = start(adapter, *data[:3])
     y, after = train(adapter, state, data.x)
     mean, var = statistics(adapter, after)

@@ -1,4 +1,4 @@
-"""Laws of masks: masked data have no effect."""
+"""Laws of masks: masking values is equivalent to removing them."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ from jaxbn.testing._samples import (
 
 
 def masks(adapter: Adapter) -> bool:
-    """Says whether the implementation takes masks."""
+    """Whether the implementation takes masks."""
     return adapter.masks
 
 
 @law(masks)
 def statistics_of_masked_data(adapter: Adapter) -> None:
-    """Outputs and running statistics of masked data are those of the data without what is masked."""
+    """Masking positions gives the same outputs and running statistics as removing them."""
     for case, data, mask in _cases():
         before = start(adapter, *data[:3])
         y, after = train(adapter, before, data.x, mask)
@@ -39,7 +39,7 @@ def statistics_of_masked_data(adapter: Adapter) -> None:
 
 @law(masks)
 def gradients_of_masked_data(adapter: Adapter) -> None:
-    """A loss over what the mask admits has the gradients of the data without the rest, and none there."""
+    """A loss over unmasked positions has the same gradients as if the masked ones were removed, and zero at those."""
     for case, data, mask in _cases():
         data = _without_masked_loss(data, mask)
         state = start(adapter, *data[:3])
@@ -52,9 +52,9 @@ def gradients_of_masked_data(adapter: Adapter) -> None:
 
 @law(masks)
 def mask_of_one_feature(adapter: Adapter) -> None:
-    """A mask does to data of one feature what it does to that of several."""
+    """A mask has the same effect on data with one feature as on data with several."""
     # With one feature, x and masks per example, position and value all have a last axis of size 1.  An implementation
-    # must not guess the kind of a mask from that.
+    # must not infer the kind of mask from that.
     data = sample((*SHAPES[1][:-1], 1), mean=1, std=0.5)
     mask = np.random.default_rng(0).random(data.x.shape) < 0.6
     case = at(data.x, "with a mask per position")
@@ -68,14 +68,14 @@ def mask_of_one_feature(adapter: Adapter) -> None:
 
 @law(masks)
 def nan_in_masked_positions(adapter: Adapter) -> None:
-    """NaN and Inf in masked positions reach no output elsewhere, no gradient and no statistic."""
+    """NaN and infinity in masked positions do not affect other outputs, gradients or statistics."""
     for value in (np.nan, np.inf):
         for case, data, mask in _cases():
             case = f"{case}, where x is {value}"
             data = _without_masked_loss(data, mask)
             x = np.where(mask, data.x, np.float32(value))
             state = start(adapter, *data[:3])
-            with np.errstate(all="ignore"):  # an implementation in NumPy would warn
+            with np.errstate(all="ignore"):  # NumPy implementations would warn
                 y, after = train(adapter, state, x, mask)
                 actual = {"y": y, **gradients(adapter, state, x, *data[1:], mask)}
             _require_statistics(adapter, after, data, mask, case)
@@ -84,7 +84,7 @@ def nan_in_masked_positions(adapter: Adapter) -> None:
 
 @law(masks)
 def batch_masked_everywhere(adapter: Adapter) -> None:
-    """A batch without anything in it leaves the running statistics as if it had not been, and all else finite."""
+    """A fully masked batch does not change the running statistics, and all outputs and gradients are finite."""
     for shape in SHAPES:
         data = sample(shape)
         mask = np.zeros((shape[0],) + (1,) * (len(shape) - 1), bool)
@@ -98,7 +98,7 @@ def batch_masked_everywhere(adapter: Adapter) -> None:
             require_finite(f"{name} {case}", value)
         require_finite(f"y of evaluation {case}", evaluate(adapter, after, data.x))
         require_statistics(case, statistics(adapter, after), statistics(adapter, before), magnitude)
-        # An empty batch may have been counted: that shows in the next update.
+        # If the empty batch was counted, the next update shows it.
         _, next_after = train(adapter, after, data.x)
         _, next_before = train(adapter, before, data.x)
         expected = statistics(adapter, next_before)
@@ -123,12 +123,12 @@ def _cases() -> list[tuple[str, Sample, np.ndarray]]:
 
 
 def _without_masked_loss(data: Sample, mask: np.ndarray) -> Sample:
-    """Returns the data with a loss over the valid positions alone: dy is 0 elsewhere."""
+    """Returns the data with dy = 0 at masked positions, as for a loss over the valid positions."""
     return data._replace(dy=np.where(mask, data.dy, np.float32(0)))
 
 
 def _require_statistics(adapter: Adapter, state: Any, data: Sample, mask: np.ndarray, case: str) -> None:
-    """Refuses running statistics, after one batch, that are not those of the valid positions."""
+    """Asserts that the running statistics after one batch equal those of the valid positions."""
     expected = running(adapter, [_oracle.moments(data.x, mask=mask)])
     require_statistics(case, statistics(adapter, state), expected, magnitudes(adapter, data, mask))
 
@@ -136,7 +136,7 @@ def _require_statistics(adapter: Adapter, state: Any, data: Sample, mask: np.nda
 def _require_outputs(
     adapter: Adapter, actual: dict[str, np.ndarray], data: Sample, mask: np.ndarray, case: str
 ) -> None:
-    """Refuses outputs or gradients that are not those of the valid positions; outputs are compared only there."""
+    """Asserts that outputs (at valid positions) and gradients equal those of the data without masked positions."""
     expected = exact(adapter, data, mask)
     magnitude = magnitudes(adapter, data, mask)
     for name, value in actual.items():

@@ -1,4 +1,4 @@
-"""Laws of precision: large means, constant features, half precision, and batches that hold NaN or Inf."""
+"""Laws of precision: large means, constant features, half precision, and batches that contain NaN or infinity."""
 
 from collections.abc import Callable
 
@@ -25,27 +25,27 @@ from jaxbn.testing._samples import (
     weight,
 )
 
-# So many values that sums in half precision stop growing, or overflow in float16.
+# Enough values that sums in half precision stop growing, or overflow in float16.
 MANY = (64, 16, 16, 4), (2**14, 4)
 RATIOS = 10.0, 1e3, 1e5  # mean over standard deviation
 
 
 @law()
 def large_means(adapter: Adapter) -> None:
-    """Output and gradients lose no more digits than the mean has over the standard deviation, rounded to float32."""
-    # A variance computed as E[x^2] - E[x]^2 loses twice as many.
+    """The error of output and gradients grows at most in proportion to mean / standard deviation."""
+    # With a variance computed as E[x^2] - E[x]^2, it grows with the square of that.
     _step_at_large_means(adapter, lambda ratio: (ROUNDINGS + 32 * ratio) * EPS)
 
 
 @law()
 def large_means_lose_nothing(adapter: Adapter) -> None:
-    """Output and gradients are exact to float32 at any mean, since the inputs are."""
+    """Output and gradients are accurate to float32 at any mean, because the float32 inputs are exact."""
     _step_at_large_means(adapter, lambda ratio: ROUNDINGS * EPS)
 
 
 @law()
 def running_statistics_at_large_means(adapter: Adapter) -> None:
-    """The running variance of data with a large mean is that of the same data without it."""
+    """Adding a large mean to the data does not change the running variance."""
     for ratio in RATIOS:
         for data in _at_ratio(ratio):
             mean, var, _ = _oracle.moments(data.x)
@@ -65,7 +65,7 @@ def running_statistics_at_large_means(adapter: Adapter) -> None:
 
 @law(lambda adapter: adapter.epsilon > 0)
 def variance_is_never_negative(adapter: Adapter) -> None:
-    """Features that are constant, or nearly so, have no negative variance, and finite outputs and gradients."""
+    """Constant and almost constant features have a nonnegative variance, and finite outputs and gradients."""
     values = np.concatenate([[0.1, 1e3 + 0.1], np.geomspace(0.3, 3e4, 30)]).astype(np.float32)
     data = sample((50, len(values)), mean=0, std=1)
     constant = np.broadcast_to(values, data.x.shape)
@@ -77,7 +77,7 @@ def variance_is_never_negative(adapter: Adapter) -> None:
         require_finite(f"y of {case} features", y)
         for name, gradient in gradients(adapter, before, x, *data[1:]).items():
             require_finite(f"{name} of {case} features", gradient)
-        # What the batch has added to the running variance, which is stored with a rounding.
+        # The contribution of the batch to the running variance, which is stored with a rounding error.
         _, running_var = statistics(adapter, after)
         count = np.full(len(values), 50.0)
         _, with_variance_0 = running(adapter, [(values, np.zeros_like(values, np.float64), count)])
@@ -93,19 +93,19 @@ def variance_is_never_negative(adapter: Adapter) -> None:
 
 @law(lambda adapter: bool(adapter.half_precision))
 def low_precision(adapter: Adapter) -> None:
-    """Outputs, statistics and gradients of half-precision inputs are as precise as these, however many there are."""
+    """Outputs, statistics and gradients are as precise as the half-precision inputs, however many values there are."""
     for dtype in adapter.half_precision:
         rounding = float(jnp.finfo(dtype).eps)
         for shape in MANY:
-            # Squares of numbers with mean 300 overflow in float16 on their own.
+            # The squares of numbers with mean 300 overflow in float16, even before they are summed.
             data = sample(shape, mean=(3, -1, 300, 0.5), std=(1, 0.5, 30, 2), dtype=dtype)
-            data = _adding_up(data)
+            data = _with_growing_sums(data)
             _require_precision_of_inputs(adapter, data, rounding, at(data.x, f"in {dtype}"))
 
 
 @law()
 def one_nan_batch(adapter: Adapter) -> None:
-    """A batch with NaN or Inf in it leaves the running statistics finite, and training goes on."""
+    """After a batch that contains NaN or infinity, the running statistics are finite, and training continues."""
     for shape in SHAPES:
         for value in (np.nan, np.inf):
             data = sample(shape)
@@ -125,7 +125,7 @@ def one_nan_batch(adapter: Adapter) -> None:
 
 
 def _require_precision_of_inputs(adapter: Adapter, data: Sample, rounding: float, case: str) -> None:
-    """Compares a step on rounded inputs, and evaluation, with float32, to a few roundings of the inputs."""
+    """Asserts that training and evaluation are as precise as the inputs: a few of their rounding errors."""
     in_float32 = data._replace(x=data.x.astype(np.float32))
     before = start(adapter, *data[:3])
     y, after = train(adapter, before, data.x)
@@ -133,7 +133,7 @@ def _require_precision_of_inputs(adapter: Adapter, data: Sample, rounding: float
     magnitude = magnitudes(adapter, in_float32)
     mean, var, _ = _oracle.moments(in_float32.x)
 
-    # If the mean is rounded like the inputs, its error may be mean / std roundings of the standard deviation.
+    # If the mean is rounded like the inputs, its error may be rounding * mean / std, in standard deviations.
     allowed = 4 * rounding * (1 + abs(mean) / np.sqrt(var))
     require_close(f"y {case}", y, expected["y"], allowed * magnitude["y"])
 
@@ -154,10 +154,10 @@ def _require_precision_of_inputs(adapter: Adapter, data: Sample, rounding: float
         require_close(f"{name} {case}", gradient, expected[name], part * magnitude[name])
 
 
-def _adding_up(data: Sample) -> Sample:
-    """Returns data with a dy, in the dtype of x, of which both sum(dy) and sum(dy z) grow with the number of values.
+def _with_growing_sums(data: Sample) -> Sample:
+    """Returns the data with a dy, in the dtype of x, for which sum(dy) and sum(dy z) grow with the number of values.
 
-    Sums around zero would never become so large that the next term is lost.
+    Sums that stay near zero would never become so large that the next term is lost.
     """
     mean, var, _ = _oracle.moments(data.x)
     z = (data.x.astype(np.float64) - mean) / np.sqrt(var)
@@ -166,7 +166,7 @@ def _adding_up(data: Sample) -> Sample:
 
 
 def _at_ratio(ratio: float) -> list[Sample]:
-    """Returns dense and convolutional data whose means, of either sign, are so many standard deviations from 0."""
+    """Returns dense and convolutional data with means, of both signs, that are ``ratio`` standard deviations from 0."""
     signs = (1, -1, 1, -1)
     return [sample(shape, mean=ratio * np.array(ALIKE) * signs, std=ALIKE) for shape in SHAPES]
 

@@ -1,4 +1,4 @@
-"""Laws of JAX's transformations: under jit, scan, vmap, remat and every mode of differentiation, nothing changes."""
+"""Laws of JAX's transformations: jit, scan, vmap, remat and every mode of differentiation give the same results."""
 
 import functools
 from typing import Any
@@ -34,19 +34,19 @@ from jaxbn.testing._samples import (
     sample,
 )
 
-# Step of the central differences of the oracle's gradients, in standard deviations.  In float64, both the error of
-# truncation, which is about STEP^2, and that of rounding are near 1e-8 or below.
+# Step of the central differences of the oracle's gradients, in standard deviations.  In float64, the
+# truncation error, about STEP^2, and the rounding error are both about 1e-8 or less.
 STEP = 1e-4
 
 
 def traceable(adapter: Adapter) -> bool:
-    """Says whether JAX can transform the implementation."""
+    """Whether JAX can trace the implementation."""
     return adapter.traceable
 
 
 @law()
 def dtypes_are_stable(adapter: Adapter) -> None:
-    """A step leaves the shapes and dtypes of the state as they were, so that lax.scan can go over steps."""
+    """A step does not change the shapes and dtypes of the state, so lax.scan over steps works."""
     for dtype in ("float32", *adapter.half_precision):
         _require_stable(adapter, dtype)
     if adapter.traceable:
@@ -58,7 +58,7 @@ def dtypes_are_stable(adapter: Adapter) -> None:
 
 @law(traceable)
 def jit_equals_eager(adapter: Adapter) -> None:
-    """Compiled, training, evaluation and statistics are what they are without jit."""
+    """Under jit, training, evaluation and statistics give the same results as without."""
     data = sample(SHAPES[1])
     before = start(adapter, *data[:3])
     x = arrays(adapter, data.x)
@@ -83,16 +83,16 @@ def jit_equals_eager(adapter: Adapter) -> None:
 
 @law(traceable)
 def forward_mode(adapter: Adapter) -> None:
-    """Derivatives in a direction, by jax.jvp, are those of the oracle."""
+    """Directional derivatives (jax.jvp) equal those of the oracle."""
     for shape in SHAPES:
         data = sample(shape)
         state = start(adapter, *data[:3])
         std = data.x.std(rows_of(data.x))
         for seed in (1, 2, 3):
             direction = sample(shape, mean=0, std=1, seed=seed)
-            # In standard deviations, so that all features count alike.
+            # In units of standard deviations, so that all features have the same weight.
             v = (direction.x * std).astype(np.float32), direction.scale, direction.bias
-            # By the chain rule, <dy, jvp(v)> = <vjp(dy), v>, and the oracle knows the right-hand side.
+            # By the chain rule, <dy, jvp(v)> = <vjp(dy), v>, and the oracle has the right-hand side.
             vjp = _oracle.gradients(*data[:3], direction.dy, epsilon=adapter.epsilon)
             terms = np.concatenate([np.ravel(gradient * along) for gradient, along in zip(vjp, v, strict=True)])
             derivative = np.float64(_derivative(adapter, state, data[:3], v))
@@ -102,7 +102,7 @@ def forward_mode(adapter: Adapter) -> None:
 
 @law(traceable)
 def hessian_vector_products(adapter: Adapter) -> None:
-    """Second derivatives, forward over reverse and reverse over reverse, are those of the oracle."""
+    """Hessian-vector products, forward over reverse and reverse over reverse, equal those of the oracle."""
     for shape in SHAPES:
         data = sample(shape, std=ALIKE)
         state = start(adapter, *data[:3])
@@ -126,8 +126,8 @@ def hessian_vector_products(adapter: Adapter) -> None:
 
 @law(traceable)
 def vmap_over_models(adapter: Adapter) -> None:
-    """Models side by side, by jax.vmap over states and inputs, are what each is alone."""
-    # Each model sees another mean, so that statistics shared between models would show.
+    """Under jax.vmap over states and inputs, each model gives the same results as alone."""
+    # Each model sees a different mean, to detect statistics that are shared between models.
     samples = [sample(SHAPES[1], mean=seed, std=ALIKE, seed=seed) for seed in range(3)]
     states = [start(adapter, *data[:3]) for data in samples]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -147,7 +147,7 @@ def vmap_over_models(adapter: Adapter) -> None:
 
 @law(traceable)
 def remat_changes_nothing(adapter: Adapter) -> None:
-    """Under jax.checkpoint, which computes the forward pass twice, gradients are what they are without."""
+    """jax.checkpoint, which repeats the forward pass, does not change the gradients."""
     for shape in SHAPES:
         data = sample(shape)
         state = start(adapter, *data[:3])
@@ -208,12 +208,12 @@ def _scan(adapter: Adapter, state: Any, xs: Any) -> tuple[Any, jax.Array]:
 
 
 def _require_stable(adapter: Adapter, dtype: str) -> None:
-    """Refuses a step on inputs of this dtype that changes the structure, the shapes or the dtypes of the state."""
+    """Asserts that a step on inputs of this dtype does not change the structure, shapes and dtypes of the state."""
     data = sample(SHAPES[0], std=ALIKE, dtype=dtype)
     before = start(adapter, *data[:3])
     after = _after_a_step(adapter, before, data)
     if not adapter.traceable:
-        # The state may be any object, so its statistics stand in for it.
+        # The state may be any object, so compare its statistics instead.
         before, after = _statistics_by_name(adapter, before), _statistics_by_name(adapter, after)
     _require_same(before, after, dtype)
 
@@ -223,7 +223,7 @@ def _after_a_step(adapter: Adapter, state: Any, data: Sample) -> Any:
     x = arrays(adapter, data.x)
     if not adapter.traceable:
         return adapter.train(state, x, None)[1]
-    # Nothing is compiled for that.
+    # This compiles nothing.
     return jax.eval_shape(lambda state, x: adapter.train(state, x, None)[1], state, x)
 
 
@@ -232,7 +232,7 @@ def _statistics_by_name(adapter: Adapter, state: Any) -> dict[str, Any]:
 
 
 def _require_same(old: Any, new: Any, dtype: str) -> None:
-    """Refuses a tree that differs from the old one in structure, shape or dtype."""
+    """Asserts that two trees have the same structure, shapes and dtypes."""
     old_leaves, old_tree = jax.tree.flatten_with_path(old)
     new_leaves, new_tree = jax.tree.flatten_with_path(new)
     if old_tree != new_tree:
@@ -251,10 +251,10 @@ def _type_in_words(leaf: Any) -> str:
 
 
 def _require_scan(adapter: Adapter) -> None:
-    """Refuses a scan over steps that differs from the same steps one by one."""
+    """Asserts that lax.scan over steps gives the same results as the steps one by one."""
     data = sample(SHAPES[0], std=ALIKE)
     state = start(adapter, *data[:3])
-    # Batches of different statistics, so that a step that drops the state of the last one would show.
+    # Batches with different statistics, to detect a scan that loses the state of the previous step.
     xs = np.stack([data.x, 2 * data.x, -data.x])
     last, ys = _scan(adapter, state, xs)
     rounding = ROUNDINGS * EPS

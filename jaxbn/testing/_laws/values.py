@@ -1,4 +1,4 @@
-"""Laws of values: outputs, gradients and statistics equal those of the oracle, and the running average converges."""
+"""Laws of values: outputs, gradients and statistics compared with the oracle; convergence of the running average."""
 
 import math
 
@@ -21,18 +21,18 @@ from jaxbn.testing._samples import (
     sample,
 )
 
-FORGOTTEN = 2.0**-22  # weight of the start in a running average that has converged
-ENOUGH = 2000  # batches at most; momentum 0.99 takes 1518 to forget its start
+FORGOTTEN = 2.0**-22  # weight of the initial value in a running average that has converged
+ENOUGH = 2000  # maximum number of batches; with momentum 0.99, 1518 are enough
 
 
 def moves(adapter: Adapter) -> bool:
-    """Says whether the running statistics ever leave their start."""
+    """Whether batches change the running statistics."""
     return adapter.momentum < 1 or adapter.debiased
 
 
 @law()
 def output_equals_oracle(adapter: Adapter) -> None:
-    """The output of training is that of the oracle in float64."""
+    """In training, the output equals that of the float64 oracle."""
     for shape in SHAPES:
         data = sample(shape)
         state = start(adapter, *data[:3])
@@ -44,7 +44,7 @@ def output_equals_oracle(adapter: Adapter) -> None:
 
 @law()
 def gradients_equal_oracle(adapter: Adapter) -> None:
-    """The gradients with respect to inputs, scale and bias are those of the oracle in float64."""
+    """The gradients with respect to inputs, scale and bias equal those of the float64 oracle."""
     for shape in SHAPES:
         data = sample(shape)
         state = start(adapter, *data[:3])
@@ -56,7 +56,7 @@ def gradients_equal_oracle(adapter: Adapter) -> None:
 
 @law()
 def running_statistics_equal_oracle(adapter: Adapter) -> None:
-    """The running statistics after one batch and after several are those of the oracle, by the declared conventions."""
+    """After one or several batches, the running statistics equal those of the oracle with the declared conventions."""
     for shape in SHAPES:
         batches = [sample(shape, mean=2 - t, std=1 + t, seed=t) for t in range(4)]
         state = start(adapter, *batches[0][:3])
@@ -72,7 +72,7 @@ def running_statistics_equal_oracle(adapter: Adapter) -> None:
 
 @law()
 def evaluation_equals_oracle(adapter: Adapter) -> None:
-    """Evaluation normalises with the running statistics, as the oracle does, and leaves them."""
+    """Evaluation normalizes with the running statistics, like the oracle, and does not change them."""
     for shape in SHAPES:
         data = sample(shape)
         state = start(adapter, *data[:3])
@@ -88,15 +88,15 @@ def evaluation_equals_oracle(adapter: Adapter) -> None:
 
 @law(moves)
 def evaluation_equals_training_on_constant_statistics(adapter: Adapter) -> None:
-    """Where every batch is the same, evaluation becomes what training is."""
+    """If all batches are the same, evaluation converges to training."""
     data = sample(SHAPES[0], std=ALIKE)
     state = start(adapter, *data[:3])
     batches = _until_converged(adapter)
     y = np.zeros(())
     for _ in range(batches):
         y, state = train(adapter, state, data.x)
-    # Even after so many batches a running average holds a little of its start, and so does that of the oracle.  With
-    # it, evaluation does not return y, but
+    # Even after so many batches, a running average still contains a small fraction of its initial value, and so does
+    # that of the oracle.  Evaluation with it does not return y, but
     #   scale * (x - running_mean) / running_std + bias = factor * (y - bias) + shift + bias
     mean, var, count = _oracle.moments(data.x)
     running_mean, running_var = running(adapter, [(mean, var, count)] * batches)
@@ -110,7 +110,7 @@ def evaluation_equals_training_on_constant_statistics(adapter: Adapter) -> None:
 
 @law(moves)
 def running_average_converges(adapter: Adapter) -> None:
-    """Where every batch is the same, the distance of the running statistics from it falls like momentum^t."""
+    """If all batches are the same, the distance between the running and the batch statistics decays like momentum^t."""
     data = sample(SHAPES[0], std=ALIKE)
     state = start(adapter, *data[:3])
     magnitude = magnitudes(adapter, data)
@@ -127,11 +127,11 @@ def running_average_converges(adapter: Adapter) -> None:
         left = 0 if adapter.debiased else adapter.momentum**number
         distance = statistics(adapter, state) - batch
         expected = left * (initial - batch)
-        require_statistics(f"less the batch's, after {number}", distance, expected, magnitude, rounding=rounding)
+        require_statistics(f"minus that of the batch, after {number}", distance, expected, magnitude, rounding=rounding)
 
 
 def _until_converged(adapter: Adapter) -> int:
-    """Returns the number of batches after which the running average has forgotten its start, or `ENOUGH`."""
+    """Returns the number of batches after which the weight of the initial values is `FORGOTTEN`; `ENOUGH` at most."""
     if adapter.debiased or adapter.momentum in (0, 1):
         return 2
     batches = math.ceil(math.log(FORGOTTEN) / math.log(adapter.momentum))
@@ -139,5 +139,5 @@ def _until_converged(adapter: Adapter) -> int:
 
 
 def _noise(adapter: Adapter) -> float:
-    """Bounds the distance of a float32 average of constants from them: steps below half a unit of rounding are lost."""
+    """Bounds the error of a float32 running average of a constant: updates below half a unit of rounding are lost."""
     return 2 * EPS / (1 - adapter.momentum) if adapter.momentum < 1 else 0.0

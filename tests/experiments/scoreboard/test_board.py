@@ -25,7 +25,7 @@ def committed():
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Lets a test say which peers break the laws; the others keep them, but for two that cannot be judged."""
+    """The peers that break the laws, which a test adds; torch and keras cannot be tested, and the others break none."""
     broken = set()
 
     def judge(peer, laws):
@@ -93,7 +93,7 @@ def test_fault_shows_without_this_library_as_the_readme_says(committed, path):
     assert board.run_fault(path) in committed["faults"]
 
 
-def test_every_failure_has_the_line_that_repeats_it(committed):
+def test_every_failure_has_the_command_that_reproduces_it(committed):
     text = board.readme(FOLDER)
     for line in committed["lines"]:
         command = f"`python -m experiments scoreboard --peers {line['peer']} --laws {line['law']}`"
@@ -101,14 +101,14 @@ def test_every_failure_has_the_line_that_repeats_it(committed):
 
 
 @pytest.mark.slow
-def test_peer_is_judged_in_a_process_of_its_own():
+def test_peer_is_tested_in_its_own_process():
     asked = ["gradient_sums_to_zero", "batch_masked_everywhere"]
     lines = board.judge("flax-linen", asked)
     assert [line["law"] for line in lines] == asked
     assert [line["outcome"] for line in lines] == ["holds", "broken"] and "not finite" in lines[1]["detail"]
 
 
-def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
+def test_crash_breaks_one_law_and_the_next_process_continues(monkeypatch):
     calls = []
 
     def crash_at_the_second(command, **_):
@@ -127,7 +127,7 @@ def test_crash_costs_one_law_and_the_next_process_goes_on(monkeypatch):
 
 
 @pytest.mark.parametrize("status", [1, 0])
-def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_law(monkeypatch, status):
+def test_process_that_ends_without_an_adapter_breaks_no_law(monkeypatch, status):
     calls = []
 
     def end(command, **_):
@@ -143,7 +143,7 @@ def test_process_that_ends_without_an_adapter_is_said_of_the_peer_and_breaks_no_
 
 
 @pytest.mark.slow
-def test_error_while_an_adapter_is_made_is_seen_from_the_other_process():
+def test_error_in_making_an_adapter_is_reported_by_the_parent_process():
     (line,) = board.judge("nobody", [LAW])  # nobody is no peer
     assert line["outcome"] == "could not be made" and line["detail"].endswith("KeyError: 'nobody'")
 
@@ -153,8 +153,8 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
         raise ModuleNotFoundError("haiku is not installed; pip install it.", name="haiku")
 
     monkeypatch.setitem(PEERS, "haiku", missing)
-    board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
-    line = json.loads((tmp_path / "found.jsonl").read_text())
+    board.judge_here(tmp_path / "outcomes.jsonl", "haiku", [LAW])
+    line = json.loads((tmp_path / "outcomes.jsonl").read_text())
     assert line == {
         "peer": "haiku",
         "law": LAW,
@@ -166,17 +166,17 @@ def test_missing_library_is_no_failure(monkeypatch, tmp_path):
 def test_error_in_an_adapter_is_not_taken_for_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setitem(PEERS, "haiku", lambda: __import__("jax.nonsense"))
     with pytest.raises(ModuleNotFoundError, match="nonsense"):
-        board.judge_here(tmp_path / "found.jsonl", "haiku", [LAW])
-    assert not (tmp_path / "found.jsonl").exists()
+        board.judge_here(tmp_path / "outcomes.jsonl", "haiku", [LAW])
+    assert not (tmp_path / "outcomes.jsonl").exists()
 
 
 @pytest.mark.parametrize(("broken", "status"), [((), 0), (("haiku",), 0), (("jaxbn-nnx", "haiku"), 1)])
-def test_exit_status_tells_of_this_library_alone(monkeypatch, judged, broken, status):
+def test_exit_status_depends_on_this_library_alone(monkeypatch, judged, broken, status):
     judged.update(broken)
     assert call(monkeypatch, "--laws", LAW) == status
 
 
-def test_failure_is_printed_with_the_line_that_repeats_it(monkeypatch, capsys, judged):
+def test_failure_is_printed_with_the_command_that_reproduces_it(monkeypatch, capsys, judged):
     judged.add("haiku")
     assert call(monkeypatch, "--peers", "jaxbn,haiku,torch", "--laws", f"{LAW},{OTHER}") == 0
     printed = capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_adapter_that_could_not_be_made_is_printed_once(monkeypatch, capsys, jud
     assert "keras breaks" not in printed
 
 
-def test_exit_status_tells_that_this_library_could_not_be_made(monkeypatch, judged):
+def test_exit_status_is_1_if_the_adapter_of_this_library_could_not_be_made(monkeypatch, judged):
     lines = [{"peer": "jaxbn", "law": LAW, "outcome": "could not be made", "detail": "ValueError: no."}]
     monkeypatch.setattr(board, "judge", lambda peer, laws: lines)
     assert call(monkeypatch, "--peers", "jaxbn", "--laws", LAW) == 1
@@ -253,4 +253,4 @@ def test_versions_of_all_peers_are_recorded():
 @pytest.mark.parametrize(("option", "kind"), [("--peers", "peer"), ("--laws", "law")])
 def test_unknown_name_is_an_error_in_a_sentence(monkeypatch, capsys, option, kind):
     assert call(monkeypatch, option, "nope") == 2
-    assert capsys.readouterr().err.startswith(f"Error: Unknown {kind} 'nope'; choose from ")
+    assert capsys.readouterr().err.startswith(f"Error: {kind}s must be a comma-separated list of ")

@@ -1,4 +1,4 @@
-"""The peers: an adapter does what its library does, and names the package to install if the library is missing."""
+"""The peers: an adapter behaves like its library, and names the package to install if the library is missing."""
 
 import functools
 import importlib.util
@@ -11,8 +11,8 @@ from experiments.scoreboard import peers
 from experiments.scoreboard.peers import LIBRARIES, OURS, PEERS
 from jaxbn.testing import LAWS, check_batch_norm, judge
 
-# What any batch norm keeps; an adapter that transposes, masks or converts wrongly breaks one of them.
-KEPT = (
+# Laws that every batch norm satisfies; an adapter that transposes, masks or converts wrongly breaks one of them.
+SATISFIED = (
     "output_equals_oracle",
     "evaluation_equals_oracle",
     "gradients_equal_oracle",
@@ -21,28 +21,30 @@ KEPT = (
     "statistics_of_masked_data",
     "split_over_devices",
 )
-NOT_KEPT = {("equinox", "running_statistics_equal_oracle"), ("equinox", "low_precision")}
+BROKEN = {("equinox", "running_statistics_equal_oracle"), ("equinox", "low_precision")}
 
 
 @functools.cache
 def adapter_of(peer):
-    if peer in LIBRARIES and not importlib.util.find_spec(peer):  # Keras is imported by its adapter, which sets it up
+    if peer in LIBRARIES and not importlib.util.find_spec(
+        peer
+    ):  # only the adapter may import Keras, since it sets the backend
         pytest.skip(f"{peer} is not installed")
     return PEERS[peer]()
 
 
 def forgotten(monkeypatch, peer):
-    """Has the module of an adapter imported again, and restores the present one at the end."""
+    """Makes the next call import the module of an adapter again; the end of the test restores the present module."""
     monkeypatch.setitem(sys.modules, f"{peers.__name__}.{peer}", None)
     del sys.modules[f"{peers.__name__}.{peer}"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", KEPT)
+@pytest.mark.parametrize("law", SATISFIED)
 @pytest.mark.parametrize("peer", PEERS)
-def test_adapter_shows_what_any_batch_norm_keeps(peer, law):
+def test_adapter_satisfies_the_laws_of_every_batch_norm(peer, law):
     adapter = adapter_of(peer)
-    if (peer, law) in NOT_KEPT:
+    if (peer, law) in BROKEN:
         assert judge(adapter, [law]).broken
     else:
         check_batch_norm(adapter, [law])
@@ -51,7 +53,7 @@ def test_adapter_shows_what_any_batch_norm_keeps(peer, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 @pytest.mark.parametrize("peer", OURS)
-def test_this_library_keeps_every_law(peer, law):
+def test_this_library_satisfies_every_law(peer, law):
     check_batch_norm(adapter_of(peer), [law])
 
 
@@ -62,9 +64,9 @@ def test_variance_of_equinox_is_off_by_what_its_average_started_from():
 
 
 @pytest.mark.slow
-def test_equinox_adds_up_half_precision_in_itself():
+def test_equinox_sums_half_precision_in_half_precision():
     finding = judge(adapter_of("equinox"), ["low_precision"]).findings[0]
-    # The gradient in the mean adds up 16,384 values. What comes first is as precise as it should be.
+    # The gradient in the mean adds up 16,384 values. The quantities that are checked before it are precise enough.
     assert finding.detail.startswith("dx of shape (64, 16, 16, 4) in bfloat16: error ")
 
 
