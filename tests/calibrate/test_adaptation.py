@@ -83,6 +83,7 @@ def test_a_blend_mixes_statistics_and_takes_the_rest_from_the_target():
     chex.assert_trees_all_equal(blended["params"], target["params"])
 
 
+@pytest.mark.slow
 def test_nnx_models_blend_like_linen_variables():
     source, target = NnxNet(), calibrate.layer_by_layer(NnxNet(), None, [X])
     before = jax.tree.map(np.array, stats_of(target))

@@ -97,6 +97,7 @@ def test_evaluation_uses_the_statistics_of_the_last_whole_step():
     chex.assert_trees_all_equal(after, stats)
 
 
+@pytest.mark.slow
 def test_half_precision_statistics_are_accumulated_in_float32_and_keep_their_dtype():
     given = jaxbn.init_stats(3, accumulate=PARTS, dtype=jnp.bfloat16)
     stats, _ = train(given, X[0], MASK[0])
@@ -157,6 +158,7 @@ def test_nnx_layer_under_jit_moves_once_a_step():
     chex.assert_trees_all_close((layer.mean[...], layer.var[...]), expected_after(2), **CLOSE)
 
 
+@pytest.mark.slow
 def test_parts_that_are_spread_over_devices_count_whole():
     stats = jaxbn.init_stats(3, accumulate=PARTS)
 

@@ -270,6 +270,7 @@ def test_steps_of_complex_inputs_scan_from_complex_statistics():
     assert (stats.mean.dtype, stats.var.dtype) == (jnp.complex64, jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [jaxbn.batch_normalize, pytest.param(jaxbn.shifted_normalize, marks=pytest.mark.slow)]
 )

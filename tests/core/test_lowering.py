@@ -144,7 +144,7 @@ def test_a_lowered_step_calls_no_code_of_one_platform(net, step):
     ("net", "step"),
     [
         ("linen", "train"),
-        ("nnx", "eval"),
+        pytest.param("nnx", "eval", marks=pytest.mark.slow),
         pytest.param("linen", "eval", marks=pytest.mark.slow),
         pytest.param("nnx", "train", marks=pytest.mark.slow),
     ],

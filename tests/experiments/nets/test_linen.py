@@ -118,7 +118,8 @@ def test_in_evaluation_the_other_images_of_a_batch_do_not_matter(narrow):
     np.testing.assert_array_equal(narrow.evaluate(narrow.x)[0], narrow.evaluate(others)[0])
 
 
-@pytest.mark.parametrize("net", ["cnn7", *(pytest.param(net, marks=pytest.mark.slow) for net in NETS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("net", NETS)
 def test_masked_images_change_neither_the_other_logits_nor_the_statistics(net):
     narrow = Narrow(net, "batch")
     module = linen_nets.build(Config(net=net, norm="batch", width=1 / 16), num_classes=7)
