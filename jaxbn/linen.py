@@ -190,7 +190,7 @@ class Affine(nn.Module):
     """A batch norm whose statistics have been merged into scale and bias: y = scale * x + bias.
 
     It is called like batch norm, and does the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
-    replaces trained batch norms by it.
+    replaces trained batch norms with it.
 
     >>> layer = jaxbn.linen.Affine()
     >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 3)))

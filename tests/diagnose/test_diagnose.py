@@ -1,4 +1,4 @@
-"""What `diagnose` does with its arguments, what it prints, and what it refuses."""
+"""The arguments of `diagnose`, its printed output, and its errors."""
 
 import re
 

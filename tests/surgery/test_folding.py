@@ -104,8 +104,8 @@ class NnxNet(nnx.Module):
         axes = np.atleast_1d(options.get("axis", -1))
         inputs_of = tuple(inputs(kind).shape[axis] for axis in axes) if "axis" in options else FEATURES
         self.linear = IN_NNX[layer](inputs_of, features, **options, use_bias=use_bias, rngs=nnx.Rngs(0))
-        normalised = np.atleast_1d(features)[-1] if before else FEATURES
-        self.norm = nnx.BatchNorm(int(normalised), use_running_average=True, rngs=nnx.Rngs(0))
+        normalized = np.atleast_1d(features)[-1] if before else FEATURES
+        self.norm = nnx.BatchNorm(int(normalized), use_running_average=True, rngs=nnx.Rngs(0))
         self.before = before
 
     def __call__(self, x):
