@@ -86,7 +86,7 @@ def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
 
 
 def scores_on_corruptions(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
-    """Measures loss and accuracy by corruption, strength, kind of statistics, and number of images that they come from."""
+    """Measures loss and accuracy by corruption, strength, kind of statistics, and their number of images."""
     net = linen_nets.build(config, len(dataset.class_names))
     half = len(dataset.test_images) // 2
     tested, labels = dataset.test_images[:half][:TESTED], dataset.test_labels[:half][:TESTED]

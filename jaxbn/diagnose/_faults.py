@@ -301,10 +301,10 @@ def _shifted(layers: list[LayerSummary]) -> list[Finding]:
         "{ratio:.2f} times the running variance, so the output is off by {gap:.2f} standard deviations ({error:.2f} "
         "would be chance); most of all in {worst}, by {most:.2f}.",
         "check that these batches are a fair sample (of all classes, for example), preprocessed as in training. If the "
-        "model will be used on such data, recompute the statistics on them: with jaxbn.calibrate.layer_by_layer (AdaBN), "
-        "or with jaxbn.calibrate.blend where they are few. If these are the training data, the weights have changed "
-        "since the averages were taken (averaged weights, fine-tuning, pruning, a large learning rate): measure the "
-        "statistics on them in that case too.",
+        "model will be used on such data, recompute the statistics on them: with jaxbn.calibrate.layer_by_layer "
+        "(AdaBN), or with jaxbn.calibrate.blend if there are few. If these are the training data, the weights have "
+        "changed since the averages were taken (averaged weights, fine-tuning, pruning, a large learning rate): "
+        "recompute the statistics on them in that case too.",
         words={"first": name_of(first.path), "worst": name_of(worst.path)},
         shift=first.shift,
         ratio=first.ratio,
