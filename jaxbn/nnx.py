@@ -276,7 +276,7 @@ class Affine(nnx.Module):
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
           use_running_average: accepted for compatibility, without effect.
-          mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+          mask: booleans that broadcast to ``x``; masked values that are not finite count as 0.
 
         Returns:
           y, shape [..., C].

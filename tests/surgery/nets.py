@@ -1,4 +1,4 @@
-"""The nets on which operations are tested, in linen and nnx, and what each operation makes of them."""
+"""Networks on which operations are tested, in linen and nnx, and all operations."""
 
 import functools
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A run that starts from a trained net: what it takes over, what is new, and what its batch norms do then."""
+"""Runs that start from a trained network: variables that are kept, new variables, and the mode of the batch norms."""
 
 import functools
 
