@@ -59,7 +59,7 @@ def fold(
     check_operable(before, norms, sample, call)
     new_layers: dict[str, NewLayer] = {}
     kept: dict[str, str] = {}
-    # Kernels and biases of layers that have taken in batch norms; one layer may do so on both sides.
+    # Kernels and biases of layers that have absorbed batch norms; one layer may do so on both sides.
     folded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path in select(norms, layers):
         try:

@@ -1,4 +1,4 @@
-"""Each kind of linear layer takes in a batch norm on either side, where that is exact."""
+"""Each kind of linear layer absorbs a batch norm on either side, where that is exact."""
 
 import functools
 import itertools
@@ -184,7 +184,7 @@ def test_padding_decides_and_not_the_size_of_the_sample():
 
 
 class Chain(nn.Module):
-    """Batch norm, dense, batch norm: the layer in the middle takes in both."""
+    """Batch norm, dense, batch norm: the layer in the middle absorbs both."""
 
     @nn.compact
     def __call__(self, x):
