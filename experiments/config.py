@@ -121,7 +121,7 @@ class Config:
         if different := [name for name in alike if getattr(self, name) != getattr(start, name)]:
             raise ValueError(f"start must be a run with the same {' and '.join(different)}.")
         if start.data == "digits" and self.data != "digits":
-            raise ValueError(f"start must be a run on color images for data={self.data!r}, got one on grey digits.")
+            raise ValueError(f"start must be a run on color images for data={self.data!r}, got one on gray digits.")
 
     def with_seed(self, seed: int) -> Self:
         """Returns a copy with another seed, also in the run it starts from."""
@@ -261,7 +261,7 @@ def _has_groups(config: Config) -> bool:
 def _in_words(name: str, value: Any) -> str:
     """Returns the value of a field as a reader expects it in a sentence."""
     if value is None:
-        return "all" if name in ("train_images", "classes") else "none" if name == "start" else "as published"
+        return "all" if name in ("train_images", "classes") else "none" if name == "start" else "the published value"
     if name == "start":
         return "another run"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

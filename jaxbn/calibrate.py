@@ -1,11 +1,11 @@
 """Population statistics of a trained model, measured on data: precise batch norm, and AdaBN on another domain.
 
 Running averages lag behind the weights, and are wrong for weights that were averaged and for data that have shifted.
-The functions here measure the statistics again, and change nothing else.
+The functions here recompute the statistics on data, and change nothing else.
 
 ``model`` is a linen module with its ``variables``, or an nnx module with None in their place.  ``call(module, batch)``
 evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``; only the batch norms (Flax's or
-ours, at any depth, under remat and jit) compute something else in it.  ``mask(batch)`` returns booleans [n], the
+ours, at any depth, under remat and jit) behave differently during this call.  ``mask(batch)`` returns booleans [n], the
 examples that count, for models that do not pass masks to their layers; if a model does, a position counts if both masks
 are True there.  Programs are compiled once for each ``call`` and ``mask``, so define these once, outside of loops.  A
 ``frozen`` layer normalizes with its running statistics, and keeps them.
@@ -69,7 +69,7 @@ def measure(
       call: how the model evaluates a batch.
       mask: which examples of a batch count; None: all.
       axis_name: name or names of the device axes that the batch is spread over, under shard_map, pmap or vmap; those of
-        the layers are ignored.  Under jit a sharded batch needs none.
+        the layers are ignored.  Not needed for a batch sharded under jit.
       use_running_average: True: each layer normalizes with its running statistics, so that deeper layers see what they
         see in evaluation; False: with this batch, as in training.
 
@@ -96,7 +96,7 @@ def one_pass(
     mask: Mask | None = None,
     use_running_average: bool = False,
 ) -> Any:
-    """Replaces the running statistics by those of the data, read once: precise batch norm.
+    """Replaces the running statistics with those of the data, read once: precise batch norm.
 
     mean = sum_i n_i mean_i / n,  var = sum_i n_i (var_i + (mean_i - mean)^2) / n, with n_i values in batch i.
 
@@ -104,7 +104,7 @@ def one_pass(
     statistics of batches of this size.  With ``use_running_average=True`` it normalizes with its running statistics:
     the result does not depend on how the data are split, and is exact for layers with no batch norm before them.
 
-    After averaging weights (SWA, EMA), whose statistics were never measured:
+    After averaging weights (SWA, EMA), which have no statistics of their own yet:
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> batches = [jnp.array([[1., 2.], [3., 5.]]), jnp.array([[0., 1.], [2., 2.], [4., 0.]])]
@@ -114,13 +114,13 @@ def one_pass(
 
     Differs from torch.optim.swa_utils.update_bn in:
       1. Batches are weighted by their counts, and the variance includes the spread of their means.
-      2. Everything else is in evaluation mode: dropout is off.
+      2. All other layers are in evaluation mode; dropout, for example, is off.
 
     Args:
       model: a linen or nnx module.
       variables: of a linen module, with ``batch_stats``; None for an nnx module.
-      batches: an iterable of batches, or a function that returns one.  Each new shape of a batch is compiled:
-        :func:`jaxbn.pad_batch` fills up a smaller last one, and ``mask`` leaves out the padding.
+      batches: an iterable of batches, or a function that returns one.  Every batch shape is compiled separately; use
+        :func:`jaxbn.pad_batch` to pad a smaller last batch, and ``mask`` to exclude the padding.
       call: how the model evaluates a batch.
       mask: which examples of a batch count; None: all.
       use_running_average: whether layers normalize with their running statistics instead of the batch.
@@ -160,13 +160,13 @@ def layer_by_layer(
     call: CallModel = call_model,
     mask: Mask | None = None,
 ) -> Any:
-    """Replaces the running statistics by those of the data, so that deeper layers see calibrated inputs: exact.
+    """Replaces the running statistics with the exact ones of the data, one level of layers at a time.
 
-    The result is what a training-mode forward pass of all the data as one batch would measure, however they are split.
-    Each call of a layer is normalized with the moments of its own inputs over all the data while deeper ones are
-    measured; a layer that is called several times stores the combination of its calls.  Calls that do not depend on
-    each other are measured in the same pass: the data are read as often as there are batch norms on the longest path
-    through the model, 19 times for ResNet-20.
+    The result is what a training-mode forward pass of all the data as one batch would measure, no matter how they are
+    split into batches.  Each call of a layer is normalized with the moments of its own inputs over all the data while
+    deeper ones are measured; a layer that is called several times stores the combination of its calls.  Calls that do
+    not depend on each other are measured in the same pass: the data are read as often as there are batch norms on the
+    longest path through the model, 19 times for ResNet-20.
 
     On data of another domain this is AdaBN, and :func:`blend` goes part of the way:
 
@@ -230,7 +230,7 @@ def layer_by_layer(
 
 
 def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
-    """Mixes the running statistics of a source and a target domain, for targets of few examples.
+    """Mixes the running statistics of a source and a target domain, for a target domain with few examples.
 
     mean = w mean_s + (1 - w) mean_t,  var = w var_s + (1 - w) var_t, where w = N / (N + n) for n target examples and a
     source that is worth N.
@@ -246,7 +246,7 @@ def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
       source_weight: w, in [0, 1].
 
     Returns:
-      The variables, or a copy of the nnx module: the target's in all but ``mean`` and ``var``.
+      A copy of ``target`` with blended ``mean`` and ``var``.
 
     Raises:
       ValueError: for different models, or a weight outside [0, 1].
@@ -321,7 +321,7 @@ def _check_usable(path: str, *moments: Moments) -> None:
     for mean, var, count in moments:
         if not (count > 0).all():
             raise ValueError(
-                f"{(count == 0).sum()} of the {count.size} features of {path} have no value behind them, but at least "
+                f"{(count == 0).sum()} of the {count.size} features of {path} have no values, but at least "
                 "one example must count; check the mask, or pass more batches."
             )
         wrong = ~(np.isfinite(mean) & np.isfinite(var))

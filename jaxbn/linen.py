@@ -190,7 +190,7 @@ class Affine(nn.Module):
     """A batch norm whose statistics have been merged into scale and bias: y = scale * x + bias.
 
     It is called like batch norm, and does the same in training and evaluation.  :func:`jaxbn.surgery.to_affine`
-    replaces trained batch norms by it.
+    replaces trained batch norms with it.
 
     >>> layer = jaxbn.linen.Affine()
     >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((8, 3)))
@@ -226,7 +226,7 @@ class Affine(nn.Module):
         Args:
           x: inputs, shape [..., C]; floating-point or complex.
           use_running_average: accepted for compatibility, without effect.
-          mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+          mask: booleans that broadcast to ``x``; masked values that are not finite count as 0.
 
         Returns:
           y, shape [..., C].

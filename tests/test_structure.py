@@ -140,7 +140,7 @@ PUBLIC_MODULES = [module.name for module in pkgutil.iter_modules(jaxbn.__path__)
 
 @pytest.fixture(scope="module")
 def fresh_interpreter():
-    """What `import jaxbn` loads in a new interpreter, and the modules that its attributes are."""
+    """The modules that `import jaxbn` loads in a new interpreter, and those that are its attributes."""
     program = f"""if True:
         import json, sys, jaxbn
         loaded = sorted({{name.split(".")[0] for name in sys.modules}})

@@ -174,7 +174,7 @@ def _result(folder: Path, status: int | None, late: str | None) -> Compiled:
     optimized, assigned = sorted(folder.glob(OPTIMIZED)), sorted(folder.glob(BUFFERS))
     if optimized and assigned and not failed and not late:
         text = optimized[0].read_text(encoding="utf-8")
-        if text.rstrip().endswith("}"):  # complete, although the process may have crashed afterwards
+        if text.rstrip().endswith("}"):  # complete, although the process may have crashed afterward
             return Compiled(text, **buffers(assigned[0].read_text(encoding="utf-8")))
     if late:
         reason = late

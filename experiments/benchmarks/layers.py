@@ -120,7 +120,7 @@ def _print_once(line: str) -> None:
 
 
 def faster_of_pytorch(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Replaces PyTorch's two ways of waiting by the one with the smaller median."""
+    """Replaces PyTorch's two ways of waiting with the one with the smaller median."""
     of_pytorch = [values for name, values in seconds.items() if name.startswith(PYTORCH)]
     others = {name: values for name, values in seconds.items() if not name.startswith(PYTORCH)}
     return others | ({PYTORCH: min(of_pytorch, key=statistics.median)} if of_pytorch else {})

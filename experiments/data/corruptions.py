@@ -2,11 +2,11 @@
 
 Convention: every function takes images, uint8 [n, height, width, channels], a strength from 1 to 5 and a seed, and
 returns images of the same shape and dtype; the same arguments give the same images. Only noise uses the seed. Images of
-one channel are grey.
+one channel are gray.
 
 Differs from CIFAR-10-C in:
   1. Noise and blur have the published sizes on images of any size. On 16x16 images, both are about twice as strong as
-     on 32x32 images that are reduced afterwards: averaging blocks of 2x2 pixels halves the noise and the blur's width.
+     on 32x32 images that are reduced afterward: averaging blocks of 2x2 pixels halves the noise and the blur's width.
   2. Gaussian blur is one of its extra corruptions, not among the 15 in its mean.
   3. Values are rounded to integers, not truncated.
 
@@ -59,7 +59,7 @@ def brightness(images: np.ndarray, strength: int, *, seed: int = 0) -> np.ndarra
     value = x.max(-1, keepdims=True)
     brighter = np.minimum(value + added, 1)
     divisor = np.where(value > 0, value, 1)
-    ratios = np.where(value > 0, x / divisor, 1)  # black has no hue and becomes grey
+    ratios = np.where(value > 0, x / divisor, 1)  # black has no hue and becomes gray
     return _to_uint8(ratios * brighter)
 
 

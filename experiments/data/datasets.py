@@ -56,7 +56,7 @@ def load(
         pixels are repeated to enlarge them.
       train_images: keep this many training images, the first in the fixed order. None: all.
       classes: keep only these classes, renumbered in this order. None: all.
-      channels: repeat grey images over this many channels. None: leave them as they are, 1 or 3.
+      channels: repeat gray images over this many channels. None: leave them as they are, 1 or 3.
       data_dir: the folder that holds `cifar-10-batches-py`, or that folder itself. None: see `find_cifar10`.
       download: whether to download CIFAR-10 (170 MB, once) if it is not found.
 
@@ -168,13 +168,13 @@ def _digits() -> Dataset:
 
 
 def _with_channels(images: np.ndarray, channels: int | None) -> np.ndarray:
-    """Repeats grey images over `channels` channels."""
+    """Repeats gray images over `channels` channels."""
     if channels in (None, images.shape[-1]):
         return images
     if images.shape[-1] != 1:
         raise ValueError(
             f"channels must be None or {images.shape[-1]} for images of {images.shape[-1]} channels, got {channels}. "
-            "Only grey images can be repeated."
+            "Only gray images can be repeated."
         )
     return images.repeat(channels, axis=-1)
 

@@ -34,6 +34,7 @@ from jaxbn.linen import BatchNorm
 
 AXIS = distributed.AXIS
 ARMS = {"per device": None, "synchronised": AXIS}  # axis_name of the layers
+SHOWN = {"per device": "per device", "synchronised": "synchronized"}  # stored measurements have the British spelling
 COLORS = {"per device": "#D55E00", "synchronised": "#0072B2"}
 PER_DEVICE = (2, 4, 8, 32)  # images
 CHANNELS = (8, 16, 32)
@@ -174,7 +175,8 @@ def measure(arm: str, per_device: int, dataset: Dataset, mesh: Mesh, console: Co
         }
         rows.append(row)
         console.print(
-            f"{per_device} images per device, {arm}, seed {seed}: test accuracy {100 * row['test_accuracy']:.1f} %",
+            f"{per_device} images per device, {SHOWN[arm]}, seed {seed}: "
+            f"test accuracy {100 * row['test_accuracy']:.1f} %",
             highlight=False,
         )
     return rows
@@ -253,7 +255,7 @@ def table(measured: dict) -> Table:
         for arm in ARMS:
             printed.add_row(
                 str(n),
-                arm,
+                SHOWN[arm],
                 spread(100 * values(measured, arm, n, "test_accuracy")).text(),
                 spread(values(measured, arm, n, "spread_of_mean")).text(3),
                 spread(100 * values(measured, arm, n, "spread_of_var")).text(),
@@ -276,7 +278,7 @@ def plot(measured: dict) -> Figure:
     def lines(name: str, factor: float) -> list[plots.Line]:
         x = np.array(measured["header"]["config"]["per_device"])
         by_arm = {arm: np.stack([factor * values(measured, arm, n, name) for n in x], axis=1) for arm in ARMS}
-        return [plots.Line(arm, x, y, COLORS[arm]) for arm, y in by_arm.items()]
+        return [plots.Line(SHOWN[arm], x, y, COLORS[arm]) for arm, y in by_arm.items()]
 
     label = "images per device"
     return plots.draw(

@@ -275,7 +275,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _numbers(value):
-    """Replaces None by NaN, everywhere in a value: the inverse of `_finite`, except that infinities become NaN."""
+    """Replaces None with NaN, everywhere in a value: the inverse of `_finite`, except that infinities become NaN."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -284,7 +284,7 @@ def _numbers(value):
 
 
 def _finite(value):
-    """Replaces every number that is not finite by None, since JSON has no such numbers."""
+    """Replaces every number that is not finite with None, since JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -207,7 +207,7 @@ def _precisely(net: nn.Module, *arguments) -> _Gradients:
 def _gradients(net: nn.Module, variables: dict, images: jax.Array, key: jax.Array, is_layer: jax.Array) -> _Gradients:
     """Differentiates a random linear function of one layer's normalized output.
 
-    The gradient of the loss would not do: it depends on the activation functions behind the layer, too, whose slopes
+    The gradient of the loss is not suitable: it also depends on the activation functions after the layer, whose slopes
     jump where rounding changes the sign of an output. Which layer it is, is an array, so that a single compiled program
     serves all layers.
     """

@@ -1,8 +1,8 @@
-"""Is the regularising noise in the statistics?
+"""Does the noise of batch statistics regularize?
 
 Command: python -m experiments run batch_noise --preset small
 
-Time: sized for six minutes on 2 CPU cores (small); measured: {time}
+Time: planned for six minutes on 2 CPU cores (small); measured: {time}
 
 Published: Computing statistics over small groups within a large batch closes part of the generalization gap between
 large and small batches (Hoffer et al. 2017). Batch norm amounts to normalization by population statistics plus a

@@ -2,7 +2,7 @@
 
 Command: python -m experiments run batch_sizes --preset small
 
-Time: sized for 8 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 8 minutes on 2 CPU cores (small); measured: {time}
 
 Published: On CIFAR-10 with the Inception network, learning rate 0.01, and 5, 10, 50, 100 and 250 images per batch: best
 validation accuracy in 30 epochs ~92, ~92, ~91, ~90 and ~87 % with batch norm and ~85, ~87, ~84, ~79 and ~66 % without;

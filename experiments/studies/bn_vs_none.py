@@ -1,8 +1,8 @@
-"""Does batch norm train the Inception net faster and better?
+"""Does batch norm train the Inception network faster and better?
 
 Command: python -m experiments run bn_vs_none --preset small
 
-Time: sized for a quarter of an hour on 2 CPU cores (small); measured: {time}
+Time: planned for a quarter of an hour on 2 CPU cores (small); measured: {time}
 
 Published: On CIFAR-10 at 32x32, best validation accuracy in 30 epochs is ~87 % with batch norm and ~66 % without, in
 ~43 and ~34 minutes (read off a bar chart). The author concludes that batch norm gives higher accuracy, faster training

@@ -1,11 +1,11 @@
-"""What if the test data is shifted?
+"""What if the test data are shifted?
 
 Command: python -m experiments run domain_shift --preset small
 
-Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 4 minutes on 2 CPU cores (small); measured: {time}
 
-Published: Li et al. (2016) replace the statistics of a trained network by those of the target domain (AdaBN), and gain
-accuracy on domain adaptation benchmarks; no numbers are published for CIFAR-10. On ImageNet-C, statistics of the
+Published: Li et al. (2016) replace the statistics of a trained network with those of the target domain (AdaBN), and
+gain accuracy on domain adaptation benchmarks; no numbers are published for CIFAR-10. On ImageNet-C, statistics of the
 corrupted images lower the mean corruption error of ResNet-50 from 76.7 % to 62.2 % (Schneider et al. 2020). Corruptions
 and strengths are those of Hendrycks and Dietterich (2019): Gaussian noise, contrast and brightness are among the 15 in
 that mean; Gaussian blur is one of their additional ones.
@@ -71,7 +71,7 @@ SETUP = {
     "small": (
         "The published network and protocol, except for "
         f"{runs('small')['batch'].differences(runs('full')['batch'])}. {SHARED}: on 16x16 pixels both are about twice "
-        "as strong as on 32x32 ones whose size is halved afterwards. Nothing was tuned."
+        "as strong as on 32x32 ones whose size is halved afterward. Nothing was tuned."
     ),
     "full": f"The published network and protocol. {SHARED}.",
 }
@@ -86,7 +86,7 @@ def fit(config: Config, dataset: Dataset, **options) -> loop.Trained:
 
 
 def scores_on_corruptions(config: Config, dataset: Dataset, variables: dict) -> list[dict]:
-    """Measures loss and accuracy by corruption, strength, kind of statistics, and number of images behind these."""
+    """Measures loss and accuracy by corruption, strength, kind of statistics, and their number of images."""
     net = linen_nets.build(config, len(dataset.class_names))
     half = len(dataset.test_images) // 2
     tested, labels = dataset.test_images[:half][:TESTED], dataset.test_labels[:half][:TESTED]

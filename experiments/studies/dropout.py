@@ -1,8 +1,8 @@
-"""Does batch norm regularise as dropout does, and do both together help?
+"""Does batch norm regularize like dropout, and do both help together?
 
 Command: python -m experiments run dropout --preset small
 
-Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 4 minutes on 2 CPU cores (small); measured: {time}
 
 Published: On a part of CIFAR-10, with a simple network trained for 50 epochs until it overfits, final validation
 accuracy is ~34 % with neither, ~32 % with half of the features dropped, and ~30 % with batch norm, which has the

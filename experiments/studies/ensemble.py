@@ -1,8 +1,8 @@
-"""How many errors does an ensemble of batch-norm nets remove?
+"""How many errors does an ensemble of networks with batch norm remove?
 
 Command: python -m experiments run ensemble --preset small
 
-Time: sized for six minutes on 2 CPU cores (small); measured: {time}
+Time: planned for six minutes on 2 CPU cores (small); measured: {time}
 
 Published: On ImageNet, one Inception network with batch norm has a top-5 validation error of 5.82 %; six of them, with
 their probabilities averaged, have 4.9 %, so that 16 % of the error is removed. Both are means over 144 crops of an

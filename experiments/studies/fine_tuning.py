@@ -1,8 +1,8 @@
-"""Train, freeze, or make affine the batch norms when fine-tuning?
+"""Should batch norms be trained, frozen or made affine in fine-tuning?
 
 Command: python -m experiments run fine_tuning --preset small
 
-Time: sized for 9 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 9 minutes on 2 CPU cores (small); measured: {time}
 
 Published: No numbers. Common advice: freeze batch norm if the data set to fine-tune on is small and differs from the
 one used for pre-training, or if batches are too small for good statistics; with a large data set and long training, or
@@ -15,9 +15,9 @@ batch size 64 (with affine maps, {affine_small_far}). On the large targets at ba
 batch norms than with frozen ones. {verdict}.
 
 Agreement: Agrees in part ((3) holds, (1) and (2) are not shown): on large data sets there is no need to freeze, as
-advised. But where freezing is advised, on the small far data set and at small batches, trained batch norms end clearly
-higher too. Networks with frozen ones are trained at a tenth of the learning rate, chosen on the large near target, and
-fit the small data sets less well.
+advised. But where freezing is advised, on the small far data set and at small batches, trained batch norms also end
+clearly higher. Networks with frozen ones are trained at a tenth of the learning rate, chosen on the large near target,
+and fit the small data sets less well.
 
 Refuted if: (1) at batch size 4, frozen batch norms do not end above trained ones; (2) on the small far target at batch
 size 64, they do not either; (3) on the large targets at batch size 64, trained batch norms end more than 1 point below
@@ -41,7 +41,7 @@ SIZES = {  # the large one is the size of the digits data set
     "large": {"train_images": 1_400, "epochs": 5, "lr_decay_epochs": 4},
 }
 BATCHES = (4, 64)
-MARGIN = 1.0  # points that training may lose where freezing is said not to be needed
+MARGIN = 1.0  # points that training may lose where freezing is commonly held to be unnecessary
 AVERAGED = 640  # images over which running statistics average, at either batch size
 RATES = {"trained": 0.03, "frozen": 0.003, "affine": 0.003}  # at the largest batch, and proportional to the batch
 SMALL_BATCH, LARGE_BATCH = BATCHES

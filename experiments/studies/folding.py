@@ -1,8 +1,8 @@
-"""What does fusing batch norm into the convolution buy, and what does it cost?
+"""What does folding batch norm into the convolution save, and at what cost?
 
 Command: python -m experiments run folding --preset small
 
-Time: sized for 3 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 3 minutes on 2 CPU cores (small); measured: {time}
 
 Published: No numbers. At inference, batch norm is a fixed affine map, which the preceding convolution can absorb; this
 is commonly said to save time and to leave the outputs unchanged.
@@ -16,7 +16,7 @@ image takes clearly less time with every network. With a batch of 100 images, th
 other two save nothing for certain.
 
 Refuted if: (1) an output differs by more than 0.00001 of the largest one; (2) a test accuracy changes by more than 0.05
-points; (3) one of the networks is not faster afterwards, with a batch of 1 or with one of 100.
+points; (3) one of the networks is not faster afterward, with a batch of 1 or with one of 100.
 """
 
 import itertools

@@ -1,8 +1,8 @@
-"""Does batch norm forgive a bad start?
+"""Does batch norm make up for a bad initialization?
 
 Command: python -m experiments run initialization --preset small
 
-Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 4 minutes on 2 CPU cores (small); measured: {time}
 
 Published: On CIFAR-10, a 7-layer CNN whose weights are initialized from U(-0.001, 0.001) does not train at all without
 batch norm: its pre-activations shrink to about 1e-11 in the last layer. Batch norm on the last layer alone, before the
@@ -111,8 +111,8 @@ SHARED = (
 )
 SETUP = {
     "small": "Seven layers with weights. The network and protocol of the full preset, except for "
-    f"{runs('small')['none'].differences(runs('full')['none'])}. One trial run of each arm with another seed, for the "
-    f"time. {SHARED}",
+    f"{runs('small')['none'].differences(runs('full')['none'])}. One trial run of each arm with another seed was "
+    f"used to set the duration. {SHARED}",
     "full": f"Not the published network, but the Inception network and its protocol: 55 layers with weights. {SHARED}",
 }
 

@@ -2,10 +2,10 @@
 
 Command: python -m experiments run internal_shift --preset small
 
-Time: sized for 7 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 7 minutes on 2 CPU cores (small); measured: {time}
 
-Published: Batch norm is said to reduce the change of the layers' input distributions, and thereby to speed up training
-(Ioffe and Szegedy 2015). Their means and variances it fixes almost by construction, except for scale and bias.
+Published: Ioffe and Szegedy (2015) argue that batch norm reduces the change of the layers' input distributions, and
+thereby speeds up training. It fixes their means and variances almost by construction, except for scale and bias.
 Santurkar, Tsipras, Ilyas and Madry (2018, in figures only) find that the change of a layer's gradient caused by the
 update of the layers below is no smaller with batch norm, as a distance (not divided by the gradient's length, as it is
 here) and as a cosine; that a network with noise after each batch norm shifts more than one without a norm and still
@@ -100,7 +100,7 @@ MEASURED_ON = (
 SETUP = {
     "small": "Seven layers with weights. The network and protocol of the full preset, except for "
     f"{runs('small')['batch'].differences(runs('full')['batch'])}. {MEASURED_ON} One trial run of each arm "
-    "with another seed, for the time, and to see that the network learns without a norm, too.",
+    "with another seed was used to set the duration, and to check that the network also learns without a norm.",
     "full": f"The Inception network and its published protocol on CIFAR-10. {MEASURED_ON}",
 }
 

@@ -2,7 +2,7 @@
 
 Command: python -m experiments run learning_rates --preset small
 
-Time: sized for 8 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 8 minutes on 2 CPU cores (small); measured: {time}
 
 Published: On CIFAR-10 with the Inception network, best validation accuracy in 30 epochs at the learning rates 0.00001,
 0.0001, 0.001, 0.01, 0.1, 1 and 10: with batch norm ~31, ~49, ~71, ~87, ~92, ~70 and ~10 %; without, ~66 % at 0.01 and

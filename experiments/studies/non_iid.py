@@ -2,7 +2,7 @@
 
 Command: python -m experiments run non_iid --preset small
 
-Time: sized for 6 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 6 minutes on 2 CPU cores (small); measured: {time}
 
 Published: On ImageNet, with batches of 32 that hold two images of each of 16 labels, as in metric learning, validation
 accuracy is ~67 % with batch norm and 78.5 % with batch renormalization; with i.i.d. batches it is 78.3 % with batch
@@ -18,7 +18,7 @@ which requires their labels, {batch_statistics}. {verdict}.
 Agreement: Agrees in part ((1) holds, (2), (3) and (4) are not shown): with half the classes batch norm loses nothing,
 where a clear loss was published; it falls behind only because group norm gains. Batch renormalization, with its limits
 open from the start, is then less accurate than batch norm, and so is batch norm with the statistics of test batches
-composed as in training. With one class, every norm loses much, batch norm most, and there both are more accurate than
+composed as in training. With one class, every norm loses a lot, batch norm the most; there, both are more accurate than
 batch norm with running statistics.
 
 Refuted if: (1) batches of half the classes cost batch norm, tested with running statistics, no more accuracy than group

@@ -2,7 +2,7 @@
 
 Command: python -m experiments run placement --preset small
 
-Time: sized for 4 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 4 minutes on 2 CPU cores (small); measured: {time}
 
 Published: No numbers. Ioffe and Szegedy (2015) put batch norm before the activation; others put it after, and it is a
 common view that it is better there. Fixing scale and bias at 1 and 0 is commonly said not to affect the network very
@@ -14,7 +14,7 @@ norm before the activation, {fixed_before} than with both learned, and at {after
 {fixed_after}. {verdict}.
 
 Agreement: Agrees: with batch norm after the activation, the network ends a little higher, as many say; fixing scale and
-bias changes next to nothing, as is said.
+bias changes next to nothing, as is commonly said.
 
 Refuted if: (1) the network does not end with a higher test accuracy if batch norm comes after the activation; (2) with
 batch norm before the activation, fixing scale and bias may change the accuracy by one or more points; (3) with batch

@@ -2,7 +2,7 @@
 
 Command: python -m experiments run population --preset small
 
-Time: sized for 5 minutes on 2 CPU cores (small); measured: {time}
+Time: planned for 5 minutes on 2 CPU cores (small); measured: {time}
 
 Published: Ioffe and Szegedy (2015) test with the statistics of the population, approximated by running averages over
 the steps of training. Wu and Johnson (2021) recompute them on training images once the weights are final ("precise"

@@ -1,4 +1,4 @@
-"""What a study is, and how its runs are trained and collected.
+"""Defines studies, and trains and collects their runs.
 
 A study is a module in `experiments.studies`, named after its question. It has
 

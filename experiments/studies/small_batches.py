@@ -2,11 +2,11 @@
 
 Command: python -m experiments run small_batches --preset small
 
-Time: sized for ten minutes on 2 CPU cores (small); measured: {time}
+Time: planned for ten minutes on 2 CPU cores (small); measured: {time}
 
 Published: For ResNet-50 on ImageNet, trained on 8 GPUs, the validation error of batch norm is 23.6 % at 32 images per
-GPU and 34.7 % at 2, and that of group norm 24.1 % at both; batch norm is said to need 32 images per worker (Wu and He
-2018). No numbers are published for CIFAR-10.
+GPU and 34.7 % at 2, and that of group norm 24.1 % at both; according to the authors, batch norm needs large batches,
+such as 32 images per worker (Wu and He 2018). No numbers are published for CIFAR-10.
 
 Finding: With batch norm, the network ends at {batch_32} % test accuracy at 32 images per device and at {batch_2} % at
 2, {batch_change}; with group norm, at {group_32} % and at {group_2} %, {group_change}. Small batches thus cost batch

@@ -1,8 +1,8 @@
-"""How many fewer steps does batch norm need to reach the best accuracy of the net without it?
+"""How many fewer steps does batch norm need to reach the best accuracy of the network without it?
 
 Command: python -m experiments run steps_to_accuracy --preset small
 
-Time: sized for eight minutes on 2 CPU cores (small); measured: {time}
+Time: planned for eight minutes on 2 CPU cores (small); measured: {time}
 
 Published: On ImageNet, Inception reaches its best accuracy of 72.2 % after 31.0 million steps; with batch norm it does
 so after 13.3 million, at 5 times the learning rate after 2.1 million (14 times fewer), and at 30 times the rate after

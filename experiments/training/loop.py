@@ -223,7 +223,7 @@ def _check_start(config: Config, start: dict | None) -> None:
 
 
 def _start_from(config: Config, start: dict, state: State, dataset: Dataset, mesh: Mesh) -> State:
-    """Replaces random initial variables by those of a trained network."""
+    """Replaces random initial variables with those of a trained network."""
     sample = dataset.train_images[:1].astype(np.float32) / 255
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
     moved = transfer.transplant(config, start, fresh, sample)

@@ -260,7 +260,7 @@ def affine(
       scale: factor per feature, shape [C]; None means 1.
       bias: shift per feature, shape [C]; None means 0.
       axis: feature axis or axes of ``x``.
-      mask: booleans that broadcast to ``x``; where False, a value that is not finite counts as 0.
+      mask: booleans that broadcast to ``x``; masked values that are not finite count as 0.
 
     Returns:
       y, shape [..., C].

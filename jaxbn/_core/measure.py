@@ -65,7 +65,7 @@ def measure(
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Replaces masked values that are not finite by 0.
+    """Replaces masked values that are not finite with 0.
 
     Left in place they would reach the outputs, and also the gradients: a cotangent of 0 times nan is nan.
     """

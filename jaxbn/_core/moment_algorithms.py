@@ -231,7 +231,7 @@ def combine(
     else:
         # A loop that runs once or not at all, in place of a conditional.  On a GPU, XLA executes both branches of a
         # conditional that look cheap, and selects.  They look cheap here, because the collective is only inserted when
-        # XLA partitions the program afterwards.
+        # XLA partitions the program afterward.
         _, (pivot, offset, square) = lax.while_loop(
             lambda state: state[0],
             lambda state: (jnp.zeros_like(cancels), about_mean(state[1][1])),

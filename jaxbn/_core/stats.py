@@ -49,7 +49,7 @@ class BatchStats(NamedTuple):
 
 
 class CountedStats(NamedTuple):
-    """Running statistics that count their batches, and so are not biased towards their initial values.
+    """Running statistics that count their batches, and so are not biased toward their initial values.
 
     Attributes:
       mean: shape [C].
@@ -113,7 +113,7 @@ def moments(
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
       axis: feature axis or axes of ``x``.
-      mask: booleans that broadcast to ``x``; False leaves a position out, even if it is nan or infinite.
+      mask: booleans that broadcast to ``x``; False excludes a position, even if it holds NaN or infinity.
       axis_name: name or names of the device axes to measure over, under shard_map, pmap or vmap.
       axis_index_groups: groups of device indices to measure over separately, as in :func:`jax.lax.psum`.
 
@@ -199,7 +199,7 @@ def init_stats(
 
     Args:
       features: number of features C, or the shape of the feature axes.
-      counted: also count the batches, for averages that are not biased towards 0 and 1; see :func:`update_stats`.
+      counted: also count the batches, for averages that are not biased toward 0 and 1; see :func:`update_stats`.
       accumulate: number of batches per optimizer step, and so per update of the statistics.
       dtype: dtype of the mean, complex64 for complex inputs; the variance has its real counterpart.
 

@@ -29,7 +29,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxbn._core import platforms
 
 # How many neighboring positions a CPU sums first, in a loop that XLA unrolls, with the features side by side.  XLA does
-# not unroll loops of more than 32, which makes them many times slower; short runs leave too much to sum afterwards.
+# not unroll loops of more than 32, which makes them many times slower; short runs leave too much to sum afterward.
 LONGEST_RUN = 16
 SHORTEST_RUN = 4
 

@@ -152,7 +152,7 @@ def batch_renormalize(
 
     y = scale * (r (x - mean)/sigma + d) + bias,  r = sigma / running sigma in [1/r_max, r_max],
     d = (mean - running mean) / running sigma in [-d_max, d_max],  sigma = sqrt(var + epsilon);
-    r and d are constants to differentiation.  r_max=1 and d_max=0 give batch norm, with which the paper starts
+    No gradient flows through r and d.  r_max=1 and d_max=0 give batch norm, with which the paper starts
     training before it relaxes the limits.
 
     >>> stats = jaxbn.BatchStats(mean=jnp.array([0.]), var=jnp.array([4.]))

@@ -52,7 +52,7 @@ class NormCall(NamedTuple):
         return y if dtype is None else y.astype(dtype)
 
     def without_arrays(self) -> Self:
-        """Replaces the arrays, which are tracers and must not outlive their trace, by shapes and dtypes."""
+        """Replaces the arrays, which are tracers and must not outlive their trace, with shapes and dtypes."""
         # The options are not arrays, but some have a shape, as NumPy dtypes do.
         return shapes(self._replace(options={}))._replace(options=self.options)
 

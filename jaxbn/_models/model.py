@@ -151,7 +151,7 @@ def is_one_of(layer: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def shapes(tree: Any) -> Any:
-    """Replaces the arrays of a pytree by their shapes and dtypes."""
+    """Replaces the arrays of a pytree with their shapes and dtypes."""
 
     def shape(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

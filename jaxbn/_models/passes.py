@@ -142,7 +142,7 @@ class CallToMeasure:
     so all but ``x`` is static.
 
     Attributes:
-      x: inputs, while the model is traced; None afterwards.
+      x: inputs, while the model is traced; None afterward.
       features: shape of the running mean.
       dtype: of the running mean.
       unbiased: whether the running variance is multiplied by m/(m - 1).

@@ -1,4 +1,4 @@
-"""Finds what is wrong with the batch norms of a model, on some batches: a table of layers, and findings in words.
+"""Diagnoses the batch norms of a model on some batches: a table of all layers, and a list of problems in words.
 
 ``model`` is a linen module with its ``variables``, or an nnx module, with None for ``variables``.
 ``call(module, batch)`` says how the model evaluates a batch, as in

@@ -1,4 +1,4 @@
-"""The diagnosis of a model: a table of its layers, and what is wrong with them."""
+"""The diagnosis of a model: a table of its layers, and a list of problems."""
 
 import math
 import textwrap
@@ -19,7 +19,7 @@ COLUMNS = ("layer", "features", "values", "gap", "alone", "shift", "ratio", "noi
 LEFT = ("layer", "notes")  # columns that are aligned to the left
 WIDTH = 120  # characters in a line of text
 LEGEND = (
-    "values: number of values behind a feature in a batch. gap: how far the output in evaluation is from the output "
+    "values: number of values per feature in a batch. gap: how far the output in evaluation is from the output "
     "with the moments of these data, in its standard deviations. alone: how far it is from training with these "
     "batches, for this layer alone. shift, ratio: mean and variance of the data relative to the running statistics, in "
     "standard deviations and as a factor. noise: error of the mean of a batch, in standard deviations. excess: "
@@ -28,11 +28,11 @@ LEGEND = (
 
 
 class Diagnosis(NamedTuple):
-    """What was measured, and what it says; ``print`` shows both.
+    """The measurements and findings; ``print`` shows both.
 
     Attributes:
       layers: the figures of each batch norm, in the order in which they are first called.
-      findings: what is wrong, causes before their effects; empty for a healthy model.
+      findings: the problems, causes before their effects; empty for a healthy model.
     """
 
     layers: list[LayerSummary]
@@ -65,13 +65,13 @@ def diagnose(
     mask: Callable[[Any], ArrayLike] | None = None,
     devices: int = 1,
 ) -> Diagnosis:
-    """Looks for what is wrong with the batch norms of a model on these batches.
+    """Diagnoses the batch norms of a model on some batches.
 
     It finds a train flag that was left on, running statistics or batches that are not finite, statistics that were
     never updated, averages that have not converged, too few values per feature in a batch or on each device, batches
-    that are not independent samples (such as sorted ones), dead features, and inputs that have shifted against the
-    running statistics.  What cannot be told from so few batches is left out.  Training is assumed to normalize with the
-    batch, or with the groups of ``jaxbn.ghost_normalize``; ``alone`` assumes whole batches.
+    that are not independent samples (such as sorted ones), dead features, and inputs that have shifted away from the
+    running statistics.  Problems that so few batches cannot show are not reported.  Training is assumed to normalize
+    with the batch, or with the groups of ``jaxbn.ghost_normalize``; ``alone`` assumes whole batches.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
     >>> batches = [jax.random.normal(key, (64, 2)) for key in jax.random.split(jax.random.key(0), 4)]
@@ -86,12 +86,12 @@ def diagnose(
     Args:
       model: a linen or nnx module.
       variables: variables of a linen module, with ``batch_stats``; None for an nnx module.
-      batches: an iterable of batches, or a function that returns one.  At least 8 batches, better 20.  With batches as
-        in training, their size and composition are judged too; with test data, whether their inputs have shifted.
+      batches: an iterable of batches, or a function that returns one.  Use at least 8, preferably 20.  Training batches
+        also show problems of batch size and composition; test data show shifts.
       call: how the model evaluates a batch; a call that trains instead is a finding.
       mask: ``mask(batch)`` returns booleans [n], the examples that count; None: all.
-      devices: number of devices among which training splits such a batch, each with its own statistics, as under
-        shard_map, pmap or vmap; 1 where the whole batch is in one array, sharded or not.
+      devices: number of devices that training splits such a batch over, if each has its own statistics, as under
+        shard_map, pmap or vmap; 1 if statistics are those of the whole batch, as of one array, sharded or not.
 
     Returns:
       The figures of each layer, and the findings.

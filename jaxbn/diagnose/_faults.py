@@ -61,7 +61,7 @@ def _broken(layers: list[LayerSummary]) -> list[Finding]:
         "statistics not finite",
         broken,
         "the running statistics of {features:.0f} features are NaN or infinite, or have a negative variance.",
-        "measure the statistics again with jaxbn.calibrate.layer_by_layer. Flax's layers average a batch that is not "
+        "recompute the statistics with jaxbn.calibrate.layer_by_layer. Flax's layers average a batch that is not "
         "finite into their statistics; jaxbn's skip it (jaxbn.surgery.replace exchanges layers before the next "
         "training).",
         features=sum(layer.broken.sum() for layer in broken),
@@ -100,7 +100,7 @@ def _never_updated(layers: list[LayerSummary]) -> list[Finding]:
         "mean and variance are exactly 0 and 1, their initial values, in {features:.0f} of {of:.0f} features; in "
         "evaluation the output is off by up to {gap:.2g} standard deviations.",
         "keep the updates that training returns: in linen those of apply(..., mutable=['batch_stats']), in nnx the "
-        "model that was called in training mode, under nnx.jit. For these weights, measure the statistics with "
+        "model that was called in training mode, under nnx.jit. For these weights, recompute the statistics with "
         "jaxbn.calibrate.layer_by_layer on training data.",
         features=sum(layer.never.sum() for layer in never),
         of=sum(layer.features for layer in never),
@@ -118,7 +118,7 @@ def _not_converged(layers: list[LayerSummary]) -> list[Finding]:
 
 
 def _by_momentum(layers: list[LayerSummary]) -> dict[float, list[LayerSummary]]:
-    """Groups the layers whose averages are biased towards their start, since at one momentum the bias is the same."""
+    """Groups the layers whose averages are biased toward their start, since at one momentum the bias is the same."""
     groups = {}
     for layer in layers:
         momentum = layer.settings.momentum
@@ -130,9 +130,9 @@ def _by_momentum(layers: list[LayerSummary]) -> dict[float, list[LayerSummary]]:
 
 def _holds_start(layers: list[LayerSummary], momentum: float, fit: StartFit) -> list[Finding]:
     evidence = (
-        "the running statistics still hold {start:.2g} of their initial mean 0 and variance 1, as after {steps:.0f} "
-        "steps at momentum {momentum:g}. That explains {explained:.0%} of their squared distance from the statistics "
-        "of the batches. In evaluation the output is off by up to {gap:.2g} standard deviations."
+        "the running statistics still contain a fraction {start:.2g} of their initial mean 0 and variance 1, as after "
+        "{steps:.0f} steps at momentum {momentum:g}. That explains {explained:.0%} of their squared distance from the "
+        "statistics of the batches. In evaluation the output is off by up to {gap:.2g} standard deviations."
     )
     if len(layers) == 1:
         evidence += " In a single layer, shifted inputs can look the same: if training batches do not have this "
@@ -141,9 +141,9 @@ def _holds_start(layers: list[LayerSummary], momentum: float, fit: StartFit) -> 
         "averages not converged",
         layers,
         evidence,
-        "measure the statistics with jaxbn.calibrate.layer_by_layer or one_pass on training data. For the next "
+        "recompute the statistics with jaxbn.calibrate.layer_by_layer or one_pass on training data. For the next "
         "training, take more steps, a lower momentum, or jaxbn's layer (jaxbn.surgery.replace) with debias=True or "
-        "momentum=None, whose averages hold nothing of their start.",
+        "momentum=None, whose averages are not biased by their initial values.",
         start=fit.weight,
         # start = momentum^steps
         steps=np.log(fit.weight) / np.log(momentum) if 0 < momentum < 1 else np.nan,
@@ -178,7 +178,7 @@ def _few_values(layers: list[LayerSummary]) -> list[Finding]:
 
 def _is_few(layer: LayerSummary, share: float = 1.0) -> bool:
     """Says whether that share of a batch is too small for the statistics that training takes from it."""
-    if layer.settings.frozen or layer.settings.renormalised:
+    if layer.settings.frozen or layer.settings.renormalized:
         return False  # training does not depend on the statistics of one batch
     if layer.settings.group_size is not None:
         share *= min(1, layer.settings.group_size / layer.examples)
@@ -197,7 +197,7 @@ def _noise(layer: LayerSummary) -> float:
 def _per_device(layers: list[LayerSummary], devices: int) -> list[Finding]:
     def share(layer: LayerSummary) -> float:
         """Returns the part of the batch from which a device takes its statistics."""
-        if not layer.settings.synchronised:
+        if not layer.settings.synchronized:
             return 1 / devices
         return (layer.settings.devices_in_group or devices) / devices
 
@@ -210,7 +210,7 @@ def _per_device(layers: list[LayerSummary], devices: int) -> list[Finding]:
         return []
     worst = max(few, key=noise)
     return finding(
-        "per-device batch too small and not synchronised",
+        "per-device batch too small and not synchronized",
         few,
         "on {devices:.0f} devices, statistics are taken from {share:.2g} of the batch: in {worst} the mean is off by "
         "{noise:.2f} standard deviations, instead of {whole:.2f} with the whole batch.",
@@ -256,16 +256,16 @@ def _dead(layers: list[LayerSummary]) -> list[Finding]:
         "layer ({which})."
     )
     remedy = (
-        "dead features pass on a constant, and can be pruned. Look for inputs that never vary, units that never fire "
+        "dead features output a constant and can be pruned. Look for inputs that never vary, units that never fire "
         "(a learning rate that was too large), and weight decay on scale (jaxbn.surgery.frozen_mask prevents it)."
     )
-    # Where features have died since the averages were taken, layers behind them see shifted inputs for that reason.
+    # Where features have died since the averages were taken, later layers see shifted inputs for that reason.
     first_died = next((place for place, layer in enumerate(layers) if layer.died.any()), len(layers))
     behind = _largest(layer.gap for layer in layers[first_died + 1 :] if _is_shifted(layer))
     if not np.isnan(behind):
-        evidence += " Layers behind them are off by up to {behind:.2f} standard deviations: their statistics date from "
+        evidence += " Later layers are off by up to {behind:.2f} standard deviations: their statistics date from "
         evidence += "before, or their inputs have shifted for another reason."
-        remedy += " Measure the statistics on training data (jaxbn.calibrate.layer_by_layer), and diagnose again."
+        remedy += " Recompute the statistics on training data (jaxbn.calibrate.layer_by_layer), and diagnose again."
     return finding(
         "dead features",
         dead,
@@ -289,7 +289,7 @@ def _shifted(layers: list[LayerSummary]) -> list[Finding]:
         if _is_shifted(layer):
             shifted.append(layer)
         if layer.died.any() and not shifted:
-            return []  # dead features may have shifted what comes behind them; `_dead` reports it
+            return []  # dead features may have shifted the inputs of later layers; `_dead` reports it
     if not shifted:
         return []
     first = shifted[0]
@@ -301,10 +301,10 @@ def _shifted(layers: list[LayerSummary]) -> list[Finding]:
         "{ratio:.2f} times the running variance, so the output is off by {gap:.2f} standard deviations ({error:.2f} "
         "would be chance); most of all in {worst}, by {most:.2f}.",
         "check that these batches are a fair sample (of all classes, for example), preprocessed as in training. If the "
-        "model will be used on such data, measure the statistics on them: with jaxbn.calibrate.layer_by_layer (AdaBN), "
-        "or with jaxbn.calibrate.blend where they are few. If these are the training data, the weights have changed "
-        "since the averages were taken (averaged weights, fine-tuning, pruning, a large learning rate): measure the "
-        "statistics on them in that case too.",
+        "model will be used on such data, recompute the statistics on them: with jaxbn.calibrate.layer_by_layer "
+        "(AdaBN), or with jaxbn.calibrate.blend if there are few. If these are the training data, the weights have "
+        "changed since the averages were taken (averaged weights, fine-tuning, pruning, a large learning rate): "
+        "recompute the statistics on them in that case too.",
         words={"first": name_of(first.path), "worst": name_of(worst.path)},
         shift=first.shift,
         ratio=first.ratio,

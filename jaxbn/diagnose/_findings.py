@@ -1,4 +1,4 @@
-"""A finding: something that is wrong with the batch norms of a model, in words and in figures."""
+"""A finding: a problem with the batch norms of a model, in words and in figures."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ SHOWN = 8  # layers or features that are listed by name
 
 
 class Finding(NamedTuple):
-    """Something that is wrong.
+    """A problem.
 
     Attributes:
-      name: what it is, in a few words.
+      name: the problem in a few words.
       layers: paths of the layers concerned, in the order in which they are called.
-      evidence: what was measured, in words.
+      evidence: the evidence in words.
       remedy: what to do.
-      figures: what was measured, by name.
+      figures: the measured values by name.
     """
 
     name: str

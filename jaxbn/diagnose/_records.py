@@ -1,16 +1,16 @@
-"""What the batch norms of a model see in each batch: the sums that a diagnosis rests on.
+"""Records what the batch norms of a model see in each batch, as the sums that a diagnosis is based on.
 
 Each batch goes through the model twice.
 
 1. In evaluation mode, layers normalize with their running statistics.  As when the model is used, an error of one layer
-   carries over to the layers behind it.
+   carries over to later layers.
 2. In training mode, layers normalize with the batch.  What a layer sees then does not depend on the running statistics
    of other layers.
 
 Of each batch, only sums of the size of the statistics leave the device; the host adds them up in float64.  If a feature
 of a batch is not finite, the batch is left out of the sums of that feature, and counted as skipped.  Running statistics
-that were never updated or are not finite are replaced by those of the batch, so that layers behind them are judged on
-their own.
+that were never updated or are not finite are replaced by those of the batch, so that later layers are judged
+separately.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def _calls(model: Model, batch: Any, call, mask, *, train: bool, mark: bool = Fa
         if mark:
             norm = norm._replace(x=dataflow.mark(norm.x, "batch norm"))
         record, batch_stats = record_call(norm, sizes)
-        # Statistics that are no use would spoil the inputs of all layers behind, which are not to blame.
+        # Unusable statistics would spoil the inputs of all later layers, which are not to blame.
         evaluates = not train or record.settings.frozen
         keep = usable(norm.stats) & evaluates
         stats = jax.tree.map(functools.partial(jnp.where, keep), norm.stats, batch_stats)

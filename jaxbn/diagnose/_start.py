@@ -1,4 +1,4 @@
-"""How much running averages still hold of their start at mean 0 and variance 1.
+"""Estimates how much running averages still contain of their initial mean 0 and variance 1.
 
 After t steps at momentum p, a running average that is not debiased is  w start + (1 - w) batch,  w = p^t,  where
 `batch` is an average over batches.  All layers of one momentum share w.  A shift of the inputs can resemble a start
@@ -48,15 +48,15 @@ class StartFit(NamedTuple):
     def is_contradicted(self) -> bool:
         """Whether the start makes the gap of any layer larger, as it does where inputs have shifted.
 
-        Behind the first layer a shift is gone in training mode, so adding a start there only does harm.  Measured for
+        After the first layer, a shift is gone in training mode, so adding a start there only does harm.  Measured for
         inputs far from 0, in tests/diagnose/test_thresholds.py: squared gaps grow more than 10-fold with a shift, and
-        become 0.01 of what they were where averages do hold their start.
+        become 0.01 of what they were where averages do contain their start.
         """
         return bool(np.any(self.after > self.before))
 
     @property
     def holds(self) -> bool:
-        """Whether the layers do hold some of their start."""
+        """Whether the layers still contain some of their start."""
         beyond_chance = self.gain > max(EXPLAINED_GAP, ERRORS_OF_START * self.error)
         return self.explained > EXPLAINED and beyond_chance and not self.is_contradicted
 

@@ -1,6 +1,6 @@
 """The summary of each batch norm: figures computed from the sums over all batches, in NumPy.
 
-Convention: a figure is NaN where the batches cannot tell.
+Convention: a figure is NaN if the batches do not determine it.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class LayerSummary(NamedTuple):
       path: its place in the model.
       settings: its options.
       features: number of features C.
-      values: number of values behind each feature in a batch.
+      values: number of values per feature in a batch.
       examples: number of examples in a batch.
       batches: number of batches.
       skipped: number of batches that are not finite.

@@ -1,4 +1,4 @@
-"""What one batch says of a layer: its calls, and their sums over examples and values.
+"""The calls of a layer in one batch, and their sums over examples and values.
 
 A layer may be called several times in a batch.  Each call gives a `CallRecord`; `sum_calls` makes `Sums` of them, which
 no longer grow with the number of examples.
@@ -27,11 +27,11 @@ class Settings(NamedTuple):
       frozen: whether it always evaluates.
       epsilon: added to the variance.
       momentum: weight of the old running statistics.
-      counted: whether its averages count the batches, and so are not biased towards their start.
+      counted: whether its averages count the batches, and so are not biased toward their start.
       unbiased: whether the running variance is multiplied by m/(m - 1).
-      synchronised: whether it has an axis name.
+      synchronized: whether it has an axis name.
       devices_in_group: number of devices that share statistics; None where all or none of them do.
-      renormalised: whether training stays close to the running statistics, by batch renormalization.
+      renormalized: whether training stays close to the running statistics, by batch renormalization.
       group_size: number of examples in a group of ghost batch norm; None for any other method.
       by_example: whether its inputs have one row, or several, for each example of the batch.
     """
@@ -42,9 +42,9 @@ class Settings(NamedTuple):
     momentum: float | None
     counted: bool
     unbiased: bool
-    synchronised: bool
+    synchronized: bool
     devices_in_group: int | None
-    renormalised: bool
+    renormalized: bool
     group_size: int | None
     by_example: bool
 
@@ -76,7 +76,7 @@ class CallRecord:
 
 
 class Sums(NamedTuple):
-    """What a layer has seen in some batches, in evaluation or in training mode.
+    """Sums of a layer's inputs over some batches, in evaluation or in training mode.
 
     Attributes:
       values: sums over all values.
@@ -159,9 +159,9 @@ def _settings(norm: NormCall, by_example: bool) -> Settings:
         momentum=None if momentum is None else float(momentum),
         counted=momentum is None or options.get("debias", False),
         unbiased=options.get("unbiased", False),
-        synchronised=options.get("axis_name") is not None,
+        synchronized=options.get("axis_name") is not None,
         devices_in_group=None if groups is None else min(map(len, groups)),
-        renormalised=function is batch_renormalize,
+        renormalized=function is batch_renormalize,
         group_size=getattr(method, "keywords", {}).get("group_size") if is_ghost else None,
         by_example=by_example,
     )
@@ -190,7 +190,7 @@ def _merge(calls: list[CallRecord]) -> tuple[jax.Array, jax.Array, jax.Array, ja
     squares = jnp.stack([call.squares for call in calls])
     total = counts.sum((0, 1))
     mean = (means * counts.sum(1) + sums.sum(1)).sum(0) / jnp.maximum(total, 1)
-    # Each call has summed about a mean of its own.  About the mean of all, with delta the difference of the two,
+    # Each call has summed about a different mean.  About the mean of all, with delta the difference of the two,
     #   sum of (x - mean)     = sums + delta count
     #   sum of |x - mean|^2   = squares + 2 Re(conj(delta) sums) + |delta|^2 count
     delta = (means - mean)[:, None]

@@ -1,4 +1,4 @@
-"""All thresholds of the diagnosis, and why they are where they are.
+"""All thresholds of the diagnosis, with the reasons for their values.
 
 Numbers that are called measured are those of tests/diagnose/test_thresholds.py, which measures them again, in a small
 network trained on handwritten digits (batches of 32), in single layers, and in untrained networks with inputs far from
@@ -14,7 +14,7 @@ GAP = 0.3
 ERRORS = 3
 
 # Too few values: 1/noise^2, the number of independent values whose mean is as exact as that of a batch.  Below 20, the
-# mean of a batch is off by more than 0.22 standard deviations.  Measured: above 300 behind convolutions; in a dense
+# mean of a batch is off by more than 0.22 standard deviations.  Measured: above 300 after convolutions; in a dense
 # layer above 30 with 32 examples, and below 17 with 16.
 INDEPENDENT_VALUES = 20
 # In a shallow convolutional network, 2 images pass for more than 22 independent values (measured).  Even so, each of

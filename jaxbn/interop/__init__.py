@@ -14,11 +14,10 @@ layout                     Flax                        PyTorch                  
 ``dense_layout``           ``[in, out]``               ``[out, in]``                  ``[in, out]``
 =========================  ==========================  =============================  =============================
 
-Values are moved, not computed, so gradients and momenta convert like the parameters they belong to.  PyTorch's batch
-norm has a scale of 1, or a bias of 0, where Flax's lacks one; it is written only for layers with statistics, because
-momenta and gradients have no such value.  Flax variables may be in boxes, such as ``nn.Partitioned``.  Results are new
-NumPy arrays without boxes, and bfloat16, which NumPy lacks, becomes float32.  Settings are not in the weights, and they
-differ:
+Values are only moved, so gradients and momenta convert like the parameters.  If Flax's batch norm lacks the scale or
+bias that PyTorch has, a scale of 1 or a bias of 0 is written, but only for layers with statistics, which gradients and
+momenta do not have.  Flax variables may be boxed, as by ``nn.Partitioned``.  Results are new, unboxed NumPy arrays, and
+bfloat16, which NumPy lacks, becomes float32.  Settings are not part of the weights, and have different defaults:
 
 =======================  =====================  =========================================  =====================
 setting                  Flax                   PyTorch                                    Keras 3
@@ -26,11 +25,12 @@ setting                  Flax                   PyTorch                         
 momentum                 0.99 of the old value  0.1 of the NEW value                       0.99 of the old value
 epsilon                  1e-5                   1e-5                                       1e-3
 running variance         biased                 unbiased                                   biased
-padding with strides     "SAME", ``padding=1``  ``padding=1`` is Flax's, and not "SAME"    "same" is Flax's "SAME"
+padding with strides     "SAME", ``padding=1``  ``padding=1``, not Flax's "SAME"           "same" is Flax's "SAME"
 =======================  =====================  =========================================  =====================
 
 TensorFlow 2's fused kernel, for images, kept the unbiased variance (github.com/tensorflow/tensorflow/issues/55545).
-If every batch has m values per feature, an average of biased variances times m/(m - 1) is that of unbiased ones.
+If every batch has m values per feature, multiply an average of biased variances by m/(m - 1) to get the average of
+unbiased ones.
 """
 
 from jaxbn.interop._kernel_layouts import conv_layout, conv_transpose_layout, dense_layout, depthwise_conv_layout

@@ -89,7 +89,7 @@ def conv_transpose_layout(*, transpose_kernel: bool = False) -> Layout:
     convolution, of inputs with zeros in between.  It has no groups: grouped weights are refused if they have a bias;
     without one, they look like those of fewer features.  PyTorch's dilation d, padding p and output_padding q are
     ``kernel_dilation=d`` and ``padding=[(d*(k - 1) - p, d*(k - 1) - p + q), ...]`` in Flax, with a pair for each axis.
-    Transposed convolutions must be in ``layouts``: their weights do not show what they are.
+    Transposed convolutions must be in ``layouts``, because their weights look like those of a convolution.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -134,7 +134,7 @@ def dense_layout(*, flattened: Sequence[int] | None = None, unflattened: Sequenc
     Flattening an image orders its features as ``[C, *k]`` in PyTorch, and as ``[*k, C]`` in Flax and Keras.  So the
     inputs of a dense layer after a flattening have another order, and the outputs of one before an unflattening.  Such
     layers must be in ``layouts``, and so must norms on flat features, with :func:`batch_norm_layout`: their weights do
-    not show it.
+    not show this.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -143,9 +143,9 @@ def dense_layout(*, flattened: Sequence[int] | None = None, unflattened: Sequenc
     array([0., 3., 1., 4., 2., 5.])
 
     Args:
-      flattened: the shape ``[C, *k]`` of one example in PyTorch before a flattening in front of this layer; in
-        between may be layers that treat each feature alone, such as norms and activations.
-      unflattened: the shape ``[C, *k]`` of one example in PyTorch after an unflattening behind this layer.
+      flattened: the shape ``[C, *k]`` of one example in PyTorch before the flattening that comes before this layer;
+        layers in between may act on each feature separately, such as norms and activations.
+      unflattened: the shape ``[C, *k]`` of one example in PyTorch after the unflattening that comes after this layer.
 
     Returns:
       The layout, of a kernel and, if the layer has one, a bias of shape [out].

@@ -1,4 +1,4 @@
-"""What a layout is, and the order of features around a flattening, which layouts of several layers need."""
+"""Defines layouts, and the order of features around a flattening, which several layouts share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from jaxbn.interop._weights import Arrays, Variables
 
 
 class Layout(NamedTuple):
-    """How one kind of layer is written: functions between its variables in Flax and its weights elsewhere.
+    """How to convert one kind of layer: functions between its variables in Flax and its weights in PyTorch and Keras.
 
     They only move values, so converting back gives the same bits.  Each raises a ValueError for arrays that such a
     layer does not have.

@@ -29,9 +29,10 @@ def batch_norm_layout(
     only for layers with statistics: momenta and gradients have none, and get no such partner.
 
     ``num_batches_tracked`` is the largest of ``steps``, or 0 without them.  PyTorch uses it only with
-    ``momentum=None``; Keras has none.  With ``debias=True``, averages hold nothing of their initial values, whereas
-    PyTorch's hold a share m**n of 0 and 1 after n batches, where m is the weight of the old value.  For such a layer,
-    use mean/(1 - m**n) and (var - m**n)/(1 - m**n), or set ``steps`` to 0: the next batch then replaces the averages.
+    ``momentum=None``; Keras has none.  With ``debias=True``, averages are free of their initial values, whereas
+    PyTorch's still contain a fraction m**n of 0 and 1 after n batches, where m is the weight of the old value.  For
+    such a layer, use mean/(1 - m**n) and (var - m**n)/(1 - m**n), or set ``steps`` to 0: the next batch then replaces
+    the averages.
 
     >>> import numpy as np
     >>> from jaxbn import interop
@@ -43,9 +44,8 @@ def batch_norm_layout(
       use_scale: as in Flax's layer; in Keras, ``scale``.
       use_bias: as in Flax's layer; in Keras, ``center``.
       counted: whether Flax's layer has ``steps``, as jaxbn's do with ``momentum=None`` or ``debias=True``.
-      flattened: the shape ``[C, *k]`` of one example in PyTorch before a flattening in front of this layer, or after
-        an unflattening behind it; as in :func:`dense_layout`.  Such norms must be in ``layouts``: their weights do not
-        show it.
+      flattened: the shape ``[C, *k]`` of one example in PyTorch if this layer comes after a flattening, or before an
+        unflattening; as in :func:`dense_layout`.  Such norms must be in ``layouts``: their weights do not show it.
 
     Returns:
       The layout, of arrays of shape [C] and a scalar ``num_batches_tracked``.

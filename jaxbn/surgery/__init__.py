@@ -1,10 +1,10 @@
 """Surgery on the batch norms of a whole model: freeze them, make them affine, fold them away, replace them.
 
-Each operation takes a linen module with its variables, or an nnx module with None, and a sample batch to run the
-model on.  ``call(module, batch)`` says how the model evaluates a batch; the default is ``module(batch)``.  Batch norms,
-Flax's and jaxbn's, are found by running the model, whatever their names are.  The arguments do not change: an
-operation returns a new model, and the largest change of its outputs in evaluation.  One that is not possible raises a
-ValueError with the reason.
+Each operation takes a linen module with its variables, or an nnx module with None, and a sample batch to run the model
+on.  ``call(module, batch)`` says how the model evaluates a batch; the default is ``module(batch)``.  The batch norms,
+Flax's or jaxbn's, are found by running the model; their names do not matter.  The arguments do not change: an operation
+returns a new model, and the largest change of its outputs in evaluation.  If it is not possible, it raises a ValueError
+with the reason.
 """
 
 from jaxbn.surgery._affine import to_affine

@@ -1,4 +1,4 @@
-"""Turns batch norms into what they are in evaluation: a scale and a bias."""
+"""Turns batch norms into the affine map that they compute in evaluation."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ def to_affine(
     layers: LayerPaths | None = None,
     learnable: bool = True,
 ) -> Surgery:
-    """Turns batch norms into y = scale' * x + bias', which takes the statistics into both arrays: for fine-tuning.
+    """Turns batch norms into affine layers y = scale' * x + bias', for fine-tuning.
 
-    scale' = scale / sqrt(var + epsilon),  bias' = bias - mean scale'.
+    The statistics are merged into both: scale' = scale / sqrt(var + epsilon),  bias' = bias - mean scale'.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
     >>> x = jnp.ones((8, 3))
@@ -36,7 +36,7 @@ def to_affine(
 
     Args:
       model: a linen or nnx module.
-      variables: of the linen module; None for nnx.
+      variables: variables of the linen module; None for an nnx module.
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.

@@ -1,7 +1,8 @@
 """Replaces layers of a linen or nnx model.
 
-The layers of an nnx model are objects in it, and are replaced in a copy.  A linen model makes its layers anew in every
-call, so there is nothing to replace in it: :class:`Edited` wraps the model and intercepts the calls of the layers.
+The layers of an nnx model are objects in it, and are replaced in a copy.  A linen model creates its layers again in
+every call, so there is nothing to replace in it: :class:`Edited` wraps the model and intercepts the calls of the
+layers.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Folds batch norms into linear layers.
 
-:mod:`jaxbn.surgery._matching` decides which layer can take in a batch norm, :mod:`jaxbn.surgery._kernels` computes its
+:mod:`jaxbn.surgery._matching` decides which layer can absorb a batch norm, :mod:`jaxbn.surgery._kernels` computes its
 new arrays.
 """
 
@@ -32,7 +32,7 @@ def fold(
     In evaluation, a batch norm is y = a x + s with a = scale / sqrt(var + epsilon) and s = bias - mean a.  The layer
     before it gets the kernel K' = a K and the bias b' = a b + s.  The layer after it gets K' = K a and b' = b + K s,
     which is exact for dense layers, and for convolutions that do not pad with zeros.  The layers are found in a trace
-    of the model, whatever they are called.  The new model can only evaluate, and costs as much as one without norms.
+    of the model; their names do not matter.  The new model can only evaluate, and costs as much as one without norms.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False), nn.relu])
     >>> x = jnp.ones((8, 3))
@@ -42,7 +42,7 @@ def fold(
 
     Args:
       model: a linen or nnx module.
-      variables: of the linen module; None for nnx.
+      variables: variables of the linen module; None for an nnx module.
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them, all of which must fold; None folds those that can.
@@ -59,7 +59,7 @@ def fold(
     check_operable(before, norms, sample, call)
     new_layers: dict[str, NewLayer] = {}
     kept: dict[str, str] = {}
-    # Kernels and biases of layers that have taken in batch norms; one layer may do so on both sides.
+    # Kernels and biases of layers that have absorbed batch norms; one layer may do so on both sides.
     folded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path in select(norms, layers):
         try:

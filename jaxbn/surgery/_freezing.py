@@ -33,7 +33,7 @@ def freeze(
 
     Args:
       model: a linen or nnx module.
-      variables: of the linen module; None for nnx.
+      variables: variables of the linen module; None for an nnx module.
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
@@ -51,8 +51,8 @@ def frozen_mask(tree: Any, layers: LayerPaths, *, scale_and_bias: bool = True) -
     """Returns a mask for Optax that is True for leaves to freeze: neither updated nor decayed.
 
     These are all statistics of batch norms, and the scale and bias of the given layers.  Pass the mask to
-    ``optax.transforms.selective_transform(optimizer, freeze_mask=mask)``.  ``optax.masked`` is not the same: where its
-    mask is False, it passes gradients on as updates.
+    ``optax.transforms.selective_transform(optimizer, freeze_mask=mask)``.  Do not use ``optax.masked``: where its mask
+    is False, gradients are applied as updates.
 
     >>> params = {"dense": {"bias": jnp.ones(2)}, "norm": {"bias": jnp.ones(2)}}
     >>> jaxbn.surgery.frozen_mask(params, ["norm"])

@@ -1,4 +1,4 @@
-"""Computes the arrays of a linear layer that takes in a batch norm.
+"""Computes the arrays of a linear layer that absorbs a batch norm.
 
 In evaluation, a batch norm is y = a x + s, with a = scale / sqrt(var + epsilon) and s = bias - mean a.  Right after a
 linear layer K x + b, it becomes part of it:
@@ -44,7 +44,7 @@ def take_in(
     Args:
       matches: of the batch norm.
       arrays: those of all layers of the model, by path.
-      folded: kernels and biases of layers that have taken in another batch norm already, by path.
+      folded: kernels and biases of layers that have absorbed another batch norm already, by path.
 
     Returns:
       The new kernels and biases, by path.

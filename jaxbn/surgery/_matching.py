@@ -1,6 +1,6 @@
-"""Finds the linear layers that can take in the batch norms of a model.
+"""Finds the linear layers that can absorb the batch norms of a model.
 
-A layer takes in a batch norm that comes right after it, or else one that comes right before it:
+A layer absorbs a batch norm that comes right after it, or else one that comes right before it:
 
     after:   batch norm(layer(x)), where nothing else reads the layer's output;
     before:  layer(batch norm(x)), where nothing else reads the batch norm's output.
@@ -67,7 +67,7 @@ TracedCall = TracedNorm | TracedLinear
 
 
 class Match(NamedTuple):
-    """A call of a batch norm and the linear layer that can take it in.
+    """A call of a batch norm and the linear layer that can absorb it.
 
     Attributes:
       norm: the call of the batch norm.
@@ -81,11 +81,11 @@ class Match(NamedTuple):
 
 
 class CannotFold(Exception):
-    """The reason why no layer can take in a batch norm."""
+    """The reason why no layer can absorb a batch norm."""
 
 
 class Finder:
-    """Finds the linear layers that can take in batch norms, in one trace of the model."""
+    """Finds the linear layers that can absorb batch norms, in one trace of the model."""
 
     def __init__(self, model: Model, sample: Any, call: Callable):
         self.arrays = arrays_of(model)
@@ -230,7 +230,7 @@ class Finder:
 
 
 def _check_batch_norm(norm: TracedNorm, arrays: dict[str, Any]) -> None:
-    """Raises CannotFold for a batch norm that no linear layer can take in."""
+    """Raises CannotFold for a batch norm that no linear layer can absorb."""
     if norm.call.stats.mean.shape != arrays["mean"].shape:
         raise CannotFold("it runs in a loop or under vmap, with arrays for each turn")
     shape, axis = norm.call.x.shape, norm.call.options["axis"]

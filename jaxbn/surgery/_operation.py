@@ -50,7 +50,7 @@ class Surgery(NamedTuple):
 
 
 def find_batch_norms(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Call) -> tuple[Model, Norms]:
-    """Splits the model, and finds its batch norms in a trace; they have shapes for arrays."""
+    """Splits the model, and finds its batch norms in a trace, with shapes instead of arrays."""
     before = split(model, variables)
     norms: Norms = {}
 

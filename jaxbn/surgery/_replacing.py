@@ -1,4 +1,4 @@
-"""Replaces batch norms by jaxbn's, with new options, or by group norms."""
+"""Replaces batch norms with jaxbn's, with new options, or with group norms."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -41,12 +41,12 @@ def replace(
     steps: int | None = None,
     **options: Any,
 ) -> Surgery:
-    """Replaces batch norms by jaxbn's layer, with other options if given, and keeps their arrays.
+    """Replaces batch norms with jaxbn's layer and, if given, new options; keeps their arrays.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
     >>> x = jnp.ones((8, 3))
     >>> variables = net.init(jax.random.key(0), x)
-    >>> done = jaxbn.surgery.replace(net, variables, x, axis_name="data")  # synchronised over devices
+    >>> done = jaxbn.surgery.replace(net, variables, x, axis_name="data")  # synchronized over devices
     >>> done.layers
     ('layers_1',)
     >>> ghost = functools.partial(jaxbn.ghost_normalize, group_size=4)
@@ -55,7 +55,7 @@ def replace(
 
     Args:
       model: a linen or nnx module.
-      variables: of the linen module; None for nnx.
+      variables: variables of the linen module; None for an nnx module.
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
@@ -99,9 +99,9 @@ def replace_by_group_norm(
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
 ) -> Surgery:
-    """Replaces batch norms by group norms with their scale, bias and epsilon; the statistics are dropped.
+    """Replaces batch norms with group norms of the same scale, bias and epsilon; the statistics are dropped.
 
-    The new model computes something else, and has to be trained; the difference says how far it is off.
+    The new model computes something else, and has to be trained; ``difference`` says by how much its outputs change.
 
     >>> net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
     >>> x = jnp.ones((8, 3))
@@ -111,7 +111,7 @@ def replace_by_group_norm(
 
     Args:
       model: a linen or nnx module.
-      variables: of the linen module; None for nnx.
+      variables: variables of the linen module; None for an nnx module.
       sample: a batch, as ``call`` takes it.
       num_groups: number of groups; must divide the number of features of each layer.
       call: how the model evaluates a batch.

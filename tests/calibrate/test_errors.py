@@ -46,7 +46,7 @@ WRONG = {
         dict(mask=lambda x: np.ones(len(x))),
         "mask must hold booleans, or integers 0 and 1, got dtype float",
     ),
-    "nothing counts": (dict(mask=lambda x: np.zeros(len(x), bool)), "4 of the 4 features of .* have no value behind"),
+    "nothing counts": (dict(mask=lambda x: np.zeros(len(x), bool)), "4 of the 4 features of .* have no values"),
     "NaN": (dict(batches=[X, np.where(X > 8, np.nan, X)]), "the inputs of .* are not finite in"),
 }
 

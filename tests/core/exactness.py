@@ -1,4 +1,4 @@
-"""How exactly the moments, outputs and gradients of a batch have to equal the oracle, on every platform."""
+"""How precisely the moments, outputs and gradients of a batch have to equal the oracle, on every platform."""
 
 import functools
 import math

@@ -325,10 +325,10 @@ def test_a_mask_that_admits_nothing_has_gradients_of_zero_in_every_mode():
 @pytest.mark.parametrize("mode", [forward_over_reverse, pytest.param(reverse_over_reverse, marks=pytest.mark.slow)])
 def test_masked_nan_does_not_reach_hessian_vector_products(mode):
     x, scale, bias = arguments(0.0)
-    spoilt = np.where(MASK, x, np.float32(np.nan))
+    spoiled = np.where(MASK, x, np.float32(np.nan))
     clean = np.where(MASK, x, np.float32(0))
     tangents = np.where(MASK, V[0], np.float32(0)), *V[1:]
     (dx, *parameters), (expected, *expected_parameters) = (
-        differentiate(mode, (x, scale, bias), tangents, MASK) for x in (spoilt, clean)
+        differentiate(mode, (x, scale, bias), tangents, MASK) for x in (spoiled, clean)
     )
     chex.assert_trees_all_equal((dx, parameters), (np.where(MASK, expected, 0), expected_parameters))

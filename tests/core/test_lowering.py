@@ -117,7 +117,7 @@ def program(net, step):
         function, arguments = jax.jit(train_step), (params, stats, SGD.init(params), X, LABELS)
     else:
         function, arguments = jax.jit(evaluate), (params, stats, X)
-    # Plain lists cross the border: a serialised program knows no classes.
+    # Plain lists cross the border: a serialized program knows no classes.
     leaves, treedef = jax.tree.flatten(arguments)
     flat = jax.jit(lambda *leaves: jax.tree.leaves(function(*treedef.unflatten(leaves))))
     return flat, leaves, jax.export.export(flat, platforms=PLATFORMS)(*leaves)

@@ -32,9 +32,9 @@ def test_gradients_with_a_mask_are_those_of_the_paper(mask):
 @pytest.mark.parametrize("mask", ["one per example", "full, unequal per feature", "per feature", "nothing"])
 def test_masked_nan_and_infinity_reach_neither_outputs_nor_gradients_nor_statistics(mask, value):
     mask = MASKS[mask]
-    spoilt = np.where(mask, X, np.float32(value))
+    spoiled = np.where(mask, X, np.float32(value))
     clean = np.where(mask, X, np.float32(0))
-    *results, (dx, *parameters) = step(spoilt, STATS, SCALE, BIAS, DY, mask=mask)
+    *results, (dx, *parameters) = step(spoiled, STATS, SCALE, BIAS, DY, mask=mask)
     *expected_results, (expected_dx, *expected_parameters) = step(clean, STATS, SCALE, BIAS, DY, mask=mask)
     chex.assert_trees_all_equal((results, parameters), (expected_results, expected_parameters))
     chex.assert_trees_all_equal(dx, np.where(mask, expected_dx, 0))

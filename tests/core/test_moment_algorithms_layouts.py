@@ -46,8 +46,8 @@ def test_masked_batches_equal_the_oracle(platform, of, mean):
 def test_what_is_masked_may_be_far_off_or_not_finite(platform):
     x, scale, bias, dy = sample(SHAPE, 10)
     mask = np.random.default_rng(1).random((*SHAPE[:-1], 1)) < 0.7
-    spoilt = np.where(mask, x, np.resize(np.float32([np.nan, np.inf, -np.inf]), SHAPE))
-    _, (dx, *_), moments = step(spoilt, scale, bias, np.where(mask, dy, 0), mask)
+    spoiled = np.where(mask, x, np.resize(np.float32([np.nan, np.inf, -np.inf]), SHAPE))
+    _, (dx, *_), moments = step(spoiled, scale, bias, np.where(mask, dy, 0), mask)
     require_moments(moments, *reference.moments(x, mask=mask)[:2])
     assert np.isfinite(dx).all()
 

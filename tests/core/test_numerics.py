@@ -57,7 +57,7 @@ def test_moments_are_exact_at_any_scale(ratio, std):
 measure = jax.jit(jaxbn.moments)
 
 
-def test_one_feature_with_a_large_mean_leaves_its_neighbours_exact():
+def test_one_feature_with_a_large_mean_leaves_its_neighbors_exact():
     x, scale, bias, dy = sample(SHAPES[0], 0)
     x = x + np.array([0, 1, 1e4, -1e2, 0.1, 1.9], np.float32)
     output_error, gradient_error = errors(ours, x, scale, bias, dy)

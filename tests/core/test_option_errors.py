@@ -99,7 +99,7 @@ ACCEPT = "method must accept the arguments of batch_normalize"
         (jaxbn.batch_norm, f"{ACCEPT}, got batch_norm: multiple values for argument"),
         (jaxbn.normalize, f"{ACCEPT}, got normalize: got an unexpected keyword"),
     ],
-    ids=["text", "option_not_bound", "misspelt", "batch_norm", "normalize"],
+    ids=["text", "option_not_bound", "misspelled", "batch_norm", "normalize"],
 )
 def test_a_method_that_cannot_be_called_like_batch_normalize_is_refused(method, message):
     layer = jaxbn.nnx.BatchNorm(3, method=method, rngs=nnx.Rngs(0))

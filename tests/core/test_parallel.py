@@ -52,7 +52,7 @@ UNEQUAL = rows(4, 4, 4, 1, 2, 3, 4, 1)
 EXAMPLES = np.arange(len(X)).reshape(DEVICES, PER_DEVICE)
 FAR = (1e3 + X / X.std()).astype(np.float32)
 HALF_FAR = np.concatenate([FAR[:16], X[16:]])
-SPOILT = np.where(UNEQUAL | (np.arange(len(X)) // PER_DEVICE != 5)[:, None, None], X, np.float32(np.nan))
+SPOILED = np.where(UNEQUAL | (np.arange(len(X)) // PER_DEVICE != 5)[:, None, None], X, np.float32(np.nan))
 LIMITS = {"r_max": 1.2, "d_max": 0.3}  # of renorm; they bind for some features
 
 
@@ -110,7 +110,7 @@ CASES = {  # name: who is normalized together, x, mask
     "large mean": (ALL, FAR, None),
     "mask with unequal counts": (ALL, X, UNEQUAL),
     "a device without a valid example": (ALL, X, rows(4, 4, 4, 1, 2, 0, 4, 1)),
-    "masked NaN on a device": (ALL, SPOILT, UNEQUAL),
+    "masked NaN on a device": (ALL, SPOILED, UNEQUAL),
     "groups of equal size": (HALVES, X, None),
     "a group with a large mean": (HALVES, HALF_FAR, None),
     "groups of unequal size": (UNEQUAL_GROUPS, X, None),

@@ -201,7 +201,7 @@ def test_statistics_start_at_mean_zero_and_variance_one_in_float32():
 
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("momentum", [0, 0.0, 0.9, 0.99, 1.0])
-def test_update_moves_the_statistics_towards_the_batch_by_one_minus_momentum(momentum, unbiased):
+def test_update_moves_the_statistics_toward_the_batch_by_one_minus_momentum(momentum, unbiased):
     stats = jaxbn.BatchStats(jnp.array([1.0, -2.0, 3.0]), jnp.array([4.0, 0.5, 6.0]))
     updated = update(stats, moments(X), momentum=momentum, unbiased=unbiased)
     expected = reference.update(*stats, *reference.moments(X), momentum=momentum, unbiased=unbiased)
@@ -321,11 +321,11 @@ def test_the_counted_variance_of_constant_data_is_not_negative(momentum):
 
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_counted_statistics_skip_batches_that_are_not_finite_feature_by_feature(momentum):
-    spoilt = X.reshape(6, 20, 3).copy()
-    spoilt[0, 3, 1], spoilt[4, 7, 1] = np.nan, np.inf
+    spoiled = X.reshape(6, 20, 3).copy()
+    spoiled[0, 3, 1], spoiled[4, 7, 1] = np.nan, np.inf
 
     start = jaxbn.init_stats(3, counted=True)
-    runs = (spoilt, spoilt[[1, 2, 3, 5]], X.reshape(6, 20, 3))
+    runs = (spoiled, spoiled[[1, 2, 3, 5]], X.reshape(6, 20, 3))
     stats, skipped, whole = (accumulate(start, batches, momentum) for batches in runs)
     np.testing.assert_array_equal(stats.steps, [6, 4, 6])
     for got, without, others in zip(stats, skipped, whole, strict=True):

@@ -1,4 +1,4 @@
-"""What `diagnose` does with its arguments, what it prints, and what it refuses."""
+"""The arguments of `diagnose`, its printed output, and its errors."""
 
 import re
 
@@ -92,7 +92,13 @@ def test_text_shows_a_row_for_each_layer_and_all_of_a_finding():
         (LAYER, STANDARD, [normal(32, 3)], {"devices": 0}, "devices must be at least 1, got 0"),
         (LAYER, {"params": {}}, [normal(32, 3)], {}, "'batch_stats', .* got .*; pass the result of model.init"),
         (LAYER.apply, STANDARD, [normal(32, 3)], {}, "the model must be .* or an nnx.Module, got a method"),
-        (nn.BatchNorm(), STANDARD, [normal(32, 3)], {}, "use_running_average of the model is set neither by"),
+        (
+            nn.BatchNorm(),
+            STANDARD,
+            [normal(32, 3)],
+            {},
+            "use_running_average of the model is set neither by the model nor by call",
+        ),
         (NoNorm(), {"params": {}, "batch_stats": {}}, [normal(32, 3)], {}, "no batch norm was called"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -126,7 +126,7 @@ def test_a_shift_is_found_from_the_layer_on_where_it_starts():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ["per-device batch too small and not synchronised"]),
+        ({}, ["per-device batch too small and not synchronized"]),
         ({"axis_name": "data"}, []),
         ({"axis_name": "data", "axis_index_groups": [[0, 1, 2], [3, 4, 5], [6, 7]]}, []),
     ],
@@ -182,10 +182,10 @@ def test_dead_features_do_not_hide_a_shift_behind_them():
     state["params"]["layers_0"]["scale"] = jnp.array([0.0, 1.0, 1.0])
     state = jaxbn.calibrate.layer_by_layer(net, state, BATCHES)
     (finding,) = diagnose(net, state, BATCHES).findings
-    assert finding.name == "dead features" and "behind them" not in finding.evidence
+    assert finding.name == "dead features" and "Later layers" not in finding.evidence
     state["batch_stats"]["layers_2"]["mean"] += 3
     (finding,) = diagnose(net, state, BATCHES).findings
-    assert finding.name == "dead features" and "Layers behind them are off by up to" in finding.evidence
+    assert finding.name == "dead features" and "Later layers are off by up to" in finding.evidence
 
 
 def test_a_feature_that_is_rarely_active_is_not_dead():

@@ -1,4 +1,4 @@
-"""Averages that still hold some of their start are found, and told from inputs that have shifted."""
+"""Averages that still contain some of their start are found, and distinguished from shifted inputs."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from tests.diagnose.nets import (
 
 
 @pytest.mark.parametrize("steps", [2, 8, 15])
-def test_averages_that_hold_their_start_are_found_and_its_weight_is_fitted(steps):
+def test_averages_that_contain_their_start_are_found_and_its_weight_is_fitted(steps):
     """The weights do not change, so the weight of the start is momentum^steps: 0.81, 0.43 and 0.21."""
     (finding,) = diagnose(Net(), updated(steps), held_out(), call=evaluate).findings
     assert finding.name == "averages not converged"
@@ -49,7 +49,7 @@ def test_shifted_inputs_far_from_zero_are_not_taken_for_averages_that_hold_their
         *(("0..255", steps) for steps in (30, 100, 200)),  # zero padding adds variance, so that a start counts less
     ],
 )
-def test_averages_that_hold_their_start_are_found_for_inputs_far_from_zero(inputs, steps):
+def test_averages_that_contain_their_start_are_found_for_inputs_far_from_zero(inputs, steps):
     net, variables, batches = far(inputs)
     start = 0.99**steps
     (finding,) = diagnose(net, holding_start(variables, start), batches, call=evaluate).findings

@@ -1,4 +1,4 @@
-"""What the tests of training share: a data set that needs no file, and a net that compiles in seconds."""
+"""Shared by the tests of training: a data set that needs no file, and a network that compiles in seconds."""
 
 import dataclasses
 import json

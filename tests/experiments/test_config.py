@@ -46,7 +46,7 @@ def test_differences_name_the_fields_and_both_values():
     started = Config(momentum=1 / 3, start=Config())
     assert (
         started.differences(Config())
-        == "`momentum` 0.3333 instead of as published, `start` another run instead of none"
+        == "`momentum` 0.3333 instead of the published value, `start` another run instead of none"
     )
 
 
@@ -125,7 +125,7 @@ def test_differences_name_the_fields_and_both_values():
         (dict(start=Config(affine=False)), "start must be a run with the same affine."),
         (
             dict(start=Config(data="digits")),
-            "start must be a run on color images for data='cifar10', got one on grey digits.",
+            "start must be a run on color images for data='cifar10', got one on gray digits.",
         ),
         (dict(norm="none", momentum=0.9), "momentum=0.9 has no effect with norm='none'; leave it out."),
         (dict(norm="none", norm_layers="logits"), "norm_layers='logits' has no effect with norm='none'; leave it out."),

@@ -1,4 +1,4 @@
-"""What the tests of conversions share: golden files, random arrays, and how results are compared."""
+"""Shared by the tests of conversions: golden files, random arrays, and how results are compared."""
 
 import functools
 import re

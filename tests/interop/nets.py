@@ -1,4 +1,4 @@
-"""Nets that are converted: those of the golden files, in Flax, and a small one; and the entries of a batch norm."""
+"""Networks that are converted: those of the golden files, in Flax, and a small one; and the entries of a batch norm."""
 
 import functools
 

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _builds(item, tests):
-    # A parametrised test is named after the function that made it, and describes its parameters.
+    # A parametrized test is named after the function that made it, and describes its parameters.
     parameters = getattr(item.function, "__x_params_repr__", "") or ""
     name = item.originalname
     test = max((test for test in tests if name.startswith(test)), key=len, default=None)

@@ -1,4 +1,4 @@
-"""What the layers refuse themselves, beyond the checks of the functions that they call."""
+"""Errors of the layers themselves, beyond the checks of the functions that they call."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""The linen layer in place of ``flax.linen.BatchNorm``: same arguments, variables and behaviour."""
+"""The linen layer in place of ``flax.linen.BatchNorm``: same arguments, variables and behavior."""
 
 import dataclasses
 import functools

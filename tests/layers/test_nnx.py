@@ -1,4 +1,4 @@
-"""The nnx layer in place of ``flax.nnx.BatchNorm``: same arguments, variables and behaviour."""
+"""The nnx layer in place of ``flax.nnx.BatchNorm``: same arguments, variables and behavior."""
 
 import functools
 import inspect

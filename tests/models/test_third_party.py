@@ -1,4 +1,4 @@
-"""Models as others write them pass through every operation on trained models, and train on afterwards."""
+"""Models as others write them pass through every operation on trained models, and train on afterward."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ OPERATIONS = {
     "freeze": surgery.freeze,
     "replace": surgery.replace,
     "alone": functools.partial(surgery.replace, axis_name=None),
-    "synchronised": functools.partial(surgery.replace, axis_name="batch"),
+    "synchronized": functools.partial(surgery.replace, axis_name="batch"),
     "ghost": functools.partial(surgery.replace, method=functools.partial(jaxbn.ghost_normalize, group_size=3)),
     "renorm": functools.partial(
         surgery.replace, method=functools.partial(jaxbn.batch_renormalize, r_max=1e3, d_max=1e3)
@@ -174,8 +174,8 @@ def test_a_frozen_model_trains_on_its_outputs_in_evaluation_and_keeps_its_statis
     jax.tree.map(np.testing.assert_array_equal, stats, before)
 
 
-@each("synchronised")
-def test_synchronised_halves_train_as_the_whole_batch(name, operation):
+@each("synchronized")
+def test_synchronized_halves_train_as_the_whole_batch(name, operation):
     assert_close(trained(name, operation, 2), trained(name, "alone", 1))
 
 

@@ -1,4 +1,4 @@
-"""The nets on which operations are tested, in linen and nnx, and what each operation makes of them."""
+"""Networks on which operations are tested, in linen and nnx, and all operations."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ ZEROS = nn.initializers.zeros
 GHOST = functools.partial(jaxbn.ghost_normalize, group_size=4)
 OPERATIONS = {
     "replace": surgery.replace,
-    "synchronised": functools.partial(surgery.replace, axis_name="data"),
+    "synchronized": functools.partial(surgery.replace, axis_name="data"),
     "ghost": functools.partial(surgery.replace, method=GHOST),
     "renorm": functools.partial(surgery.replace, method=jaxbn.batch_renormalize),
     "debias": functools.partial(surgery.replace, debias=True, steps=100),

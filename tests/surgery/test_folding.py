@@ -1,4 +1,4 @@
-"""Each kind of linear layer takes in a batch norm on either side, where that is exact."""
+"""Each kind of linear layer absorbs a batch norm on either side, where that is exact."""
 
 import functools
 import itertools
@@ -104,8 +104,8 @@ class NnxNet(nnx.Module):
         axes = np.atleast_1d(options.get("axis", -1))
         inputs_of = tuple(inputs(kind).shape[axis] for axis in axes) if "axis" in options else FEATURES
         self.linear = IN_NNX[layer](inputs_of, features, **options, use_bias=use_bias, rngs=nnx.Rngs(0))
-        normalised = np.atleast_1d(features)[-1] if before else FEATURES
-        self.norm = nnx.BatchNorm(int(normalised), use_running_average=True, rngs=nnx.Rngs(0))
+        normalized = np.atleast_1d(features)[-1] if before else FEATURES
+        self.norm = nnx.BatchNorm(int(normalized), use_running_average=True, rngs=nnx.Rngs(0))
         self.before = before
 
     def __call__(self, x):
@@ -184,7 +184,7 @@ def test_padding_decides_and_not_the_size_of_the_sample():
 
 
 class Chain(nn.Module):
-    """Batch norm, dense, batch norm: the layer in the middle takes in both."""
+    """Batch norm, dense, batch norm: the layer in the middle absorbs both."""
 
     @nn.compact
     def __call__(self, x):

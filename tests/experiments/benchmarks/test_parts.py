@@ -35,7 +35,7 @@ def call(monkeypatch, *arguments):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would be started, and with which environment."""
+    """The commands that would be started, and their environments."""
     commands = []
 
     def run(command, env):

@@ -1,4 +1,4 @@
-"""Training steps of the benchmark: mixed precision as promised, processes of their own, and what the seconds say."""
+"""Training steps of the benchmark: mixed precision as promised, separate processes, and the texts about the seconds."""
 
 import os
 import random

@@ -46,10 +46,10 @@ def test_unknown_strength_is_refused(corrupt, strength):
 
 
 def test_noise_has_its_standard_deviation_and_another_seed_gives_another():
-    grey = np.full((50, 16, 16, 3), 128, np.uint8)
+    gray = np.full((50, 16, 16, 3), 128, np.uint8)
     for strength, std in zip(STRENGTHS, corruptions.NOISE, strict=True):
-        assert (noise(grey, strength) / 255).std() == pytest.approx(std, rel=0.02)
-    assert not np.array_equal(noise(grey, 1), noise(grey, 1, seed=1))
+        assert (noise(gray, strength) / 255).std() == pytest.approx(std, rel=0.02)
+    assert not np.array_equal(noise(gray, 1), noise(gray, 1, seed=1))
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -86,5 +86,5 @@ def test_brightness_adds_to_the_value_and_keeps_hue_and_saturation(color):
         np.testing.assert_allclose(brightness(flat(*color), strength)[0, 0, 0], expected, atol=0.51)
 
 
-def test_brightness_of_grey_images_is_a_sum():
+def test_brightness_of_gray_images_is_a_sum():
     assert brightness(flat(100), 2)[0, 0, 0, 0] == round(100 + 0.1 * 255)

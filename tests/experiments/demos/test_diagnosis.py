@@ -125,11 +125,11 @@ def test_folder_without_a_checkpoint_is_refused_with_how_to_get_one(monkeypatch,
         )
 
 
-def test_what_lies_beside_a_checkpoint_is_refused_with_where_it_is(checkpoint):
+def test_paths_next_to_a_checkpoint_are_refused_with_its_path(checkpoint):
     step = next(path for path in checkpoint.iterdir() if path.name.isdigit())
-    for beside in (step, checkpoint.with_suffix(".jsonl")):
-        with pytest.raises(ValueError, match=f"{beside} holds no checkpoint; .*; there is one in {checkpoint}.$"):
-            checkpoints.load(beside)
+    for wrong_path in (step, checkpoint.with_suffix(".jsonl")):
+        with pytest.raises(ValueError, match=f"{wrong_path} holds no checkpoint; .*; there is one in {checkpoint}.$"):
+            checkpoints.load(wrong_path)
 
 
 def test_net_without_batch_norm_is_refused(tmp_path, tiny):

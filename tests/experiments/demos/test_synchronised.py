@@ -78,7 +78,7 @@ def test_spread_is_the_deviation_over_devices_in_units_of_the_feature():
 
 @pytest.fixture
 def shown(tmp_path, blobs, monkeypatch):
-    """What a small demo prints, and the run that it has written."""
+    """The output of a small demo, and the run that it has written."""
     for name, value in {"PER_DEVICE": (2,), "EPOCHS": 1, "SEEDS": 2}.items():
         monkeypatch.setattr(synchronised, name, value)
     monkeypatch.setattr(distributed, "mesh", lambda: mesh(8))

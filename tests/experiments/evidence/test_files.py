@@ -95,7 +95,7 @@ def test_result_that_was_measured_with_other_settings_is_refused(place, make_run
         files.finished(place, CONFIG, {"images": (10,)})
 
 
-def test_what_belongs_to_a_run_alone_is_beside_the_file():
+def test_what_belongs_to_a_run_alone_is_next_to_the_file():
     assert files.Place(Path("out/result.jsonl")).working_path(".unfinished") == Path("out/result.unfinished")
     place = files.place_in_study(Path("results"), "study", "small", "0.99", 3)
     assert place.working_path(".unfinished") == Path("results/study/small/0.99-seed3.unfinished")

@@ -86,7 +86,7 @@ DOTS = plots.Dots(
 )
 
 
-def test_every_ratio_is_a_dot_beside_its_name_on_a_logarithmic_axis():
+def test_every_ratio_is_a_dot_next_to_its_name_on_a_logarithmic_axis():
     axes = plots.draw([DOTS]).axes[0]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "ours / theirs"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["Flax", "Haiku"]

@@ -1,4 +1,4 @@
-"""What the nets put around their layers is what the config says, and is off in evaluation where it is random."""
+"""Blocks around the layers of a network follow the config, and are off in evaluation if they are random."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Inside(nn.Module):
 
 
 def activations(n=8, features=3):
-    """Activations of n images, no channel centred or of unit variance."""
+    """Activations of n images, no channel centered or of unit variance."""
     x = np.random.default_rng(0).normal(size=(n, 2, 2, features)).astype(np.float32)
     return x * np.arange(1, 1 + features, dtype=np.float32) + np.arange(features, dtype=np.float32)
 
@@ -64,9 +64,9 @@ def shapes(module, x):
 @pytest.mark.parametrize("placement", ["before", "after"])
 def test_norm_comes_before_or_after_the_activation(placement):
     y, _ = train(ConvNorm(4, 3, Block(placement=placement)), activations())
-    centred = np.allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
+    centered = np.allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
     assert (y >= 0).all() == (placement == "before")
-    assert centred == (placement == "after")
+    assert centered == (placement == "after")
 
 
 @pytest.mark.parametrize(("activation", "largest"), [("relu", np.inf), ("sigmoid", 1.0)])

@@ -1,4 +1,4 @@
-"""The nets have the published sizes, and differ in their norm alone."""
+"""The networks have the published sizes, and differ only in their norm."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The nnx nets compute what the linen nets compute, with the same variables."""
+"""The nnx networks compute the same as the linen networks, with the same variables."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the tests of probes share: programs that run once are compiled quickly."""
+"""Shared by the tests of probes: programs that run once are compiled quickly."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What is seen of a net's layers, on nets so small that the answer is known."""
+"""Measurements on the layers of networks that are so small that the answer is known."""
 
 import functools
 

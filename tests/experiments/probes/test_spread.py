@@ -29,7 +29,7 @@ def test_spread_is_that_of_the_groups_moments_in_units_of_the_feature(values):
     np.testing.assert_allclose(group_spread([moments_of(values)], 4), tuple(expected), rtol=1e-12)
 
 
-def test_layers_count_alike_whatever_their_number_of_features(values):
+def test_layers_count_equally_for_any_number_of_features(values):
     wide, narrow = moments_of(values), moments_of(values[..., :1])
     by_layer = [group_spread([layer], 4) for layer in (wide, narrow)]
     np.testing.assert_allclose(group_spread([wide, narrow], 4), np.mean(by_layer, axis=0))

@@ -189,7 +189,7 @@ def test_what_was_measured_is_printed_as_a_page_shows_it(folder, capsys):
     assert "ResNet-20, float32" in printed and "experiments bench steps" in " ".join(printed.split())
 
 
-def test_page_and_figure_are_written_beside_the_readme(folder):
+def test_page_and_figure_are_written_next_to_the_readme(folder):
     (folder / "README.md").write_text("<!-- measured: layers -->\n<!-- end -->\n")
     written = pages.write(folder, folder)
     assert written == [folder / "README.md", folder / layers.PAGE, folder / layers.FIGURE]
@@ -248,7 +248,7 @@ def test_page_shows_every_row_with_quartiles():
     assert "| 1024x1024 | relu | 2.000 | 0.50 | 4.0 | 2.00 (1.00 to 4.00) |" in text
 
 
-def test_steps_show_what_each_norm_adds_beside_flaxs():
+def test_steps_show_what_each_norm_adds_next_to_flaxs():
     text = steps.block(run_of(step_records()))
     assert "| ResNet-20, float32 | Flax | 40 % (40 to 40) | 1.00 (1.00 to 1.00) | 1.40 | 1.00 / 1.00 |" in text
     assert "| ResNet-20, float32 | jaxbn | 10 % (10 to 10) | 0.25 (0.25 to 0.25) | 1.10 | 0.62 / 1.00 |" in text

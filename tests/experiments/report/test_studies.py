@@ -37,8 +37,8 @@ def test_readme_of_the_project_says_what_the_results_say(name):
 def test_agreement_was_written_for_the_committed_results(name, committed):
     module = protocol.load(name)
     said = studies.agreement(module, module.summary(protocol.collect(module, studies.COMPARED, RESULTS)))
-    assert said, "the claims came out another way: write the Agreement of the study anew"
-    assert f"Compared with what was published: {said}" in committed
+    assert said, "the verdict has changed: rewrite the Agreement of the study"
+    assert f"Compared with the published results: {said}" in committed
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_result_that_does_not_name_its_images_is_not_taken_for_the_official_file
     assert "images of unknown origin" in origin and "official" not in origin
 
 
-def test_published_numbers_stand_beside_ours_under_the_published_protocol_only(make_run):
+def test_published_numbers_stand_next_to_ours_under_the_published_protocol_only(make_run):
     module = protocol.load("bn_vs_none")
     for preset in PRESETS:
         found = {label: [make_run(config)] for label, config in module.runs(preset).items()}

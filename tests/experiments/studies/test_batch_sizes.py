@@ -53,7 +53,7 @@ def test_claims_are_better_and_slower_at_every_size_and_nearly_the_best_at_mediu
     assert (fields["verdict"], fields["claims"]) == (verdict, claims)
 
 
-def test_medium_sizes_are_quoted_beside_the_best_and_the_smallest(made_up):
+def test_medium_sizes_are_quoted_with_the_best_and_the_smallest(made_up):
     fields = summary(made_up())
     assert (fields["lost_50"], fields["lost_100"]) == ("0.0 ± 0.0", "1.0 ± 0.0")
     assert (fields["epoch_50"], fields["epoch_100"]) == ("25.0 ± 0.0", "22.5 ± 0.0")
@@ -88,7 +88,7 @@ def test_best_size_is_that_of_batch_norm(made_up):
     assert (fields["best_size"], fields["best"]) == ("10", "60.5 ± 0.7")
 
 
-def test_table_has_accuracy_and_time_of_each_size_with_the_published_ones_beside_them(made_up):
+def test_table_has_accuracy_and_time_of_each_size_with_the_published_ones_next_to_them(made_up):
     lines = table(made_up(), "small")
     assert [line["batch size"] for line in lines] == [str(size) for size in SIZES]
     assert lines[0]["published (full protocol), with / without batch norm, %"] == "~92 / ~85"

@@ -46,12 +46,12 @@ def made_up(make_run):
         ({"batch": (1.0, 0.3), "both": (0.7, 0.4)}, "fails", ""),
     ],
 )
-def test_claims_are_that_batch_norm_regularises_and_needs_no_dropout(made_up, changes, verdict, claims):
+def test_claims_are_that_batch_norm_regularizes_and_needs_no_dropout(made_up, changes, verdict, claims):
     fields = summary(made_up(**changes))
     assert (fields["verdict"], fields["claims"]) == (verdict, claims)
 
 
-def test_narrower_gap_of_a_net_that_learns_less_is_no_regularisation(made_up):
+def test_narrower_gap_of_a_net_that_learns_less_is_no_regularization(made_up):
     fields = summary(made_up(batch=(0.3, 0.25), dropout=(0.8, 0.2), both=(0.3, 0.25)))
     assert fields["claims"] == "(1) and (3) hold, (2) is not shown"
 
@@ -90,7 +90,7 @@ def test_differences_in_test_accuracy_are_said_in_words_that_fit(made_up):
     assert quoted == ["20.0 ± 0.0 points better", "10.0 ± 0.0 points better", "5.0 ± 0.0 points worse"]
 
 
-def test_training_accuracies_are_quoted_beside_the_gap(made_up):
+def test_training_accuracies_are_quoted_with_the_gap(made_up):
     fields = summary(made_up())
     assert (fields["training_none"], fields["training_both"]) == ("90.5 ± 0.7", "70.5 ± 0.7")
 
@@ -118,7 +118,7 @@ def test_what_was_not_measured_is_said_and_the_rest_is_shown(made_up, how, seeds
     assert plot(results)
 
 
-def test_table_has_the_published_accuracy_of_every_arm_beside_ours(made_up):
+def test_table_has_the_published_accuracy_of_every_arm_next_to_ours(made_up):
     lines = table(made_up(), "small")
     assert [line["published test accuracy (simpler network), %"] for line in lines] == list(PUBLISHED.values())
     assert lines[0]["test accuracy, %"] == "30.5 ± 0.7" and lines[0]["gap, points"] == "60.0 ± 0.0"

@@ -1,4 +1,4 @@
-"""The conclusions of the study ensemble, on made-up runs; and the nets of a run as one."""
+"""The conclusions of the study ensemble, on made-up runs; and the networks of a run as an ensemble."""
 
 import math
 import types

@@ -1,4 +1,4 @@
-"""The study folding: what it concludes from made-up measurements, and that it measures a net before and after."""
+"""The study folding: conclusions from made-up measurements, and the measurement of a network before and after."""
 
 import jax
 import numpy as np

@@ -98,7 +98,7 @@ def test_best_rate_of_each_arm_is_quoted_with_its_accuracy(made_up):
     assert (fields["batch_best"], fields["none_best"]) == ("50.5 ± 0.7 % at 0.1", "50.5 ± 0.7 % at 0.01")
 
 
-def test_table_has_a_line_for_each_rate_with_the_published_numbers_beside_ours(made_up):
+def test_table_has_a_line_for_each_rate_with_the_published_numbers_next_to_ours(made_up):
     lines = table(made_up((0.1,), (0.01,)), "small")
     assert [line["learning rate"] for line in lines] == [f"{rate:g}" for rate in RATES]
     line = lines[RATES.index(0.1)]

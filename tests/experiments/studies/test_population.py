@@ -109,7 +109,7 @@ def test_arms_of_one_length_differ_in_their_running_statistics_alone():
             assert len(set(configs)) == len(AVERAGES)
 
 
-def test_precise_statistics_come_from_augmented_images_drawn_anew_for_each_seed(tiny, blobs):
+def test_precise_statistics_come_from_augmented_images_drawn_again_for_each_seed(tiny, blobs):
     draws = [population.augmented(tiny.replace(seed=seed), blobs, 12) for seed in (0, 0, 1)]
     assert [len(draw) for draw in draws] == [1, 1, 1] and draws[0][0].shape == (12, 8, 8, 1)
     np.testing.assert_array_equal(draws[0][0], draws[1][0])

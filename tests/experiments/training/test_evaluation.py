@@ -1,4 +1,4 @@
-"""Testing a trained net in other ways: with its running statistics or those of its batches, and by known logits."""
+"""Testing a trained network in other ways: with its running statistics or those of its batches, and by known logits."""
 
 import flax.linen as nn
 import jax

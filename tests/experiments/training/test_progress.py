@@ -11,7 +11,7 @@ from experiments.training.progress import Display
 
 
 def shown(rows, *, terminal):
-    """What a display prints of one run with these rows."""
+    """The text that a display prints for one run with these rows."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
     with Display(2, console) as display:
         on_progress = display.run("net")

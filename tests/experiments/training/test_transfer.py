@@ -1,4 +1,4 @@
-"""A run that starts from a trained net: what it takes over, what is new, and what its batch norms do then."""
+"""Runs that start from a trained network: variables that are kept, new variables, and the mode of the batch norms."""
 
 import functools
 
@@ -117,9 +117,9 @@ def test_net_of_other_images_is_refused(moved):
         jax.random.key(0),
         jnp.zeros((1, 8, 8, 1)),
     )
-    grey = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    gray = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with pytest.raises(ValueError, match="does not match .* \\d+ variables differ, .*. Start from the same kind of"):
-        transplant(config, moved.trained, grey, moved.images[:1])
+        transplant(config, moved.trained, gray, moved.images[:1])
 
 
 @pytest.mark.parametrize(("start", "given"), [(None, {"params": {}}), ("a run", None)])
