@@ -283,20 +283,18 @@ def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool) -> 
     var = moments.var
     if unbiased:  # Ioffe and Szegedy 2015, algorithm 2: Var[x] = m/(m-1) E[var]
         var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
+    weight = None
     if isinstance(stats, CountedStats):
         steps = stats.steps + is_usable.astype(stats.steps.dtype)
         weight = _debiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
         stats = stats._replace(steps=steps)
-        mean, var = _interpolate(stats.mean, moments.mean, weight), _interpolate(stats.var, var, weight)
-    else:
-        mean = momentum * stats.mean + (1 - momentum) * moments.mean
-        var = momentum * stats.var + (1 - momentum) * var
 
-    def select(old: jax.Array, new: jax.Array) -> jax.Array:
+    def average(old: jax.Array, batch: jax.Array) -> jax.Array:
+        new = momentum * old + (1 - momentum) * batch if weight is None else _interpolate(old, batch, weight)
         new = _cast_like(new, old)
         return lax.select(is_usable, new, old.astype(new.dtype))
 
-    return stats._replace(mean=select(stats.mean, mean), var=select(stats.var, var))
+    return stats._replace(mean=average(stats.mean, moments.mean), var=average(stats.var, var))
 
 
 _update_jitted = jax.jit(_update, static_argnums=(2, 3))
