@@ -181,7 +181,7 @@ class BatchNorm(nn.Module):
         if is_complex:
             dtype = jnp.promote_types(dtype, jnp.complex64)
 
-        # Without this check, Flax would create the missing variable and count from 0, although the mean and variance are
+        # Without this check, Flax would create the missing variable, and count from 0 although the statistics are
         # averages of many batches.
         if counted and self.has_variable("batch_stats", "mean"):
             checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
