@@ -4,7 +4,6 @@ The layers only adapt: they read parameters and statistics from the scope, call 
 the new statistics back.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax.typing import Dtype, Initializer
 from jax.nn import initializers
 
 from jaxbn._core import checks
+from jaxbn._core.dtypes import cast
 from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize_at_init
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
@@ -38,15 +38,14 @@ class BatchNorm(nn.Module):
     >>> y = layer.apply(variables | updates, x, use_running_average=True)
 
     Differs from flax.linen.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and in float32, training needs no more memory for activations than
-         the network needs without batch norm.
-      2. A batch that is empty, masked everywhere or not finite does not change the running statistics.
-      3. Devices with different numbers of masked positions are weighted by their counts.
-      4. Masked positions may hold NaN.
-      5. The statistics keep their dtype, so a scan over steps works in float64 too.
-      6. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
+      1. Variance and gradient are accurate to the precision of ``x``, however large the mean.
+      2. On a CPU, in float32, training needs no more memory for activations than the network without batch norm.
+      3. A batch that is empty, masked everywhere or not finite does not change the running statistics.
+      4. Devices with different numbers of masked positions are weighted by their counts.
+      5. Masked positions may hold NaN or infinity, in training and in evaluation; such values count as 0.
+      6. The statistics keep their dtype, so a scan over steps works in float64 too.
+      7. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
          Training on one value per feature warns.
-      7. In evaluation too, masked values that are not finite count as 0.
       8. For complex inputs, the running mean is complex from the start.
 
     Attributes:
@@ -64,7 +63,7 @@ class BatchNorm(nn.Module):
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap;
         a batch sharded under jit does not need it.
       axis_index_groups: groups of device indices to normalize separately, as in ``jax.lax.psum``.
-      use_fast_variance: accepted for compatibility, without effect: the only variance is both fast and exact.
+      use_fast_variance: ignored; accepted for compatibility with Flax.
       force_float32_reductions: False stores the running statistics in ``param_dtype``, as in Flax; the sums are in
         float32 in any case.
       method: how training normalizes a batch: ``jaxbn.batch_normalize``, or a variant such as
@@ -122,7 +121,8 @@ class BatchNorm(nn.Module):
           y, shape [..., C].
 
         Raises:
-          ValueError: if ``use_running_average`` is passed twice or not at all, or an argument does not fit ``x``.
+          ValueError: if ``use_running_average`` is passed twice or not at all, unless frozen, or an argument does not
+            fit ``x``.
         """
         # From the constructor or from the call, but not from both; a frozen layer always evaluates.
         use_running_average = self.frozen or nn.merge_param(
@@ -131,42 +131,23 @@ class BatchNorm(nn.Module):
         checks.boolean("use_running_average", use_running_average)
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
-        features = [x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis)]
+        feature_shape = tuple(x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis))
 
-        # Plain averages and debiased ones need the number of batches.
-        counted = self.momentum is None or self.debias
         # Evaluation does not need the pending moments, so it accepts checkpoints that lack them.
         accumulate = 1 if use_running_average and not self.is_initializing() else self.accumulate
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        if jnp.iscomplexobj(x):
-            stats_dtype = jnp.promote_types(stats_dtype, jnp.complex64)
-
-        # Otherwise Flax would create the missing variable, and count from 0 next to statistics of many batches.
-        if counted and self.has_variable("batch_stats", "mean"):
-            checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
-
-        @functools.cache  # all variables start from one call, which is not made if they exist
-        def initial_stats() -> dict[str, jax.Array]:
-            return to_variables(init_stats(features, counted=counted, accumulate=accumulate, dtype=stats_dtype))
-
-        # The variables of Flax's layer, "mean" and "var", and those for our options.
-        variables = {
-            name: self.variable("batch_stats", name, lambda name=name: initial_stats()[name])
-            for name in variable_names(counted=counted, accumulate=accumulate)
-        }
-        scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
+        variables = self._running_variables(feature_shape, accumulate=accumulate, is_complex=jnp.iscomplexobj(x))
+        scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype) if self.use_bias else None
 
         if self.is_initializing() and not use_running_average:
             # As in Flax, initialization does not update the statistics and is not spread over devices.  Nor does it
             # call the method, because the example batch may be too small for it.
             y = normalize_at_init(x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask)
-            return y if self.dtype is None else y.astype(self.dtype)
+            return cast(y, self.dtype)
 
-        stats = from_variables({name: v.value for name, v in variables.items()}, accumulate=accumulate)
         y, stats = batch_norm(
             x,
-            stats,
+            from_variables({name: variable.value for name, variable in variables.items()}, accumulate=accumulate),
             scale,
             bias,
             use_running_average=use_running_average,
@@ -183,7 +164,34 @@ class BatchNorm(nn.Module):
         if not use_running_average:
             for name, value in to_variables(stats).items():
                 variables[name].value = value
-        return y if self.dtype is None else y.astype(self.dtype)
+        return cast(y, self.dtype)
+
+    @nn.nowrap  # otherwise Flax would put the method into a named scope, which shows up in profiles
+    def _running_variables(
+        self,
+        feature_shape: tuple[int, ...],
+        *,
+        accumulate: int,
+        is_complex: bool,
+    ) -> dict[str, nn.Variable]:
+        """Returns the variables of the running statistics by name; creates those that do not exist."""
+        # Plain averages and debiased ones need the number of batches.
+        counted = self.momentum is None or self.debias
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        if is_complex:
+            dtype = jnp.promote_types(dtype, jnp.complex64)
+
+        # Without this check, Flax would create the missing variable, and count from 0 although the statistics are
+        # averages of many batches.
+        if counted and self.has_variable("batch_stats", "mean"):
+            checks.has_steps(self.has_variable("batch_stats", "steps"), "/".join(self.path))
+
+        def initial(name: str) -> jax.Array:  # called by Flax, and only for a variable that does not exist
+            return to_variables(init_stats(feature_shape, counted=counted, accumulate=accumulate, dtype=dtype))[name]
+
+        # The variables of Flax's layer, "mean" and "var", and those for our options.
+        names = variable_names(counted=counted, accumulate=accumulate)
+        return {name: self.variable("batch_stats", name, initial, name) for name in names}
 
 
 class Affine(nn.Module):
@@ -236,14 +244,13 @@ class Affine(nn.Module):
         """
         del use_running_average
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
-        features = [jnp.shape(x)[axis] for axis in checks.feature_axes(jnp.shape(x), self.axis)]
+        feature_shape = tuple(jnp.shape(x)[axis] for axis in checks.feature_axes(jnp.shape(x), self.axis))
 
         def parameter(name: str, init: Callable[..., jax.Array]) -> jax.Array:
             if self.fixed:
-                return self.variable("batch_stats", name, lambda: init(None, features, self.param_dtype)).value
-            return self.param(name, init, features, self.param_dtype)
+                return self.variable("batch_stats", name, init, None, feature_shape, self.param_dtype).value
+            return self.param(name, init, feature_shape, self.param_dtype)
 
         scale = parameter("scale", initializers.ones) if self.use_scale else None
         bias = parameter("bias", initializers.zeros) if self.use_bias else None
-        y = affine(x, scale, bias, axis=self.axis, mask=mask)
-        return y if self.dtype is None else y.astype(self.dtype)
+        return cast(affine(x, scale, bias, axis=self.axis, mask=mask), self.dtype)

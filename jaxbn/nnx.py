@@ -17,6 +17,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 
 from jaxbn._core import checks
+from jaxbn._core.dtypes import cast
 from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
@@ -39,17 +40,16 @@ class BatchNorm(nnx.Module):
     >>> y = layer(jnp.array([[1., 10.], [3., 30.]]))
 
     Differs from flax.nnx.BatchNorm in:
-      1. Variance and gradient are exact at any mean, and in float32, training needs no more memory for activations than
-         the network needs without batch norm.
-      2. A batch that is empty, masked everywhere or not finite does not change the running statistics.
-      3. Devices with different numbers of masked positions are weighted by their counts.
-      4. Masked positions may hold NaN.
-      5. ``dtype`` is the dtype of the result only: inputs, parameters and statistics are not rounded to it first.
+      1. Variance and gradient are accurate to the precision of ``x``, however large the mean.
+      2. On a CPU, in float32, training needs no more memory for activations than the network without batch norm.
+      3. A batch that is empty, masked everywhere or not finite does not change the running statistics.
+      4. Devices with different numbers of masked positions are weighted by their counts.
+      5. Masked positions may hold NaN or infinity, in training and in evaluation; such values count as 0.
+      6. ``dtype`` is the dtype of the result only: inputs, parameters and statistics are not rounded to it first.
          Without it, the result has the dtype to which input and parameters promote, as in linen.
-      6. The statistics keep their dtype and carry no gradient.
-      7. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
+      7. The statistics keep their dtype and carry no gradient.
+      8. Integer inputs, float masks, ``epsilon=0``, and ``axis_index_groups`` without ``axis_name`` raise a ValueError.
          Training on one value per feature warns.
-      8. In evaluation too, masked values that are not finite count as 0.
 
     Args:
       num_features: number of features C.
@@ -67,7 +67,7 @@ class BatchNorm(nnx.Module):
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap;
         a batch sharded under jit does not need it.
       axis_index_groups: groups of device indices to normalize separately, as in ``jax.lax.psum``.
-      use_fast_variance: accepted for compatibility, without effect: the only variance is both fast and exact.
+      use_fast_variance: ignored; accepted for compatibility with Flax.
       promote_dtype: a function other than Flax's default is called first, on ``(x, mean, var, scale, bias)`` and with
         ``dtype``.
       rngs: keys for the initializers.
@@ -116,17 +116,17 @@ class BatchNorm(nnx.Module):
         accumulate: int = 1,
     ):
         checks.inexact(dtype=dtype, param_dtype=param_dtype)
-        features = (checks.whole("num_features", num_features, least=0),)
+        feature_shape = (checks.whole("num_features", num_features, least=0),)
         # The variables of Flax's layer, "mean" and "var", and those for our options.  Plain averages and debiased ones
         # need the number of batches.
-        stats = init_stats(features, counted=momentum is None or debias, accumulate=accumulate)
+        stats = init_stats(feature_shape, counted=momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(stats).items():
             setattr(self, name, nnx.BatchStat(value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
-            self.scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata)
+            self.scale = nnx.Param(scale_init(rngs.params(), feature_shape, param_dtype), **scale_metadata)
         if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata)
+            self.bias = nnx.Param(bias_init(rngs.params(), feature_shape, param_dtype), **bias_metadata)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -164,7 +164,7 @@ class BatchNorm(nnx.Module):
           y, shape [..., C].
 
         Raises:
-          ValueError: if ``use_running_average`` is not set anywhere, or an argument does not fit ``x``.
+          ValueError: if ``use_running_average`` is not set anywhere, unless frozen, or an argument does not fit ``x``.
         """
         use_running_average = self.frozen or first_from(
             use_running_average,
@@ -208,7 +208,7 @@ class BatchNorm(nnx.Module):
             for name, value in to_variables(stats).items():
                 # State rather than an output: no gradient flows through it.
                 variables[name].set_value(lax.stop_gradient(value))
-        return y if self.dtype is None else y.astype(self.dtype)
+        return cast(y, self.dtype)
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
         """Sets the mode; called by ``nnx.view``.
@@ -289,5 +289,4 @@ class Affine(nnx.Module):
         checks.num_features(self.num_features, x, self.axis)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        y = affine(x, scale, bias, axis=self.axis, mask=mask)
-        return y if self.dtype is None else y.astype(self.dtype)
+        return cast(affine(x, scale, bias, axis=self.axis, mask=mask), self.dtype)

@@ -19,7 +19,7 @@ import jaxbn
 from experiments.benchmarks import Settings
 from experiments.evidence import provenance
 from experiments.evidence.text import STABLE, markdown, short
-from jaxbn._core import platforms
+from jaxbn._core import lowering
 from jaxbn.testing import _oracle
 
 NAME = "numerics"
@@ -115,7 +115,7 @@ def measure(ratios: Sequence[float] = RATIOS, *, dtype: str = "float32", platfor
     """
     if platform is None:
         return _measure(ratios, dtype, IMPLEMENTATIONS)
-    with platforms.assumed(platform):
+    with lowering.assumed(platform):
         return _measure(ratios, dtype, {ELSEWHERE[platform]: ours})
 
 

@@ -21,6 +21,11 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def cast(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """Casts ``x`` to ``dtype``; None leaves it as it is."""
+    return x if dtype is None else x.astype(dtype)
+
+
 def is_narrow(x: jax.Array) -> bool:
     """Tells whether arithmetic on ``x`` needs a wider dtype than its own."""
     return x.dtype != wide_dtype(x.dtype)

@@ -128,7 +128,9 @@ def batch_normalize(
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
     del stats
-    x, mask, reduced, devices = checked(x, mask, axis, epsilon, axis_name, axis_index_groups, scale=scale, bias=bias)
+    x, mask, reduced, devices = checked_arguments(
+        x, mask, axis, epsilon, axis_name, axis_index_groups, scale=scale, bias=bias
+    )
     checks.several_values(x.shape, reduced, axis_name)
     # A variance far below epsilon need not be exact, so that constant features do not cost a second pass over x.
     batch = measure(x, mask, reduced, devices, negligible=epsilon)
@@ -160,7 +162,7 @@ def normalize_at_init(
     Returns:
       y, shape [..., C].
     """
-    x, mask, reduced, devices = checked(x, mask, axis, epsilon, None, None, scale=scale, bias=bias)
+    x, mask, reduced, devices = checked_arguments(x, mask, axis, epsilon, None, None, scale=scale, bias=bias)
     batch = measure(x, mask, reduced, devices, negligible=epsilon)
     return apply_measured(x, mask, batch, scale, bias, reduced, epsilon)
 
@@ -216,6 +218,8 @@ def batch_norm(
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
+    # `normalize` and the methods check their own arguments again.  Checked here too, an argument is refused in training
+    # and evaluation alike, even one that only the other mode reads, and by a method of the user that checks nothing.
     x, axes, _ = checks.inputs(x, axis)
     checks.statistics(stats, STATS_TYPES)
     checks.method(method)
@@ -280,7 +284,7 @@ def affine(
     return scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))
 
 
-def checked(
+def checked_arguments(
     x: ArrayLike,
     mask: ArrayLike | None,
     axis: Axes,
@@ -290,6 +294,8 @@ def checked(
     **per_feature: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array | None, tuple[int, ...], Devices]:
     """Checks the arguments of a method.
+
+    :func:`batch_norm` has checked most of them already, but a method is public too, and may be called without it.
 
     Returns:
       The inputs and the mask as arrays, the axes to sum over, and the devices.

@@ -29,8 +29,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.typing import ArrayLike
 
-from jaxbn._core import platforms
-from jaxbn._core.moment_algorithms import Algorithm, LocalMoments, combine, raw_or_centered, sampled, two_pass
+from jaxbn._core import lowering
+from jaxbn._core.moment_algorithms import Algorithm, LocalMoments, combine_parts, raw_or_centered, sampled, two_pass
 from jaxbn._core.sums import is_sharded_explicitly
 
 
@@ -60,8 +60,8 @@ def measure_locally(
         # they are: on accelerators `two_pass`, which does not gather.
         cpu = functools.partial(_of_operands(raw_or_centered), **options)
         accelerator = functools.partial(_of_operands(two_pass), **options)
-        return LocalMoments(*platforms.choose(*operands, cpu=cpu, accelerator=accelerator))
-    return LocalMoments(*local_moments_p.bind(*platforms.varying_alike(*operands), **options))
+        return LocalMoments(*lowering.choose(*operands, cpu=cpu, accelerator=accelerator))
+    return LocalMoments(*local_moments_p.bind(*lowering.varying_alike(*operands), **options))
 
 
 def _in_groups(algorithm: Algorithm, groups: int) -> Algorithm:
@@ -90,7 +90,7 @@ def _in_groups(algorithm: Algorithm, groups: int) -> Algorithm:
         def add(*parts: jax.Array) -> list[jax.Array]:
             return [part.sum(batch) for part in parts]
 
-        return combine(local, m / groups, m, negligible, add, axis=batch)[0]
+        return combine_parts(local, m / groups, m, negligible, add, axis=batch)[0]
 
     return measure
 
@@ -113,9 +113,9 @@ def _of_operands(algorithm: Algorithm) -> Callable[..., list[jax.Array]]:
 
 def _lowering_for(platform: str) -> Callable:
     def lower(context: Any, *operands: Any, **options: Any) -> Any:
-        chosen = platforms.lowered_for(platform)
+        chosen = lowering.lowered_for(platform)
         algorithm = ALGORITHMS[chosen]
-        devices = platforms.devices_to_share(context)
+        devices = lowering.devices_to_share(context)
         if chosen != "cpu" and devices > 1:
             algorithm = _in_groups(algorithm, devices)
         return mlir.lower_fun(_of_operands(algorithm), multiple_results=True)(context, *operands, **options)

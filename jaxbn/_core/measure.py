@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._core import platforms
+from jaxbn._core import lowering
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import is_narrow, wide_dtype, widen
 from jaxbn._core.local_moments import measure_locally
-from jaxbn._core.moment_algorithms import combine, from_sums, sums_about
+from jaxbn._core.moment_algorithms import combine_parts, from_sums, sums_about
 from jaxbn._core.sums import broadcast, masked_pair_sum
 
 
@@ -60,8 +60,8 @@ def measure(
       Moments, in the shape of the other axes.
     """
     size = _static_count(x, mask, reduced, devices)
-    count = None if size else _local_count(x, mask, reduced)
-    return Measured(*_measure(x, mask, count, negligible, about, reduced, devices, size))
+    local_count = None if size else _local_count(x, mask, reduced)
+    return Measured(*_measure(x, mask, local_count, negligible, about, reduced, devices, size))
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -77,7 +77,7 @@ def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def _measure(
     x: jax.Array,
     mask: jax.Array | None,
-    count: jax.Array | None,
+    local_count: jax.Array | None,
     negligible: ArrayLike,
     about: jax.Array | None,
     reduced: tuple[int, ...],
@@ -89,7 +89,7 @@ def _measure(
     Args:
       x: inputs.
       mask: as in :func:`measure`.
-      count: number of values per feature on this device; None if ``size`` is known.
+      local_count: number of values per feature on this device; None if ``size`` is known.
       negligible: as in :func:`measure`.
       about: as in :func:`measure`.
       reduced: axes to sum over.
@@ -97,31 +97,31 @@ def _measure(
       size: number of values per feature on all devices; 0.0 if only the running program can tell.
     """
     if about is not None:
-        return _measure_about(about, x, mask, count, reduced, devices, size)
-    local = measure_locally(x, mask, count, negligible, reduced)
+        return _measure_about(about, x, mask, local_count, reduced, devices, size)
+    local = measure_locally(x, mask, local_count, negligible, reduced)
     if not devices.names:
-        return *local, jnp.full_like(local.var, size) if size else count
+        return *local, (jnp.full_like(local.var, size) if size else local_count)
     # Without a count, all devices hold equally many values: else `size` would be 0.
-    local_count = float(math.prod(x.shape[i] for i in reduced)) if count is None else count
-    moments, total_count = combine(local, local_count, size, negligible, devices.totals, devices.own)
-    return *moments, total_count
+    part_size = float(math.prod(x.shape[i] for i in reduced)) if local_count is None else local_count
+    moments, count = combine_parts(local, part_size, size, negligible, devices.totals, devices.own)
+    return *moments, count
 
 
 def _measure_about(
     pivot: jax.Array,
     x: jax.Array,
     mask: jax.Array | None,
-    count: jax.Array | None,
+    local_count: jax.Array | None,
     reduced: tuple[int, ...],
     devices: Devices,
     size: float,
 ) -> tuple[jax.Array, ...]:
-    """Does the same about a pivot that all devices share, so that their sums can be added as they are."""
+    """Computes the same as `_measure`, about a pivot that all devices share, so their sums can be added as they are."""
     sums = sums_about(pivot, x, mask, reduced)
-    if count is None:
+    if local_count is None:
         total, squares = devices.total(*sums)
         return *from_sums(pivot, total, squares, size), jnp.full_like(squares, size)
-    total, squares, count = devices.total(*sums, count)
+    total, squares, count = devices.total(*sums, local_count)
     pivot = jnp.where(count == 0, 0, pivot)  # the mean of no values is 0 by convention
     return *from_sums(pivot, total, squares, jnp.maximum(count, 1)), count
 
@@ -150,7 +150,7 @@ def _measure_jvp(
     return (pivot, offset, var, count), tangents_out
 
 
-@platforms.rematerialized(static_argnums=(5,))  # only x is kept for the backward pass, not x - pivot as well
+@lowering.rematerialized(static_argnums=(5,))  # only x is kept for the backward pass, not x - pivot as well
 def _sums_dot(
     x: jax.Array,
     mask: jax.Array | None,

@@ -174,7 +174,7 @@ def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def combine(
+def combine_parts(
     local: LocalMoments,
     count: float | jax.Array,
     size: float,

@@ -1,5 +1,7 @@
 """From moments to outputs: y = (x - pivot) a + shift, with a = scale / sqrt(v).
 
+Here v = var + epsilon, or infinity for a feature that is masked everywhere, so that its a is 0.
+
 This is scale * (x - mean) / sqrt(v) + bias, with mean = pivot + offset and shift = bias - offset a.  It is exact even
 if x and its mean are large, because x - pivot is, and offset a is small.
 """
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxbn._core import platforms
+from jaxbn._core import lowering
 from jaxbn._core.dtypes import is_narrow, widen
 from jaxbn._core.measure import Measured, zero_masked
 from jaxbn._core.sums import broadcast, pair_broadcast
@@ -66,7 +68,7 @@ def _coefficients(
     return a, shift
 
 
-@platforms.rematerialized(static_argnums=(5, 6))  # only x is kept for the backward pass, not x - pivot as well
+@lowering.rematerialized(static_argnums=(5, 6))  # only x is kept for the backward pass, not x - pivot as well
 def scale_and_shift(
     x: jax.Array,
     mask: jax.Array | None,

@@ -26,7 +26,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxbn._core import platforms
+from jaxbn._core import lowering
 
 # How many neighboring positions a CPU sums first, in a loop that XLA unrolls, with the features side by side.  XLA does
 # not unroll loops of more than 32, which makes them many times slower; short runs leave too much to sum afterward.
@@ -71,7 +71,7 @@ def pair_sum(a: jax.Array, b: jax.Array, reduced: tuple[int, ...], *, narrow: bo
     if is_sharded_explicitly(a):
         total_a, total_b = _sum_separately(a, b, reduced=reduced)
     else:
-        total_a, total_b = sum_p.bind(*platforms.varying_alike(a, b), reduced=reduced, narrow=narrow)
+        total_a, total_b = sum_p.bind(*lowering.varying_alike(a, b), reduced=reduced, narrow=narrow)
     return total_a, total_b
 
 
@@ -81,7 +81,7 @@ def pair_broadcast(a: jax.Array, b: jax.Array, x: jax.Array, reduced: tuple[int,
         return broadcast(a, x, reduced), broadcast(b, x, reduced)
     # Cast to vary over devices before the broadcast.  The transpose of the cast is a psum, which then adds values per
     # feature over the devices; after the broadcast it would add whole batches.
-    a, b, _ = platforms.varying_alike(a, b, x)
+    a, b, _ = lowering.varying_alike(a, b, x)
     wide_a, wide_b = broadcast_p.bind(a, b, shape=x.shape, reduced=reduced, narrow=narrow)
     return wide_a, wide_b
 
@@ -211,10 +211,10 @@ broadcast_p = _linear_primitive("pair_broadcast", _broadcast_separately)
 
 def _sum_lowering_for(platform: str) -> Callable:
     def lower(context: Any, a: Any, b: Any, *, reduced: tuple[int, ...], narrow: bool) -> Any:
-        chosen = platforms.lowered_for(platform)
+        chosen = lowering.lowered_for(platform)
         # In a program for several devices, a run or a part could reach from one to the next, and XLA would gather the
         # batch.
-        is_for_one_device = platforms.devices_to_share(context) == 1
+        is_for_one_device = lowering.devices_to_share(context) == 1
         sum_ = _sum_separately
         if is_for_one_device and chosen == "cpu" and narrow:
             sum_ = _sum_in_runs

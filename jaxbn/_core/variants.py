@@ -21,7 +21,7 @@ from jaxbn._core import checks
 from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import wide_dtype, widen
-from jaxbn._core.functional import checked
+from jaxbn._core.functional import checked_arguments
 from jaxbn._core.measure import measure
 from jaxbn._core.scaling import apply_measured, result_dtype
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
@@ -72,7 +72,9 @@ def ghost_normalize(
       Hoffer, Hubara and Soudry 2017, arXiv:1705.08741.
     """
     del stats
-    x, mask, reduced, devices = checked(x, mask, axis, epsilon, axis_name, axis_index_groups, scale=scale, bias=bias)
+    x, mask, reduced, devices = checked_arguments(
+        x, mask, axis, epsilon, axis_name, axis_index_groups, scale=scale, bias=bias
+    )
     if 0 not in reduced:
         raise ValueError(
             f"axis must not include the first axis, which ghost batch norm divides into groups, got {axis} for an "
@@ -185,7 +187,7 @@ def batch_renormalize(
     stats = _given(stats, "batch renormalization compares the batch with the running statistics")
     checks.at_least("r_max", r_max, 1)
     checks.at_least("d_max", d_max, 0)
-    x, mask, reduced, devices = checked(
+    x, mask, reduced, devices = checked_arguments(
         x, mask, axis, epsilon, axis_name, axis_index_groups, mean=stats.mean, var=stats.var, scale=scale, bias=bias
     )
     checks.several_values(x.shape, reduced, axis_name)
@@ -253,7 +255,7 @@ def shifted_normalize(
       Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance: "shifted data".
     """
     stats = _given(stats, "the moments are measured about the running mean")
-    x, mask, reduced, devices = checked(
+    x, mask, reduced, devices = checked_arguments(
         x, mask, axis, epsilon, axis_name, axis_index_groups, mean=stats.mean, var=stats.var, scale=scale, bias=bias
     )
     checks.several_values(x.shape, reduced, axis_name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxbn._core import platforms
+from jaxbn._core import lowering
 
 
 def pytest_configure(config):
@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module", params=["cpu", "tpu", "cuda"])
 def platform(request):
     """The platform whose algorithms are used; module-scoped, because changing it forgets all compiled programs."""
-    with platforms.assumed(request.param):
+    with lowering.assumed(request.param):
         yield request.param

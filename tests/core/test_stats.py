@@ -164,7 +164,7 @@ def test_the_moments_of_an_empty_batch_are_the_identity_of_combine(sizes, seed, 
     chex.assert_trees_all_equal(combine(a, empty), a)
 
 
-def test_moments_of_no_values_are_an_identity_with_any_mean():
+def test_moments_of_no_values_are_an_identity_with_any_finite_mean():
     nothing, some = (jaxbn.Moments(*(jnp.array([v]) for v in values)) for values in ((1e8, 3.0, 0.0), (0.1, 2.0, 5.0)))
     chex.assert_trees_all_equal(combine(nothing, some), some)
     chex.assert_trees_all_equal(combine(some, nothing), some)
@@ -309,6 +309,30 @@ def test_counted_statistics_keep_their_digits_at_a_momentum_near_1(momentum):
     means, variances, _ = zip(*(reference.moments(x) for x in batches), strict=True)
     np.testing.assert_allclose(stats.mean, adam_average(np.array(means), momentum), rtol=64 * ROUNDING)
     np.testing.assert_allclose(stats.var, adam_average(np.array(variances), momentum), rtol=64 * ROUNDING)
+
+
+def counted_stats(mean, var, steps):
+    return jaxbn.CountedStats(jnp.float32([mean]), jnp.float32([var]), jnp.array([steps]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 1_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("momentum", [0.9, 0.999, 0.99999, None])
+def test_a_batch_has_its_weight_to_float32_however_many_came_before(momentum, steps):
+    weight = 1 / steps if momentum is None else (1 - momentum) / (1 - momentum**steps)
+    batch = jaxbn.Moments(jnp.ones(1), jnp.ones(1), jnp.full(1, 8.0))
+    updated = jaxbn.update_stats(counted_stats(0.0, 0.0, steps - 1), batch, momentum=momentum)
+    np.testing.assert_allclose(updated.mean, [weight], rtol=4 * ROUNDING)
+    np.testing.assert_allclose(updated.var, [weight], rtol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize("momentum", [0.99999, None])
+def test_batches_with_the_moments_of_the_counted_statistics_leave_them(momentum):
+    # If the weights of old and new did not add up to 1, every step would move the average by the same rounding.
+    for mean, var in np.random.default_rng(0).uniform(1, 2, (8, 2)):
+        stats = counted_stats(mean, var, 99_999)
+        batch = jaxbn.Moments(stats.mean, stats.var, jnp.full(1, 8.0))
+        updated = jaxbn.update_stats(stats, batch, momentum=momentum)
+        chex.assert_trees_all_equal((updated.mean, updated.var), (stats.mean, stats.var))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.98, 0.99, 0.995, 0.999, 0.999999, None])
