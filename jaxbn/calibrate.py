@@ -30,12 +30,12 @@ from jaxbn._models.passes import (
     CallMoments,
     CallToMeasure,
     Mask,
-    compiled,
     find_calls,
+    jit_partial,
     measure_all,
     measure_calls,
     nothing_to_measure,
-    opened,
+    open_batches,
 )
 
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
@@ -136,9 +136,9 @@ def one_pass(
       Wu and Johnson 2021, arXiv:2105.07576, section 3; Izmailov et al. 2018, arXiv:1803.05407 (SWA).
     """
     before = split(model, variables)
-    first, data = opened(batches)
+    first, data = open_batches(batches)
     calls = find_calls(before, first, call)
-    measure_batch = compiled(measure_calls, before.definition, call, mask, use_running_average=use_running_average)
+    measure_batch = jit_partial(measure_calls, before.definition, call, mask, use_running_average=use_running_average)
     try:
         moments, _ = measure_all(measure_batch, before.arrays, data)
     except jax.errors.UnexpectedTracerError:
@@ -200,18 +200,18 @@ def layer_by_layer(
             f"batches is a {type(batches).__name__}, which can be read only once, but layer_by_layer reads the data "
             "once for each level of layers; pass a list or a function that returns an iterator, or use one_pass."
         )
-    first, data = opened(batches)
+    first, data = open_batches(batches)
     calls = find_calls(before, first, call)
     _check_no_loops(calls)
     levels = max(layer_call.level or 0 for layer_calls in calls.values() for layer_call in layer_calls)
-    measure_batch = compiled(measure_calls, before.definition, call, mask, use_running_average=True, by_call=True)
+    measure_batch = jit_partial(measure_calls, before.definition, call, mask, use_running_average=True, by_call=True)
     # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
     # wrong until all levels before them are measured, and are not used.
     stats = {path: [_initial_stats(layer_call) for layer_call in layer_calls] for path, layer_calls in calls.items()}
     moments, number = {}, 0
     for level in range(1, levels + 1):
         if level > 1:
-            _, data = opened(batches)
+            _, data = open_batches(batches)
         rows = {path: jax.tree.map(lambda *by_call: np.stack(by_call), *stats[path]) for path in calls}
         moments, number_read = measure_all(measure_batch, with_stats(before, rows).arrays, data)
         number = number or number_read

@@ -9,7 +9,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,10 @@ def several_values(shape: tuple[int, ...], reduced: tuple[int, ...], axis_name: 
         )
 
 
+@overload
+def mask(value: None, x: jax.Array) -> None: ...
+@overload
+def mask(value: ArrayLike, x: jax.Array) -> jax.Array: ...
 def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns the mask as booleans with as many axes as ``x``; refuses weights, and shapes that do not broadcast.
 

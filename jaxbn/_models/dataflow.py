@@ -51,11 +51,13 @@ class Graph(NamedTuple):
 
     Attributes:
       operations: each after those whose values it reads.
-      outputs: numbers of the values that the program returns.
+      outputs: numbers of the values that the program returns, flattened.
+      structure: of the pytree that it returns.
     """
 
     operations: list[Operation]
     outputs: tuple[int, ...]
+    structure: jax.tree_util.PyTreeDef
 
     def marked(self) -> dict[str, Operation]:
         """Returns the operations that carry a mark, by its name."""
@@ -85,7 +87,8 @@ def hands_on(operation: Operation) -> bool:
 
 def trace(function: Callable, *arguments: Any) -> Graph:
     """Traces a function of arrays, and leaves out operations on which neither result nor side effect depends."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    closed_jaxpr, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr = closed_jaxpr.jaxpr
     fresh = itertools.count()
     operations: list[Operation] = []
     inputs = [next(fresh) for _ in jaxpr.invars]
@@ -96,7 +99,7 @@ def trace(function: Callable, *arguments: Any) -> Graph:
         if operation.effects or not needed.isdisjoint(operation.outputs):
             needed.update(operation.inputs)
             alive.append(operation)
-    return Graph(alive[::-1], tuple(outputs))
+    return Graph(alive[::-1], tuple(outputs), jax.tree.structure(result))
 
 
 def _inline(

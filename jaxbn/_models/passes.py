@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +29,22 @@ Mask = Callable[[Any], ArrayLike]
 CallMoments = dict[str, tuple[Moments, ...]]
 
 
-def compiled(function: Callable, *static: Any, **options: Any) -> Callable:
-    """Returns ``function(*static, ..., **options)``, compiled; equal static arguments give the same program.
+def jit_partial(function: Callable, *static: Any, **options: Any) -> Callable:
+    """Jits ``partial(function, *static, **options)``.
 
-    Differs from ``static_argnums`` of jax.jit in:
-      1. Arguments that cannot be hashed are allowed, such as modules with arrays as attributes.  They get a program for
-         themselves in each call of ``compiled``: keep the result for as long as it is needed.
-      2. Such a program is freed with its last reference, and not kept in a cache in which it could never be found.
+    Equal hashable arguments share a program (the last 128 are kept).  Unhashable ones, such as modules with arrays as
+    attributes, are compiled again for each ``jit_partial``, and the program is freed with the result.
     """
     try:
         hash((static, *options.values()))
     except TypeError:
         # Not looked up by identity: an array may have been changed in place since the program was compiled.
-        return _compiled.__wrapped__(function, *static, **options)
-    return _compiled(function, *static, **options)
+        return jax.jit(functools.partial(function, *static, **options))
+    return _shared_program(function, *static, **options)
 
 
-@functools.lru_cache
-def _compiled(function: Callable, *static: Any, **options: Any) -> Callable:
+@functools.lru_cache(maxsize=128)
+def _shared_program(function: Callable, *static: Any, **options: Any) -> Callable:
     return jax.jit(functools.partial(function, *static, **options))
 
 
@@ -57,11 +55,13 @@ def measure_calls(
     arrays: Any,
     batch: Any,
     *,
-    axis_name: AxisNames | None = None,
     use_running_average: bool,
+    axis_name: AxisNames | None = None,
     by_call: bool = False,
 ) -> CallMoments:
     """Measures the inputs of each call of a batch norm in one batch.
+
+    The static arguments come first, because :func:`jit_partial` binds them.
 
     Args:
       definition: that of a :class:`Model`.
@@ -69,8 +69,8 @@ def measure_calls(
       mask: which examples count, or None.
       arrays: those of the model.
       batch: passed on to ``call`` and ``mask``.
-      axis_name: axes of devices that the batch is spread over.
       use_running_average: whether layers normalize with their running statistics, or with the batch.
+      axis_name: axes of devices that the batch is spread over.
       by_call: whether running statistics have a row for each call of a layer, shape [calls, C]; not those of frozen
         layers.
     """
@@ -99,10 +99,10 @@ def measure_calls(
 
 
 def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
-    """Measures the inputs of each call of a batch norm in all batches.
+    """Measures each batch, and combines the moments of all batches for each call of a batch norm.
 
     Args:
-      measure: :func:`measure_calls`, :func:`compiled`: a function of the arrays and a batch.
+      measure: ``measure(arrays, batch)`` returns the moments of one batch: ``jit_partial(measure_calls, ...)``.
       arrays: those of the model.
       batches: read once.
 
@@ -110,8 +110,7 @@ def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches
       The moments, and the number of batches.
     """
     # Pairwise summation, whose rounding grows with the logarithm of the number of batches (Higham 1993, The accuracy of
-    # floating point summation).  Each entry stands for 2^k batches, the first for the most: after n batches there is
-    # one for each 1 among the binary digits of n.
+    # floating point summation).
     partial: list[CallMoments] = []
     number = 0
     for number, batch in enumerate(batches, start=1):
@@ -121,6 +120,8 @@ def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches
                 f"batch {number} calls layers more or less often than the first batch, but each call of a layer is "
                 "measured by itself, so that all batches must make the same calls; cut sequences to one length."
             )
+        # A binary counter: each entry stands for 2^k batches, the first for the most, and after n batches there is one
+        # for each 1 among the binary digits of n.
         while len(partial) > number.bit_count():
             partial[-2:] = [_combine_calls(*partial[-2:])]
     return functools.reduce(_combine_calls, reversed(partial)), number
@@ -131,38 +132,43 @@ def _combine_calls(a: CallMoments, b: CallMoments) -> CallMoments:
     return jax.tree.map(combine, a, b, is_leaf=lambda node: isinstance(node, Moments))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["features", "dtype", "unbiased", "level"]
-)
-@dataclasses.dataclass(frozen=True)
-class CallToMeasure:
+class CallToMeasure(NamedTuple):
     """A call of a batch norm whose running statistics are to be replaced.
 
-    A record leaves a transformed block (remat, nn.jit) as a variable of the model.  Such a block returns arrays only,
-    so all but ``x`` is static.
-
     Attributes:
-      x: inputs, while the model is traced; None afterward.
       features: shape of the running mean.
       dtype: of the running mean.
       unbiased: whether the running variance is multiplied by m/(m - 1).
       level: number of batch norms on the longest path from the model's inputs to this call, itself included; None in a
-        loop.  Known after the model is traced.
+        loop.
+    """
+
+    features: tuple[int, ...]
+    dtype: Any
+    unbiased: bool
+    level: int | None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["features", "dtype", "unbiased"])
+@dataclasses.dataclass(frozen=True)
+class _MarkedCall:
+    """The same call while the model is traced: ``x`` is its marked input.
+
+    This record leaves a transformed block (remat, nn.jit) as a variable of the model.  Such a block returns arrays
+    only, so all but ``x`` is static.
     """
 
     x: Any
     features: tuple[int, ...]
     dtype: Any
     unbiased: bool
-    level: int | None = None
 
 
 def find_calls(model: Model, batch: Any, call: CallModel) -> dict[str, tuple[CallToMeasure, ...]]:
     """Finds the calls of the batch norms whose statistics are to be replaced, by path of the layer."""
-    calls: dict[str, tuple[CallToMeasure, ...]] = {}
-    frozen = set()
+    frozen: set[str] = set()  # paths, only for the error message
 
-    def handle(layer_call: Call) -> tuple[jax.Array, CallToMeasure | None]:
+    def handle(layer_call: Call) -> tuple[jax.Array, _MarkedCall | None]:
         norm = norm_of(layer_call)
         if norm.is_frozen:
             frozen.add(layer_call.path)
@@ -170,25 +176,24 @@ def find_calls(model: Model, batch: Any, call: CallModel) -> dict[str, tuple[Cal
         # Both the output and the record depend on the marked value: the levels count it, and its level is the record's.
         x = dataflow.mark(norm.x, "batch norm")
         mean, unbiased = norm.stats.mean, norm.options.get("unbiased", False)
-        return evaluated(norm._replace(x=x)), CallToMeasure(x, mean.shape, mean.dtype, unbiased)
+        return evaluated(norm._replace(x=x)), _MarkedCall(x, mean.shape, mean.dtype, unbiased)
 
-    def marked_inputs(arrays: Any, batch: Any) -> list[jax.Array]:
+    def marked_calls(arrays: Any, batch: Any) -> dict[str, tuple[_MarkedCall, ...]]:
         # The output of the model is not returned, so that the graph holds only what leads to a batch norm.
         _, recorded = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
-        calls.update(jax.tree.map(lambda x: None, recorded))  # tracers must not outlive their trace
-        return [layer_call.x for path in calls for layer_call in recorded[path]]
+        return recorded
 
-    graph = dataflow.trace(marked_inputs, model.arrays, batch)
-    if not calls:
+    graph = dataflow.trace(marked_calls, model.arrays, batch)
+    if not graph.outputs:
         raise nothing_to_measure(frozen=bool(frozen))
     levels = _levels(graph)
-    values = iter(graph.outputs)  # the numbers of the marked inputs, in the order in which they were returned
-    for path, layer_calls in calls.items():
-        # The value that a loop returns is not the marked one, and so has no level.
-        calls[path] = tuple(
-            dataclasses.replace(layer_call, level=levels.get(next(values))) for layer_call in layer_calls
-        )
-    return calls
+    # Puts the level of each marked input in its place, as the record's ``x``.  The value that a loop returns is not the
+    # marked one, and so has no level.
+    recorded = jax.tree.unflatten(graph.structure, [levels.get(value) for value in graph.outputs])
+    return {
+        path: tuple(CallToMeasure(marked.features, marked.dtype, marked.unbiased, level=marked.x) for marked in calls)
+        for path, calls in recorded.items()
+    }
 
 
 def _levels(graph: dataflow.Graph) -> dict[int, int]:
@@ -222,11 +227,11 @@ def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
             "example, or let the model pass masks to its layers if it moves the examples to another axis."
         )
     by_example = examples.reshape(-1, *[1] * (x.ndim - 1))
-    masks = [checks.mask(mask, x) for mask in (by_example, norm.mask)]
-    return functools.reduce(jnp.logical_and, (mask for mask in masks if mask is not None))
+    valid = checks.mask(by_example, x)
+    return valid if norm.mask is None else valid & checks.mask(norm.mask, x)
 
 
-def opened(batches: Iterable | Callable[[], Iterable]) -> tuple[Any, Iterator]:
+def open_batches(batches: Iterable | Callable[[], Iterable]) -> tuple[Any, Iterator]:
     """Returns the first batch, and an iterator over all of them, the first included."""
     if isinstance(batches, Mapping | jax.Array | np.ndarray):
         got = "a dict" if isinstance(batches, Mapping) else f"an array of shape {batches.shape}"
@@ -240,9 +245,13 @@ def opened(batches: Iterable | Callable[[], Iterable]) -> tuple[Any, Iterator]:
             f"{type(batches).__name__}; pass for example a list."
         )
     iterator = iter(batches if isinstance(batches, Iterable) else batches())
-    for first in iterator:
-        return first, itertools.chain([first], iterator)
-    raise ValueError("batches is empty; pass at least one batch; an iterator can be read only once, so make a new one.")
+    end = object()
+    first = next(iterator, end)
+    if first is end:
+        raise ValueError(
+            "batches is empty; pass at least one batch; an iterator can be read only once, so make a new one."
+        )
+    return first, itertools.chain([first], iterator)
 
 
 def nothing_to_measure(frozen: bool) -> ValueError:

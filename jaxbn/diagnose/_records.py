@@ -29,7 +29,7 @@ from jaxbn._models import dataflow
 from jaxbn._models.batch_norms import evaluated, norm_of
 from jaxbn._models.intercept import run
 from jaxbn._models.model import BATCH_NORMS, Model
-from jaxbn._models.passes import combine_masks, compiled, nothing_to_measure, opened
+from jaxbn._models.passes import combine_masks, jit_partial, nothing_to_measure, open_batches
 from jaxbn.diagnose._sums import CallRecord, Settings, Sums, record_call, sum_calls
 
 
@@ -68,8 +68,8 @@ def record_layers(
     mask: Callable[[Any], ArrayLike] | None,
 ) -> dict[str, Record]:
     """Records what the layers of a model see, by path, in the order in which they are first called."""
-    sum_batch = compiled(_sum_batch, model.definition, call, mask)
-    first, batches = opened(batches)
+    sum_batch = jit_partial(_sum_batch, model.definition, call, mask)
+    first, batches = open_batches(batches)
     order = _order(model, first, call, mask)
     if not order:
         raise nothing_to_measure(frozen=False)

@@ -1,6 +1,6 @@
 """Folds batch norms into linear layers.
 
-:mod:`jaxbn.surgery._matching` decides which layer can absorb a batch norm, :mod:`jaxbn.surgery._kernels` computes its
+:mod:`jaxbn.surgery._foldable` decides which layer can absorb a batch norm, :mod:`jaxbn.surgery._kernels` computes its
 new arrays.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import split
+from jaxbn.surgery._foldable import CannotFold, Finder
 from jaxbn.surgery._kernels import take_in
-from jaxbn.surgery._matching import CannotFold, Finder
 from jaxbn.surgery._new_layers import NewLayer, make_affine, make_with
 from jaxbn.surgery._operation import LayerPaths, Surgery, check_operable, operate, select
 

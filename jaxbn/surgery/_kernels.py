@@ -27,7 +27,7 @@ from flax import nnx
 from jaxbn._core.dtypes import in_float64
 from jaxbn._models.model import CONVOLUTIONS
 from jaxbn.surgery._affine import affine_of
-from jaxbn.surgery._matching import CannotFold, Match, TracedLinear
+from jaxbn.surgery._foldable import CannotFold, Match, TracedLinear
 from jaxbn.surgery._new_layers import make_with
 
 # Responses to a constant, computed in float32, count as equal if they differ by no more than the rounding of a sum.

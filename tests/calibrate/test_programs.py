@@ -85,8 +85,8 @@ def test_programs_of_models_that_cannot_be_hashed_are_freed():
     def function(offset, x):
         return x + offset
 
-    compiled = passes.compiled(function, np.ones(3))
-    assert passes.compiled(function, 1.0) is passes.compiled(function, 1.0)
+    compiled = passes.jit_partial(function, np.ones(3))
+    assert passes.jit_partial(function, 1.0) is passes.jit_partial(function, 1.0)
     reference = weakref.ref(compiled)
     compiled(np.ones(3))
     del compiled
@@ -99,4 +99,4 @@ def test_all_levels_share_a_program_wherever_the_arrays_are():
     call, _ = traced_call()
     calibrate.layer_by_layer(CHAIN, variables, BATCHES, call=call)
     options = {"use_running_average": True, "by_call": True}
-    assert passes.compiled(passes.measure_calls, CHAIN, call, None, **options)._cache_size() == 1
+    assert passes.jit_partial(passes.measure_calls, CHAIN, call, None, **options)._cache_size() == 1
