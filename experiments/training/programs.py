@@ -48,6 +48,11 @@ class State(NamedTuple):
     loss: jax.Array
     correct: jax.Array
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The `params` and `batch_stats` of the network, for `module.apply`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 class Programs(NamedTuple):
     """The compiled functions. A set is the pair (images, labels).
@@ -100,13 +105,15 @@ def compile_programs(
             f"epoch: {train_shape[0] % config.batch_size or config.batch_size}) on {mesh.size} devices, which do not "
             "divide them; choose a batch_size and train_images that they divide."
         )
-    # Settings that do not affect the programs get fixed values, so that the cache finds programs of earlier runs.
-    same = config.replace(
+    # The key of the cache: settings that do not affect the programs get fixed values, so that runs share programs.
+    shared = config.replace(
         seed=0, learning_rate=1.0, lr_decay_epochs=1, epochs=1, evaluations=1, train_images=None, classes=None
     )
-    if same.start is not None:
-        same = same.replace(start=same.replace(start=None, tuning="trained"))
-    return _compile(same, num_classes, train_shape, test_shape, mesh)
+    if shared.start is not None:
+        # The programs depend on whether there is a start and on `tuning`, not on the run that trained the start. Any
+        # valid start serves as the key; a copy of the config always is one.
+        shared = shared.replace(start=shared.replace(start=None, tuning="trained"))
+    return _compile(shared, num_classes, train_shape, test_shape, mesh)
 
 
 @functools.lru_cache(maxsize=32)  # enough for the arms of a study, which all run for one seed before the next

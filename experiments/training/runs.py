@@ -79,7 +79,7 @@ def train_to_file(
     """
     options = {}
     if config.start is not None:
-        options["start"] = _pretrained(config.start, place.sibling(_start_name(config.start)), data_dir)
+        options["start_variables"] = _pretrained(config.start, place.sibling(_start_name(config.start)), data_dir)
     dataset = load_data(config, data_dir)
     trained = fit(config, dataset, checkpoint_dir=_checkpoints(place), on_progress=on_progress, **options)
     _save(place, config, dataset, trained, settings)
