@@ -9,8 +9,6 @@ has diverged) depend only on arrays that all of them hold.
 
 import bisect
 import contextlib
-import dataclasses
-import hashlib
 import math
 import time
 from collections import deque
@@ -24,11 +22,10 @@ from jax.sharding import Mesh
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import provenance
 from experiments.processes import distributed
-from experiments.training import transfer
+from experiments.training import checks, transfer
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.programs import Programs, State, compile_programs, evaluate
+from experiments.training.programs import Programs, State, compile_programs, evaluate, steps_per_epoch
 
 CHECKPOINT_STEPS = 500  # in addition to the checkpoint at every row
 PROGRESS_SECONDS = 0.1  # shortest time between two calls of `on_progress`
@@ -131,10 +128,10 @@ def fit(
         run; the processes do not all train the same; `start_variables` is missing or superfluous.
     """
     seconds = _Seconds()
-    _check_start(config, start_variables)
-    _check_sizes(config, dataset)
-    _agree_on_the_run(config, dataset)
     mesh = distributed.mesh() if mesh is None else mesh
+    checks.check_start(config, start_variables)
+    checks.check_sizes(config, dataset)
+    checks.agree_on_the_run(config, dataset)
     train_set = distributed.replicate((dataset.train_images, dataset.train_labels), mesh)
     test_set = distributed.replicate((dataset.test_images, dataset.test_labels), mesh)
     with seconds.add_to("compiling"):
@@ -193,7 +190,7 @@ class _Run(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        return _steps_per_epoch(self.config, len(self.train_set[0]))
+        return steps_per_epoch(self.config, len(self.train_set[0]))
 
     def images_until(self, step: int) -> int:
         """Returns the number of images in the steps up to this one; the last batch of an epoch may be smaller."""
@@ -300,58 +297,6 @@ def _evaluate_row(run: _Run, state: State, last_step: int, seconds: _Seconds) ->
         "compile_seconds": seconds.since_row("compiling"),
         "diverged": not (math.isfinite(train_loss) and math.isfinite(test_loss)),
     }
-
-
-def _check_start(config: Config, start_variables: dict | None) -> None:
-    """Refuses variables to start from if the run needs none, and a run that lacks them."""
-    if (config.start is None) != (start_variables is None):
-        variables, start = (
-            "None" if value is None else kind
-            for value, kind in ((start_variables, "variables"), (config.start, "a run"))
-        )
-        raise ValueError(
-            "start_variables must be given if and only if config.start is set, got "
-            f"start_variables={variables} and config.start={start}; pass the variables that config.start trained."
-        )
-
-
-def _agree_on_the_run(config: Config, dataset: Dataset) -> None:
-    """Refuses processes that would train different runs; `compile_programs` compares their programs."""
-    if jax.process_count() == 1:
-        return  # saves the time of hashing all images
-    images = hashlib.sha256()
-    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
-        images.update(np.ascontiguousarray(array))
-    facts = dataclasses.asdict(config) | {"images": f"{dataset.name} {images.hexdigest()[:16]}"}
-    distributed.agree(facts, remedy="start all processes with the same command, and the same images.")
-    distributed.agree(provenance.versions(), remedy="start all processes in the same environment.")
-
-
-def _check_sizes(config: Config, dataset: Dataset) -> None:
-    """Refuses a batch, groups or a number of evaluations that do not fit the number of training images."""
-    n = len(dataset.train_images)
-    if n < config.batch_size:
-        raise ValueError(
-            f"batch_size={config.batch_size} is larger than the {n} training images of {dataset.name}; "
-            "lower it, since a step needs a whole batch."
-        )
-    if config.group_size is not None and n % config.batch_size % config.group_size:
-        raise ValueError(
-            f"group_size={config.group_size} does not divide the last batch of an epoch, which has "
-            f"{n % config.batch_size} images; set train_images to {n - n % config.batch_size}, or choose another "
-            "group_size."
-        )
-    steps = _steps_per_epoch(config, n)
-    if config.evaluations > steps:
-        raise ValueError(
-            f"evaluations={config.evaluations} per epoch, but an epoch has only {steps} steps; "
-            f"choose at most {steps} evaluations, or lower batch_size."
-        )
-
-
-def _steps_per_epoch(config: Config, images: int) -> int:
-    """Returns the number of batches in the training set; the last one may be smaller."""
-    return -(-images // config.batch_size)
 
 
 def _schedule(config: Config, steps_per_epoch: int, checkpoint_steps: int) -> tuple[list[int], list[int]]:

@@ -81,6 +81,11 @@ def optimizer() -> optax.GradientTransformation:
     return optax.sgd(1.0, MOMENTUM)
 
 
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Returns the number of batches in this many training images; the last one may be smaller."""
+    return -(-images // config.batch_size)
+
+
 def compile_programs(
     config: Config, num_classes: int, train_shape: tuple[int, ...], test_shape: tuple[int, ...], mesh: Mesh
 ) -> Programs:
@@ -193,8 +198,7 @@ def _train(
     rate: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Takes a step with the next `size` images of the epoch."""
-    steps_per_epoch = -(-len(order) // config.batch_size)
-    first = state.step % steps_per_epoch * config.batch_size
+    first = state.step % steps_per_epoch(config, len(order)) * config.batch_size
     positions, mask = _pad(jax.lax.dynamic_slice_in_dim(order, first, size), mesh)
     x, targets = _gather(train_set, positions, mesh)
     if config.augment:
