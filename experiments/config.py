@@ -55,11 +55,11 @@ class Config:
     affine: bool = True
     """Learn scale and bias (Inception: only the bias); otherwise they stay 1 and 0."""
     momentum: float | None = None
-    """Weight of the old running statistics in an update. None: as published."""
+    """Weight of the old running statistics in an update. None: as published, see nets/{blocks,linen}.py."""
     debias: bool = False
     """Correct the running statistics for their start at 0 and 1."""
     epsilon: float | None = None
-    """Added to the variance when normalizing. None: as published."""
+    """Added to the variance when normalizing. None: as published, see nets/{blocks,linen}.py."""
     noise: Noise = "none"
     """After each batch norm: none, noise like that of ghost groups, or noise whose distribution changes every step."""
     tuning: Annotated[Tuning, Suppress] = "trained"
@@ -73,7 +73,7 @@ class Config:
     deep_supervision: bool = False
     """Add the losses of two more classifiers, after the second and fourth convolution, in training."""
     init_scale: float | None = None
-    """Draw initial weights uniformly between plus and minus this value. None: as published."""
+    """Draw initial weights uniformly between plus and minus this. None: as published, see nets/{blocks,linen}.py."""
     learning_rate: float = 0.01
     """Initial learning rate."""
     lr_decay_epochs: int = 10

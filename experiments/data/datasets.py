@@ -1,6 +1,6 @@
-"""The images of the studies: CIFAR-10 or digits, and their augmentation.
+"""The images of the studies: CIFAR-10 or digits, resized, and limited to some classes or a number of images.
 
-Convention: images are [n, height, width, channels]. In a `Dataset` they are uint8; `augment` takes and returns floats.
+Convention: images are uint8 [n, height, width, channels].
 """
 
 from pathlib import Path

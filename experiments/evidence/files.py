@@ -138,7 +138,7 @@ def read_study(folder: Path, study: str, preset: str) -> dict[str, list[dict]]:
 
 
 def finished(place: Place, config: Config, settings: dict | None = None) -> bool:
-    """Says whether the result of the run `config` has already been written.
+    """Says whether the result of the run `config` has already been written, and refuses one of another config.
 
     Args:
       place: where it would be.

@@ -220,14 +220,37 @@ def measured(run: dict, name: str, **fields: object) -> float:
       ValueError: there is no such entry, or more than one.
     """
     matching = entries(run, **fields)
-    if len(matching) != 1:
-        raise ValueError(f"one entry must have {fields}, got {len(matching)}; name the fields that tell them apart.")
+    wanted = ", ".join(f"{key}={value!r}" for key, value in fields.items()) or "any fields"
+    if not matching:
+        raise ValueError(
+            f"run must have a measurement of {name!r} with {wanted}, but the run with seed "
+            f"{run['header']['config']['seed']} has none; delete its result and run the study again."
+        )
+    if len(matching) > 1:
+        raise ValueError(
+            f"run must have one measurement with {wanted}, got {len(matching)}; add the fields that tell them apart."
+        )
     return matching[0][name]
 
 
 def measured_accuracy(run: dict, **fields: object) -> float:
-    """Returns a measured accuracy in %; NaN if the run diverged, or had too few images to measure it."""
-    return 100 * measured(run, "accuracy", **fields) if entries(run, **fields) else math.nan
+    """Returns a measured accuracy in %; NaN if the run diverged and the study did not measure it.
+
+    Raises:
+      ValueError: as for `measured`.
+    """
+    if diverged(run) and not entries(run, **fields):
+        return math.nan
+    return 100 * measured(run, "accuracy", **fields)
+
+
+def has_too_few_images(run: dict, images: int, **fields: object) -> bool:
+    """Says whether a run has entries with these values, but all of them come from fewer than `images` images.
+
+    Studies try several numbers of images, and leave out those that are larger than the data set.
+    """
+    numbers = [entry["images"] for entry in entries(run, **fields)]
+    return bool(numbers) and max(numbers) < images
 
 
 def generalization_gap(run: dict) -> float:

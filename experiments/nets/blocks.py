@@ -95,7 +95,7 @@ class ConvNorm(nn.Module):
             (self.kernel_size, self.kernel_size),
             self.strides,
             use_bias=needs_bias(block) if self.use_bias is None else self.use_bias,
-            kernel_init=start(block, self.kernel_init),
+            kernel_init=initializer_of(block, self.kernel_init),
         )(x)
         activate = ACTIVATIONS[block.activation] if self.activate else lambda x: x
         if block.hidden_norm == "none":
@@ -134,11 +134,11 @@ def classify(
       name: name of the dense layer, unless it is the only one.
     """
     x = nn.Dropout(block.dropout, rng_collection="noise")(x.mean((1, 2)), deterministic=not train)
-    x = nn.Dense(num_classes, kernel_init=start(block, kernel_init), name=name)(x)
+    x = nn.Dense(num_classes, kernel_init=initializer_of(block, kernel_init), name=name)(x)
     return normalize(block, x, train=train, mask=mask) if block.norm_layers == "logits" else x
 
 
-def start(block: Block, initializer: Callable) -> Callable:
+def initializer_of(block: Block, initializer: Callable) -> Callable:
     """Returns this initializer of weights, or a uniform one between plus and minus `block.init_scale`."""
     if block.init_scale is None:
         return initializer

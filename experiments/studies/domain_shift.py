@@ -38,7 +38,16 @@ from experiments.config import PRESETS, Config
 from experiments.data.corruptions import CORRUPTIONS, STRENGTHS
 from experiments.data.datasets import Dataset
 from experiments.evidence import plots
-from experiments.evidence.verdicts import Spread, compared, exceeds, judge, measured_accuracy, quoted, spread
+from experiments.evidence.verdicts import (
+    Spread,
+    compared,
+    exceeds,
+    has_too_few_images,
+    judge,
+    measured_accuracy,
+    quoted,
+    spread,
+)
 from experiments.nets import linen as linen_nets
 from experiments.training import evaluation, loop
 from experiments.training.evaluation import predict, score, split
@@ -136,7 +145,12 @@ def corrupt(images: np.ndarray, corruption: str, strength: int, seed: int) -> np
 def accuracy(
     run: dict, strength: int, statistics: str = "running", images: int = 0, corruption: str | None = None
 ) -> float:
-    """Returns the test accuracy in %, with one corruption or averaged over all; NaN if it was not measured."""
+    """Returns the test accuracy in %, with one corruption or averaged over all.
+
+    It is NaN if the run diverged, or had fewer unlabeled images than `images`.
+    """
+    if has_too_few_images(run, images, statistics=statistics):
+        return math.nan
     names = [name for name, s in CELLS if s == strength and corruption in (None, name)]
     which = {"strength": strength, "statistics": statistics, "images": images}
     return float(np.mean([measured_accuracy(run, corruption=name, **which) for name in names]))

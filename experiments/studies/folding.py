@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from experiments.config import PRESETS, Config
 from experiments.data.datasets import Dataset
 from experiments.evidence import plots
-from experiments.evidence.verdicts import Spread, below, entries, judge, measured, quoted, spread
+from experiments.evidence.verdicts import Spread, below, diverged, judge, measured, quoted, spread
 from experiments.nets import linen as linen_nets
 from experiments.probes import folding
 from experiments.training import evaluation, loop
@@ -136,8 +136,7 @@ def summary(results: dict[str, list[dict]]) -> dict[str, str]:
 
 def number(run: dict, name: str, **which: object) -> float:
     """Returns a measured number; NaN if the run diverged."""
-    which = {"what": "outputs"} | which
-    return measured(run, name, **which) if entries(run, **which) else math.nan
+    return math.nan if diverged(run) else measured(run, name, **({"what": "outputs"} | which))
 
 
 def accuracy(run: dict, when: str) -> float:

@@ -27,6 +27,7 @@ a loss refutes them just as no difference does. The third is two-sided.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from experiments.evidence.verdicts import (
     exceeds,
     final_accuracy,
     gains,
+    has_too_few_images,
     judge,
     measured_accuracy,
     quoted,
@@ -148,7 +150,14 @@ def _augment(key: jax.Array, images: jax.Array, flip: bool) -> jax.Array:
 
 def precise(run: dict, images: int = ENOUGH) -> float:
     """Returns the test accuracy, in %, with statistics of `images` training images."""
-    return measured_accuracy(run, statistics="precise", images=images)
+    return accuracy(run, "precise", images)
+
+
+def accuracy(run: dict, statistics: str, images: int) -> float:
+    """Returns the test accuracy, in %, with one of `STATISTICS`; NaN if the run diverged or had too few images."""
+    if has_too_few_images(run, images, statistics=statistics):
+        return math.nan
+    return measured_accuracy(run, statistics=statistics, images=images)
 
 
 def summary(results: dict[str, list[dict]]) -> dict[str, str]:
@@ -182,7 +191,7 @@ def accuracies(results: dict[str, list[dict]], length: str, kind: str, which: st
     """Returns the test accuracies over seeds, in %, with one of `STATISTICS`; NaN if not measured."""
     if kind == "running":
         return [final_accuracy(run) for run in results[f"{length}-{which}"]]
-    return [measured_accuracy(run, statistics=kind, images=which) for run in results[f"{length}-{MEASURED}"]]
+    return [accuracy(run, kind, which) for run in results[f"{length}-{MEASURED}"]]
 
 
 def named(kind: str, which: str | int) -> str:

@@ -7,14 +7,14 @@ Every process runs the same loop on the same data. Decisions they must take alik
 has diverged) depend only on arrays that all of them hold.
 """
 
-import dataclasses
-import hashlib
+import bisect
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import jax
 import numpy as np
@@ -22,14 +22,28 @@ from jax.sharding import Mesh
 
 from experiments.config import Config
 from experiments.data.datasets import Dataset
-from experiments.evidence import provenance
 from experiments.processes import distributed
-from experiments.training import transfer
+from experiments.training import checks, transfer
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.programs import State, compile_programs, evaluate
+from experiments.training.programs import Programs, State, compile_programs, evaluate, steps_per_epoch
 
 CHECKPOINT_STEPS = 500  # in addition to the checkpoint at every row
 PROGRESS_SECONDS = 0.1  # shortest time between two calls of `on_progress`
+
+
+class Row(TypedDict):
+    """One evaluation. The probe of a study may add keys."""
+
+    step: int  # steps finished
+    epoch: float  # epochs finished, with a fraction if the row is not the last one of its epoch
+    learning_rate: float  # of the epoch that the row is in
+    train_loss: float  # average over the training images since the last row, in training mode
+    train_accuracy: float  # over the same images
+    test_loss: float  # average over the whole test set, in evaluation mode
+    test_accuracy: float  # over the same images
+    seconds: float  # of training since the last row, without compilation and evaluation
+    compile_seconds: float  # of compilation since the last row
+    diverged: bool  # whether the training or the test loss is not finite, which ends the run
 
 
 class Progress(NamedTuple):
@@ -45,20 +59,20 @@ class Progress(NamedTuple):
     step: int
     steps: int
     loss: float
-    row: dict | None
+    row: Row | None
 
 
 class Trained(NamedTuple):
     """A finished run.
 
     Attributes:
-      rows: one dict per evaluation, `Config.evaluations` of them per epoch; see `fit`.
+      rows: one per evaluation, `Config.evaluations` of them per epoch.
       variables: `params` and `batch_stats` of the trained network, for `module.apply`.
       seconds: total time of the run, including compilation and evaluation, without interruptions.
       measured: further measurements of a study, dicts of numbers and names; `fit` itself adds none.
     """
 
-    rows: list[dict]
+    rows: list[Row]
     variables: dict
     seconds: float
     measured: Sequence[dict] = ()
@@ -81,7 +95,7 @@ def fit(
     checkpoint_dir: Path | None = None,
     checkpoint_steps: int = CHECKPOINT_STEPS,
     on_progress: Callable[[Progress], None] | None = None,
-    start: dict | None = None,
+    start_variables: dict | None = None,
     probe: Callable[[State, float], dict] | None = None,
     mesh: Mesh | None = None,
 ) -> Trained:
@@ -93,10 +107,6 @@ def fit(
     Each batch is split over the devices of the mesh, and batch norm uses the statistics of the whole batch. The number
     of devices and processes changes only the rounding of sums.
 
-    Each row holds: `step` and `epoch` (a fraction between whole epochs); `learning_rate`; `train_loss` and
-    `train_accuracy`, averaged over the training steps since the last row; `test_loss` and `test_accuracy` of the whole
-    test set in evaluation mode; `seconds` of training and `compile_seconds` since the last row; `diverged`.
-
     Args:
       config: the run.
       dataset: its images and labels.
@@ -104,7 +114,7 @@ def fit(
         processes. None: no checkpoints.
       checkpoint_steps: steps between checkpoints.
       on_progress: called at every row, and at most ten times a second between rows; in process 0 only.
-      start: variables trained by the run `config.start`.
+      start_variables: variables trained by the run `config.start`.
       probe: called at every row with the state and the learning rate; the dict it returns is added to the row. Its time
         does not count as training.
       mesh: the devices, on one axis. None: all devices of all processes.
@@ -115,96 +125,53 @@ def fit(
 
     Raises:
       ValueError: the batch is larger than the data set; more evaluations than steps; the checkpoints belong to another
-        run; the processes do not all train the same; `start` is missing or superfluous.
+        run; the processes do not all train the same; `start_variables` is missing or superfluous.
     """
-    began = time.perf_counter()
-    _check_start(config, start)
+    seconds = _Seconds()
     mesh = distributed.mesh() if mesh is None else mesh
-    steps_per_epoch = _steps_per_epoch(config, dataset)
-    row_ends, stops = _schedule(config, steps_per_epoch, checkpoint_steps)
-    reporter = _Reporter(on_progress if distributed.is_primary() else None, row_ends[-1])
-    _agree_on_the_run(config, dataset)
+    checks.check_start(config, start_variables)
+    checks.check_sizes(config, dataset)
+    checks.agree_on_the_run(config, dataset)
     train_set = distributed.replicate((dataset.train_images, dataset.train_labels), mesh)
     test_set = distributed.replicate((dataset.test_images, dataset.test_labels), mesh)
+    with seconds.add_to("compiling"):
+        programs = _compile(config, dataset, mesh)
+    run = _Run(config, mesh, programs, train_set, test_set)
+    row_ends, stops = _schedule(config, run.steps_per_epoch, checkpoint_steps)
+    reporter = _Reporter(on_progress if distributed.is_primary() else None, row_ends[-1])
 
-    def images_until(step: int) -> int:
-        """Returns the number of images in the steps up to this one; the last batch of an epoch may be smaller."""
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        return epoch * len(dataset.train_images) + step_in_epoch * config.batch_size
-
-    clock = time.perf_counter()
-    shapes = dataset.train_images.shape, dataset.test_images.shape
-    programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
-    compile_seconds = time.perf_counter() - clock
     with Checkpoints(checkpoint_dir, config) as checkpoints:
-        state, order_key, augment_key = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
-        if start is not None:
-            state = _start_from(config, start, state, dataset, mesh)
-        rows, train_seconds, earlier_seconds = [], 0.0, 0.0
-        if restored := checkpoints.restore(state):
-            state, saved = restored
-            rows, train_seconds, earlier_seconds = saved["rows"], saved["training"], saved["total"]
-            compile_seconds += saved["compiling"]
-            if rows:
-                # A run that was killed after its last step has no other row to report.
-                reporter.row(rows[-1])
-        step = int(state.step)
-
+        state, keys, rows = _restore_or_init(run, dataset, start_variables, checkpoints, seconds)
+        if rows:
+            # If the run was killed after its last step, no step is left to produce a row, so report the last one again.
+            reporter.row(rows[-1])
         # A stop is the end of a row, a checkpoint, or both. An epoch ends at a stop, so each stretch between two stops
         # has a single order of the images and a single learning rate.
-        for stop in stops:
-            if stop <= step or (rows and rows[-1]["diverged"]):
-                continue  # done before the interruption, or not worth doing
-            epoch = step // steps_per_epoch
-            clock = time.perf_counter()
-            order = programs.order(train_set[1], order_key, distributed.replicate(np.int32(epoch), mesh))
-            rate = distributed.replicate(np.float32(learning_rate(config, epoch)), mesh)
-            while step < stop:
-                step += 1
-                train = programs.train if step % steps_per_epoch else programs.train_last
-                state, loss = distributed.one_at_a_time(train(state, train_set, order, augment_key, rate), mesh)
-                reporter.step(step, loss)
-            jax.block_until_ready(state)
-            train_seconds += time.perf_counter() - clock
-
+        for stop in stops[bisect.bisect_right(stops, int(state.step)) :]:
+            if rows and rows[-1]["diverged"]:
+                break
+            with seconds.add_to("training"):
+                state = _train_until(stop, run, state, keys, reporter)
             if stop in row_ends:
-                images = images_until(step) - images_until(rows[-1]["step"] if rows else 0)
-                test_loss, test_accuracy = evaluate(programs, state, test_set, mesh)
-                row = {
-                    "step": step,
-                    "epoch": step / steps_per_epoch,
-                    "learning_rate": learning_rate(config, epoch),
-                    # `state.loss` counts a whole batch as 1 and a smaller one as a fraction.
-                    "train_loss": float(state.loss) / (images / config.batch_size),
-                    "train_accuracy": int(state.correct) / images,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                    "seconds": train_seconds,
-                    "compile_seconds": compile_seconds,
-                    "diverged": not (math.isfinite(float(state.loss)) and math.isfinite(test_loss)),
-                }
+                row = _evaluate_row(run, state, rows[-1]["step"] if rows else 0, seconds)
                 if probe is not None:
-                    row |= probe(state, row["learning_rate"])
+                    row = cast(Row, {**row, **probe(state, row["learning_rate"])})
                 rows.append(row)
                 reporter.row(row)
                 # The sums and the seconds of the next row start at zero.
-                zero_loss, zero_correct = distributed.replicate((np.float32(0), np.int32(0)), mesh)
-                state = state._replace(loss=zero_loss, correct=zero_correct)
-                train_seconds = compile_seconds = 0.0
-            total_seconds = earlier_seconds + time.perf_counter() - began
-            seconds = {"training": train_seconds, "compiling": compile_seconds, "total": total_seconds}
-            checkpoints.save(step, state, {"rows": rows, **seconds})
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return Trained(rows, variables, earlier_seconds + time.perf_counter() - began)
+                loss, correct = distributed.replicate((np.float32(0), np.int32(0)), mesh)
+                state = state._replace(loss=loss, correct=correct)
+                seconds.start_row()
+            checkpoints.save(stop, state, {"rows": rows, **seconds.to_json()})
+    return Trained(rows, state.variables, seconds.total())
 
 
 def initial_variables(config: Config, dataset: Dataset) -> dict:
     """Returns the initial `params` and `batch_stats` of a run that starts from random weights."""
-    shapes = dataset.train_images.shape, dataset.test_images.shape
     mesh = distributed.mesh()
-    programs = compile_programs(config, len(dataset.class_names), *shapes, mesh)
+    programs = _compile(config, dataset, mesh)
     state, _, _ = programs.init(distributed.replicate(np.uint32(config.seed), mesh))
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    return state.variables
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -212,57 +179,124 @@ def learning_rate(config: Config, epoch: int) -> float:
     return config.learning_rate * 0.1 ** ((1 + epoch) // config.lr_decay_epochs)
 
 
-def _check_start(config: Config, start: dict | None) -> None:
-    """Refuses a run that has a start where it needs none, or the other way round."""
-    if (config.start is None) != (start is None):
-        raise ValueError(
-            f"start={'None' if start is None else 'variables'}, but config.start is "
-            f"{'None' if config.start is None else 'a run'}; pass the variables trained by config.start if and only if "
-            "the config has one."
-        )
+class _Run(NamedTuple):
+    """What stays the same throughout a run. The sets are pairs (images, labels) on the devices."""
+
+    config: Config
+    mesh: Mesh
+    programs: Programs
+    train_set: tuple[jax.Array, jax.Array]
+    test_set: tuple[jax.Array, jax.Array]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.config, len(self.train_set[0]))
+
+    def images_until(self, step: int) -> int:
+        """Returns the number of images in the steps up to this one; the last batch of an epoch may be smaller."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * len(self.train_set[0]) + step_in_epoch * self.config.batch_size
 
 
-def _start_from(config: Config, start: dict, state: State, dataset: Dataset, mesh: Mesh) -> State:
-    """Replaces random initial variables with those of a trained network."""
-    sample = dataset.train_images[:1].astype(np.float32) / 255
-    fresh = {"params": state.params, "batch_stats": state.batch_stats}
-    moved = transfer.transplant(config, start, fresh, sample)
-    return state._replace(**distributed.replicate(jax.device_get(moved), mesh))
+class _Seconds:
+    """Measures the time of training and compilation since the last row, and of the whole run with its earlier parts."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+        self._earlier = 0.0  # total of the parts before the last interruption
+        self._since_row = {"training": 0.0, "compiling": 0.0}
+
+    @contextlib.contextmanager
+    def add_to(self, name: str) -> Iterator[None]:
+        """Adds the time of the `with` block to "training" or "compiling"."""
+        began = time.perf_counter()
+        yield
+        self._since_row[name] += time.perf_counter() - began
+
+    def since_row(self, name: str) -> float:
+        """Returns the seconds of "training" or "compiling" since the last row."""
+        return self._since_row[name]
+
+    def start_row(self) -> None:
+        """Sets the times since the last row to zero."""
+        self._since_row = dict.fromkeys(self._since_row, 0.0)
+
+    def total(self) -> float:
+        """Returns the seconds of the whole run, without interruptions."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def to_json(self) -> dict[str, float]:
+        """Returns what a checkpoint keeps."""
+        return {**self._since_row, "total": self.total()}
+
+    def resume(self, saved: dict[str, float]) -> None:
+        """Adds the times of a checkpoint."""
+        self._earlier = saved["total"]
+        for name in self._since_row:
+            self._since_row[name] += saved[name]
 
 
-def _agree_on_the_run(config: Config, dataset: Dataset) -> None:
-    """Refuses processes that would train different runs; `compile_programs` compares their programs."""
-    if jax.process_count() == 1:
-        return  # saves the time of hashing all images
-    images = hashlib.sha256()
-    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
-        images.update(np.ascontiguousarray(array))
-    facts = dataclasses.asdict(config) | {"images": f"{dataset.name} {images.hexdigest()[:16]}"}
-    distributed.agree(facts, remedy="start all processes with the same command, and the same images.")
-    distributed.agree(provenance.versions(), remedy="start all processes in the same environment.")
+def _compile(config: Config, dataset: Dataset, mesh: Mesh) -> Programs:
+    """Compiles the programs for the shapes of these images, or returns those of an earlier run that shares them."""
+    shapes = dataset.train_images.shape, dataset.test_images.shape
+    return compile_programs(config, len(dataset.class_names), *shapes, mesh)
 
 
-def _steps_per_epoch(config: Config, dataset: Dataset) -> int:
-    """Returns the number of batches in the training set; the last one may be smaller."""
-    n = len(dataset.train_images)
-    if n < config.batch_size:
-        raise ValueError(
-            f"batch_size={config.batch_size} is larger than the {n} training images of {dataset.name}; "
-            "lower it, since a step needs a whole batch."
-        )
-    if config.group_size is not None and n % config.batch_size % config.group_size:
-        raise ValueError(
-            f"group_size={config.group_size} does not divide the last batch of an epoch, which has "
-            f"{n % config.batch_size} images; set train_images to {n - n % config.batch_size}, or choose another "
-            "group_size."
-        )
-    steps = -(-n // config.batch_size)
-    if config.evaluations > steps:
-        raise ValueError(
-            f"evaluations={config.evaluations} per epoch, but an epoch has only {steps} steps; "
-            f"choose at most {steps} evaluations, or lower batch_size."
-        )
-    return steps
+def _restore_or_init(
+    run: _Run, dataset: Dataset, start_variables: dict | None, checkpoints: Checkpoints, seconds: _Seconds
+) -> tuple[State, tuple[jax.Array, jax.Array], list[Row]]:
+    """Returns the state of the newest checkpoint or the initial one, the keys of order and augmentation, and the rows.
+
+    Also adds the seconds of the checkpoint to `seconds`.
+    """
+    state, *keys = run.programs.init(distributed.replicate(np.uint32(run.config.seed), run.mesh))
+    if start_variables is not None:
+        sample = dataset.train_images[:1].astype(np.float32) / 255
+        moved = transfer.transplant(run.config, start_variables, state.variables, sample)
+        state = state._replace(**distributed.replicate(jax.device_get(moved), run.mesh))
+    rows = []
+    # The initial state gives Orbax the structure and the devices of the restored one.
+    if restored := checkpoints.restore(state):
+        state, saved = restored
+        rows = saved["rows"]
+        seconds.resume(saved)
+    return state, tuple(keys), rows
+
+
+def _train_until(stop: int, run: _Run, state: State, keys: tuple[jax.Array, jax.Array], reporter: "_Reporter") -> State:
+    """Trains up to and including the step `stop`, which must not be beyond the end of the epoch."""
+    order_key, augment_key = keys
+    step, programs = int(state.step), run.programs
+    epoch = step // run.steps_per_epoch
+    order = programs.order(run.train_set[1], order_key, distributed.replicate(np.int32(epoch), run.mesh))
+    rate = distributed.replicate(np.float32(learning_rate(run.config, epoch)), run.mesh)
+    while step < stop:
+        step += 1
+        train = programs.train if step % run.steps_per_epoch else programs.train_last
+        state, loss = distributed.one_at_a_time(train(state, run.train_set, order, augment_key, rate), run.mesh)
+        reporter.step(step, loss)
+    return jax.block_until_ready(state)
+
+
+def _evaluate_row(run: _Run, state: State, last_step: int, seconds: _Seconds) -> Row:
+    """Evaluates the network on the test set, and reports on the training since the step `last_step`."""
+    step = int(state.step)
+    images = run.images_until(step) - run.images_until(last_step)
+    # `state.loss` counts a whole batch as 1 and a smaller one as a fraction.
+    train_loss = float(state.loss) / (images / run.config.batch_size)
+    test_loss, test_accuracy = evaluate(run.programs, state, run.test_set, run.mesh)
+    return {
+        "step": step,
+        "epoch": step / run.steps_per_epoch,
+        "learning_rate": learning_rate(run.config, (step - 1) // run.steps_per_epoch),
+        "train_loss": train_loss,
+        "train_accuracy": int(state.correct) / images,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "seconds": seconds.since_row("training"),
+        "compile_seconds": seconds.since_row("compiling"),
+        "diverged": not (math.isfinite(train_loss) and math.isfinite(test_loss)),
+    }
 
 
 def _schedule(config: Config, steps_per_epoch: int, checkpoint_steps: int) -> tuple[list[int], list[int]]:
@@ -278,7 +312,7 @@ class _Reporter:
     def __init__(self, on_progress: Callable[[Progress], None] | None, steps: int):
         self._on_progress = on_progress
         self._steps = steps
-        self._running = deque()  # steps that were dispatched, with their losses
+        self._running: deque[tuple[int, jax.Array]] = deque()  # steps that were dispatched, with their losses
         self._last = 0.0  # time of the last call
 
     def step(self, step: int, loss: jax.Array) -> None:
@@ -291,7 +325,7 @@ class _Reporter:
             self._last = time.perf_counter()
             self._on_progress(Progress(finished[0], self._steps, float(finished[1]), None))
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         """Reports a row, and with it all steps before."""
         self._running.clear()
         if self._on_progress is not None:

@@ -48,6 +48,11 @@ class State(NamedTuple):
     loss: jax.Array
     correct: jax.Array
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The `params` and `batch_stats` of the network, for `module.apply`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 class Programs(NamedTuple):
     """The compiled functions. A set is the pair (images, labels).
@@ -76,6 +81,11 @@ def optimizer() -> optax.GradientTransformation:
     return optax.sgd(1.0, MOMENTUM)
 
 
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Returns the number of batches in this many training images; the last one may be smaller."""
+    return -(-images // config.batch_size)
+
+
 def compile_programs(
     config: Config, num_classes: int, train_shape: tuple[int, ...], test_shape: tuple[int, ...], mesh: Mesh
 ) -> Programs:
@@ -100,13 +110,15 @@ def compile_programs(
             f"epoch: {train_shape[0] % config.batch_size or config.batch_size}) on {mesh.size} devices, which do not "
             "divide them; choose a batch_size and train_images that they divide."
         )
-    # Settings that do not affect the programs get fixed values, so that the cache finds programs of earlier runs.
-    same = config.replace(
+    # The key of the cache: settings that do not affect the programs get fixed values, so that runs share programs.
+    shared = config.replace(
         seed=0, learning_rate=1.0, lr_decay_epochs=1, epochs=1, evaluations=1, train_images=None, classes=None
     )
-    if same.start is not None:
-        same = same.replace(start=same.replace(start=None, tuning="trained"))
-    return _compile(same, num_classes, train_shape, test_shape, mesh)
+    if shared.start is not None:
+        # The programs depend on whether there is a start and on `tuning`, not on the run that trained the start. Any
+        # valid start serves as the key; a copy of the config always is one.
+        shared = shared.replace(start=shared.replace(start=None, tuning="trained"))
+    return _compile(shared, num_classes, train_shape, test_shape, mesh)
 
 
 @functools.lru_cache(maxsize=32)  # enough for the arms of a study, which all run for one seed before the next
@@ -186,8 +198,7 @@ def _train(
     rate: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Takes a step with the next `size` images of the epoch."""
-    steps_per_epoch = -(-len(order) // config.batch_size)
-    first = state.step % steps_per_epoch * config.batch_size
+    first = state.step % steps_per_epoch(config, len(order)) * config.batch_size
     positions, mask = _pad(jax.lax.dynamic_slice_in_dim(order, first, size), mesh)
     x, targets = _gather(train_set, positions, mesh)
     if config.augment:

@@ -79,7 +79,7 @@ def train_to_file(
     """
     options = {}
     if config.start is not None:
-        options["start"] = _pretrained(config.start, place.sibling(_start_name(config.start)), data_dir)
+        options["start_variables"] = _pretrained(config.start, place.sibling(_start_name(config.start)), data_dir)
     dataset = load_data(config, data_dir)
     trained = fit(config, dataset, checkpoint_dir=_checkpoints(place), on_progress=on_progress, **options)
     _save(place, config, dataset, trained, settings)
@@ -119,6 +119,9 @@ def _pretrained(config: Config, place: Place, data_dir: Path | None) -> dict:
       ValueError: training diverged.
     """
     dataset = load_data(config, data_dir)
+    # Not the `fit` of the study, which would also measure this network: runs need only its weights, and a result
+    # without measurements stays valid if the study's settings change. Without `on_progress`, since the variables are
+    # cached for all runs that start from them, while each of these runs has another `on_progress`.
     trained = loop.fit(config, dataset, checkpoint_dir=_checkpoints(place))
     _save(place, config, dataset, trained)
     if trained.rows[-1]["diverged"]:
@@ -145,7 +148,7 @@ def _save(
 
 
 def _finished(place: Place, config: Config, settings: dict | None) -> bool:
-    """Asks process 0, so that all processes train the run or none does."""
+    """Asks process 0 for `files.finished`, so that all processes train the run or none does; refuses a stale result."""
     return distributed.from_primary(lambda: files.finished(place, config, settings))
 
 

@@ -107,13 +107,28 @@ def test_measured_accuracy_is_that_of_the_one_entry_that_fits(run):
     assert verdicts.measured_accuracy(found, images=100) == 50.0
 
 
-def test_accuracy_that_was_not_measured_is_no_number(run):
+def test_missing_measurement_is_refused_and_named(run):
+    expected = r"run must have a measurement of 'accuracy' with images=100, .* seed 0 has none; delete its result"
+    with pytest.raises(ValueError, match=expected):
+        verdicts.measured_accuracy(run, images=100)
+
+
+def test_accuracy_of_a_diverged_run_is_no_number_unless_it_was_measured(make_run):
+    run = make_run(Config(), diverged=True) | {"measured": [{"images": 10, "accuracy": 0.25}]}
     assert math.isnan(verdicts.measured_accuracy(run, images=100))
+    assert verdicts.measured_accuracy(run, images=10) == 25.0
+
+
+def test_too_few_images_are_told_from_missing_measurements(run):
+    measured = run | {"measured": [{"images": n, "statistics": "batch"} for n in (10, 100)]}
+    assert verdicts.has_too_few_images(measured, 1000, statistics="batch")
+    assert not verdicts.has_too_few_images(measured, 50, statistics="batch")
+    assert not verdicts.has_too_few_images(measured, 1000, statistics="precise")
 
 
 def test_ambiguous_measurements_are_refused(run):
     found = run | {"measured": [{"images": 10, "accuracy": 0.25}, {"images": 100, "accuracy": 0.5}]}
-    with pytest.raises(ValueError, match="one entry must have {}, got 2"):
+    with pytest.raises(ValueError, match="run must have one measurement with any fields, got 2"):
         verdicts.measured_accuracy(found)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.nets import linen as linen_nets
-from experiments.nets.blocks import Block, ConvNorm, MatchedNoise, ShiftingNoise, classify, normalize, start
+from experiments.nets.blocks import Block, ConvNorm, MatchedNoise, ShiftingNoise, classify, initializer_of, normalize
 
 KEY = jax.random.key(0)
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -237,14 +237,14 @@ def test_dropout_drops_features_in_training_alone():
 
 
 def test_weights_start_uniform_up_to_the_scale():
-    weights = start(Block(init_scale=0.001), nn.initializers.lecun_normal())(KEY, (100, 100))
+    weights = initializer_of(Block(init_scale=0.001), nn.initializers.lecun_normal())(KEY, (100, 100))
     np.testing.assert_allclose([weights.min(), weights.max()], [-0.001, 0.001], rtol=0.01)
     np.testing.assert_allclose(weights.std(), 0.001 / np.sqrt(3), rtol=0.02)
 
 
 def test_weights_start_as_published_where_no_scale_is_given():
     initializer = nn.initializers.lecun_normal()
-    assert start(Block(), initializer) is initializer
+    assert initializer_of(Block(), initializer) is initializer
 
 
 @pytest.mark.slow

@@ -51,6 +51,18 @@ def test_without_variables_or_a_cluster_a_process_trains_alone():
     subprocess.run([sys.executable, "-c", program], check=True, env=_environment_without_variables())
 
 
+def test_message_of_jax_without_a_cluster_means_to_train_alone(join):
+    assert join({}, error=ValueError("coordinator_address should be defined.")) == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("invalid literal for int() with base 10: 'four'"), KeyError("SLURM_PROCID")], ids=str
+)
+def test_mistake_of_a_cluster_is_an_error(join, error):
+    with pytest.raises(ValueError, match="could not join the other processes: .*(four|SLURM_PROCID).* Got a cluster"):
+        join({}, error=error)
+
+
 def _environment_without_variables():
     return {name: value for name, value in distributed.os.environ.items() if name not in distributed.VARIABLES}
 

@@ -68,7 +68,7 @@ def rehearse(module, configs, preset, folder):
         options = {}
         if config.start is not None:
             source = generate(len(config.start.classes or range(10)))
-            options["start"] = loop.fit(config.start, source).variables
+            options["start_variables"] = loop.fit(config.start, source).variables
         trained = fit(config, generate(len(config.classes or range(10))), checkpoint_dir=None, **options)
         for seed in range(protocol.MIN_SEEDS[preset]):
             header = provenance.run_header(config.with_seed(seed), images="generated", parameters=1, seconds=1.0)

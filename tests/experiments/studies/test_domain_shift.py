@@ -90,6 +90,22 @@ def test_single_seed_gives_no_verdict_and_no_spread(made_up):
     assert not any("±" in text or "nan" in text for text in fields.values())
 
 
+def test_result_without_a_new_corruption_is_refused(made_up, monkeypatch):
+    monkeypatch.setattr(domain_shift, "CELLS", (*CELLS, ("fog", STRENGTHS[-1])))
+    with pytest.raises(
+        ValueError, match="measurement of 'accuracy' with corruption='fog', strength=5.*delete its result"
+    ):
+        summary(made_up())
+
+
+def test_run_with_too_few_images_is_reported_without_the_numbers_that_it_has_not(made_up):
+    results = made_up()
+    for run in results["batch"]:
+        run["measured"] = [entry for entry in run["measured"] if entry["images"] < IMAGES[-1]]
+    fields = summary(results)
+    assert fields["adapted"] == "(not measured)" and fields["shifted"] == "30.5 ± 0.7"
+
+
 def test_diverged_run_is_reported_without_the_numbers_that_it_has_not(made_up, make_run):
     results = made_up()
     results["batch"][1] = make_run(runs("small")["batch"].replace(seed=1), (0.1,), diverged=True)

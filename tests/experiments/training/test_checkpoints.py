@@ -124,7 +124,7 @@ def test_interruption_leaves_no_trace_in_runs_of_the_studies(tmp_path, tiny, blo
 def test_run_that_starts_from_another_continues_with_the_same_bits(tmp_path, tiny, blobs):
     start = fit(tiny, blobs).variables
     config = tiny.replace(start=tiny, tuning="affine", seed=1)
-    straight = fit(config, blobs, start=start)
+    straight = fit(config, blobs, start_variables=start)
     with pytest.raises(Stop):
-        fit(config, blobs, start=start, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
-    assert_same_bits(fit(config, blobs, start=start, checkpoint_dir=tmp_path).variables, straight.variables)
+        fit(config, blobs, start_variables=start, checkpoint_dir=tmp_path, checkpoint_steps=3, on_progress=stop_at(5))
+    assert_same_bits(fit(config, blobs, start_variables=start, checkpoint_dir=tmp_path).variables, straight.variables)

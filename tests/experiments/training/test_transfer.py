@@ -122,11 +122,14 @@ def test_net_of_other_images_is_refused(moved):
         transplant(config, moved.trained, gray, moved.images[:1])
 
 
-@pytest.mark.parametrize(("start", "given"), [(None, {"params": {}}), ("a run", None)])
-def test_run_and_variables_to_start_from_go_together(tiny, blobs, start, given):
+@pytest.mark.parametrize(
+    ("start", "start_variables", "shown"),
+    [(None, {"params": {}}, "start_variables=variables and config.start=None"), ("a run", None, "=None and .*=a run")],
+)
+def test_run_and_variables_to_start_from_go_together(tiny, blobs, start, start_variables, shown):
     config = tiny.replace(start=tiny if start else None)
-    with pytest.raises(ValueError, match="start=.* but config.start is .*if and only if the config has one"):
-        fit(config, blobs, start=given)
+    with pytest.raises(ValueError, match=f"if and only if config.start is set, got .*{shown}; pass"):
+        fit(config, blobs, start_variables=start_variables)
 
 
 @pytest.mark.slow
@@ -135,7 +138,7 @@ def test_run_begins_with_the_trained_net(tiny, blobs, tuning):
     source = fit(tiny, blobs)
     # At so small a rate weights stay, and only what is not learned can move.
     config = tiny.replace(start=tiny, tuning=tuning, learning_rate=1e-12, epochs=1)
-    run = fit(config, blobs, start=source.variables)
+    run = fit(config, blobs, start_variables=source.variables)
     expected = transplant(config, source.variables, run.variables, blobs.train_images[:1] / np.float32(255))
     jax.tree.map(np.testing.assert_array_equal, run.variables["params"], expected["params"])
     same = jax.tree.map(np.array_equal, run.variables["batch_stats"], expected["batch_stats"])
@@ -145,5 +148,5 @@ def test_run_begins_with_the_trained_net(tiny, blobs, tuning):
 @pytest.mark.slow
 def test_pretrained_net_needs_fewer_steps(tiny, blobs):
     source = fit(tiny.replace(epochs=4), blobs)
-    again = fit(tiny.replace(start=tiny.replace(epochs=4)), blobs, start=source.variables)
+    again = fit(tiny.replace(start=tiny.replace(epochs=4)), blobs, start_variables=source.variables)
     assert again.rows[0]["train_loss"] < source.rows[0]["train_loss"]
