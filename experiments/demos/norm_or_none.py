@@ -13,9 +13,8 @@ from rich.table import Table
 from experiments.config import Config
 from experiments.evidence import plots
 from experiments.evidence.verdicts import column, final_accuracy, first_above, training_seconds
-from experiments.training import loop
+from experiments.training import loop, small_run
 from experiments.training.progress import Display
-from experiments.training.small_run import CONFIGS, choose_data
 
 NORMS = ("batch", "none")
 RATES = (0.01, 0.1, 1.0)
@@ -27,7 +26,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
     """Trains the six networks, prints a table and writes a figure to the folder `out`."""
     began = time.perf_counter()
     console = Console()
-    dataset, reason = choose_data(data_dir)
+    dataset, reason = small_run.choose_data(data_dir)
     arms = configs(dataset.name)
     _print(console, "A 7-layer convolutional network, with and without batch norm, at three learning rates.")
     _print(console, f"Data: {dataset.source}. {reason}")
@@ -44,7 +43,7 @@ def run(*, data_dir: Path | None, out: Path) -> None:
 def configs(name: str) -> dict[str, Config]:
     """Returns the six runs on a data set by name."""
     return {
-        f"{plots.NAMES[norm]}, rate {rate:g}": CONFIGS[name].replace(norm=norm, learning_rate=rate)
+        f"{plots.NAMES[norm]}, rate {rate:g}": small_run.CONFIGS[name].replace(norm=norm, learning_rate=rate)
         for norm in NORMS
         for rate in RATES
     }
