@@ -39,7 +39,7 @@ def shrink(config: Config) -> Config:
         train_images=None,
         width=WIDTHS[config.net],
         group_size=config.group_size and min(config.group_size, 4),
-        momentum=config.momentum and 0.9,  # one program for all of them
+        momentum=config.momentum and 0.99,  # one program for all of them; with this one, `population` measures
         batch_size=10 if half else BATCH,
         epochs=1,
         evaluations=1,
