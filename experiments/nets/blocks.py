@@ -17,7 +17,10 @@ from experiments.config import Activation, Config, Noise, Norm, NormLayers, Plac
 from jaxbn.linen import Affine, BatchNorm
 
 MAX_GROUPS = 8
+# Initializers of kernels: of the 7-layer network (Flax's default), of ResNet-20, and of the Inception network.
 LECUN_NORMAL = nn.initializers.lecun_normal()
+HE_NORMAL = nn.initializers.he_normal()
+GLOROT_UNIFORM = nn.initializers.glorot_uniform()
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
 
 

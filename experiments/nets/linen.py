@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import Config
-from experiments.nets.blocks import ACTIVATIONS, Block, ConvNorm, classify
+from experiments.nets.blocks import ACTIVATIONS, GLOROT_UNIFORM, HE_NORMAL, Block, ConvNorm, classify
 from jaxbn.linen import BatchNorm
 
 AUXILIARY = "auxiliary"  # collection of the logits that deep supervision adds
@@ -73,7 +73,7 @@ class ResNet20(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Returns the logits of the images x, shape [n, num_classes]."""
-        conv = functools.partial(ConvNorm, block=self.block, kernel_init=nn.initializers.he_normal())
+        conv = functools.partial(ConvNorm, block=self.block, kernel_init=HE_NORMAL)
         x = conv(scaled(16, self.width), 3)(x, train, mask)
         for stage, features in enumerate((16, 32, 64)):
             features = scaled(features, self.width)
@@ -128,8 +128,7 @@ class Inception(nn.Module):
             x = InceptionModule(tuple(scaled(c, self.width) for c in channels), self.block)(x, train, mask)
             if number in (2, 7):
                 x = max_pool(x, strides=2)
-        glorot = nn.initializers.glorot_uniform()
-        return classify(self.block, x, self.num_classes, train=train, mask=mask, kernel_init=glorot)
+        return classify(self.block, x, self.num_classes, train=train, mask=mask, kernel_init=GLOROT_UNIFORM)
 
 
 class InceptionModule(nn.Module):
@@ -156,7 +155,7 @@ class InceptionModule(nn.Module):
                 use_scale=False,
                 momentum=0.99,
                 epsilon=1e-3,
-                kernel_init=nn.initializers.glorot_uniform(),
+                kernel_init=GLOROT_UNIFORM,
             )
             return layer(x, train, mask)
 

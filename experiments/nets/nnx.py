@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.nets.blocks import GLOROT_UNIFORM, HE_NORMAL
 from experiments.nets.linen import INCEPTION_CHANNELS, max_pool, scaled, shortcut
 from jaxbn.nnx import BatchNorm
 
@@ -86,8 +87,7 @@ class ResidualBlock(nnx.Module):
 
 
 def _residual_conv(in_features: int, features: int, strides: int = 1, *, rngs: nnx.Rngs) -> ConvNorm:
-    he_normal = nnx.initializers.he_normal()
-    return ConvNorm(in_features, features, 3, strides, kernel_init=he_normal, rngs=rngs, momentum=0.9)
+    return ConvNorm(in_features, features, 3, strides, kernel_init=HE_NORMAL, rngs=rngs, momentum=0.9)
 
 
 class Inception(nnx.Module):
@@ -100,8 +100,7 @@ class Inception(nnx.Module):
             module = InceptionModule(channels, scaled_channels, rngs=rngs)
             self.modules.append(module)
             channels = module.features
-        glorot_uniform = nnx.initializers.glorot_uniform()
-        self.dense = nnx.Linear(channels, num_classes, kernel_init=glorot_uniform, rngs=rngs)
+        self.dense = nnx.Linear(channels, num_classes, kernel_init=GLOROT_UNIFORM, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the logits of the images x, shape [n, num_classes]."""
@@ -124,7 +123,7 @@ class InceptionModule(nnx.Module):
     def __init__(self, in_features: int, channels: tuple[int, int, int, int, int, int], *, rngs: nnx.Rngs):
         conv = functools.partial(
             ConvNorm,
-            kernel_init=nnx.initializers.glorot_uniform(),
+            kernel_init=GLOROT_UNIFORM,
             rngs=rngs,
             use_scale=False,
             momentum=0.99,

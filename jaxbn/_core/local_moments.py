@@ -1,16 +1,4 @@
-"""Moments of the part of a batch that is on one device, by the algorithm that suits the platform.
-
-Batch norm is bound by memory, so an algorithm costs as much as it reads x, and that depends on the platform:
-
-- CPU, `raw_or_centered`: sums about 0, and about the mean only if those cancel.  Real activations rarely do, and a
-  conditional costs little on a CPU.
-- TPU, `two_pass`: sums about the mean.  The compiler takes the mean in the kernel that produces x, so only the second
-  pass reads x, which may still be on the chip.
-- GPU, `sampled`: sums about the median of a few values.  Every pass over x costs a kernel, so one pass must do, except
-  for small and masked batches.
-
-Accelerators get no conditional over the batch.  The operand of a conditional has to lie in device memory, whereas a TPU
-may otherwise keep all of x on the chip; and on a GPU, the host may have to wait for the predicate.
+"""Moments of the part of a batch that is on one device, by the algorithm that `ALGORITHMS` names for the platform.
 
 The platform is not known when a function is traced: one trace may be exported for several platforms.  So the moments
 are a primitive, `local_moments_p`, and its lowering rule chooses; it also knows over how many devices the program is
@@ -30,7 +18,14 @@ from jax.interpreters import batching, mlir
 from jax.typing import ArrayLike
 
 from jaxbn._core import lowering
-from jaxbn._core.moment_algorithms import Algorithm, LocalMoments, combine_parts, raw_or_centered, sampled, two_pass
+from jaxbn._core.moment_algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    LocalMoments,
+    combine_parts,
+    raw_or_centered,
+    two_pass,
+)
 from jaxbn._core.sums import is_sharded_explicitly
 
 
@@ -159,8 +154,6 @@ def _types(*operands: Any, **options: Any) -> Any:
     """Returns the types of the results, which are the same for every algorithm."""
     return jax.make_jaxpr(functools.partial(_of_operands(two_pass), **options))(*operands).out_avals
 
-
-ALGORITHMS: dict[str, Algorithm] = {"cpu": raw_or_centered, "tpu": two_pass, "cuda": sampled, "rocm": sampled}
 
 local_moments_p = Primitive("local_moments")
 local_moments_p.multiple_results = True

@@ -1,6 +1,6 @@
 """How a function chooses its algorithm when it is lowered for a platform: a CPU or an accelerator.
 
-The choices themselves are in `ALGORITHMS` of local_moments.py and in the lowering rule of sums.py.
+The choices themselves are in `ALGORITHMS` of moment_algorithms.py and in the lowering rule of sums.py.
 
 The platform is known when a program is lowered, not when it is traced, because one trace may be exported for several
 platforms.  So the choice is left to JAX: to :func:`jax.lax.platform_dependent`, or to a primitive's lowering rule.

@@ -8,6 +8,19 @@ The difference loses as many digits as |offset|^2 exceeds var, so the pivot has 
 LeVeque 1983, "Algorithms for computing the sample variance", compare the choices ("textbook", "two-pass" and "shifted
 data").  All algorithms here are as exact as the two-pass algorithm, or nearly; they differ in how often they read x.
 
+Batch norm is bound by memory, so an algorithm costs as much as it reads x, and that depends on the platform.
+`ALGORITHMS` assigns one to each:
+
+- CPU, `raw_or_centered`: sums about 0, and about the mean only if those cancel.  Real activations rarely do, and a
+  conditional costs little on a CPU.
+- TPU, `two_pass`: sums about the mean.  The compiler takes the mean in the kernel that produces x, so only the second
+  pass reads x, which may still be on the chip.
+- GPU, `sampled`: sums about the median of a few values.  Every pass over x costs a kernel, so one pass must do, except
+  for small and masked batches.
+
+Accelerators get no conditional over the batch.  The operand of a conditional has to lie in device memory, whereas a TPU
+may otherwise keep all of x on the chip; and on a GPU, the host may have to wait for the predicate.
+
 ``reduced`` names the axes that are summed over, a sorted tuple; the others hold features.
 """
 
@@ -160,6 +173,11 @@ def sampled(
     while len(values) > 1:
         values = _median_of_three(*values.reshape(3, -1, *values.shape[1:]))
     return from_sums(values[0], *sums_about(values[0], x, mask, reduced), m)
+
+
+# The algorithm of each platform; local_moments.py chooses when a program is lowered.  Others, such as METAL, get
+# `two_pass`.
+ALGORITHMS: dict[str, Algorithm] = {"cpu": raw_or_centered, "tpu": two_pass, "cuda": sampled, "rocm": sampled}
 
 
 def sample_positions(total: int) -> np.ndarray:
