@@ -307,7 +307,7 @@ def test_folder_that_is_not_shared_is_refused(start_pair, tmp_path):
     for process in pair:
         status, printed = process.wait(timeout=BOUND + 60)
         assert status == 2, printed
-    assert "must be on a disk that all processes share" in printed
+    assert "must be on a disk shared by all processes" in printed
 
 
 @slow
