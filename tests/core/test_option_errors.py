@@ -88,10 +88,8 @@ ACCEPT = "method must accept the arguments of batch_normalize"
     ("method", "message"),
     [
         ("ghost", "method must be a function, got 'ghost'. Pass jaxbn.batch_normalize, or a variant with its options"),
-        (
-            jaxbn.ghost_normalize,
-            f"{ACCEPT}, got ghost_normalize: missing a required argument: 'group_size'. Pass jaxbn",
-        ),
+        # The sentence goes on as Python has it: "argument: 'group_size'", or since 3.12 "keyword-only argument: …".
+        (jaxbn.ghost_normalize, f"{ACCEPT}, got ghost_normalize: missing a required "),
         (
             functools.partial(jaxbn.ghost_normalize, groupsize=4),
             f"{ACCEPT}, got ghost_normalize: it does not have all of the options ['groupsize']. Pass jaxbn",
