@@ -18,7 +18,7 @@ test: $(READY)  ## run the fast tests: 2 min 40 s on two cores, 4 min 40 s of CP
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --quiet
 
 slow: $(READY)  ## run the slow tests
-	@$(BIN)/python -m pytest -m slow --quiet
+	@$(BIN)/python -m pytest -m slow -n 2 --quiet
 
 lint: $(READY)  ## check style and formatting
 	@$(BIN)/ruff check .
