@@ -88,7 +88,7 @@ ACCEPT = "method must accept the arguments of batch_normalize"
     ("method", "message"),
     [
         ("ghost", "method must be a function, got 'ghost'. Pass jaxbn.batch_normalize, or a variant with its options"),
-        # The sentence goes on as Python has it: "argument: 'group_size'", or in newer versions "keyword-only argument: …".
+        # Python ends the sentence, in its newer versions with other words.
         (jaxbn.ghost_normalize, f"{ACCEPT}, got ghost_normalize: missing a required "),
         (
             functools.partial(jaxbn.ghost_normalize, groupsize=4),
