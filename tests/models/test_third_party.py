@@ -38,14 +38,6 @@ def each(*operations):
     return pytest.mark.parametrize(("name", "operation"), [*itertools.product(NETS, operations)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiles several times faster, to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def net_named(name):
     return NETS[name]()

@@ -3,7 +3,6 @@
 import copy
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,13 +21,6 @@ FULL = ("bn_vs_none", "learning_rates")
 REHEARSALS = [(name, "small") for name in protocol.names()] + [
     (name, "full") for name in FULL if name in protocol.names()
 ]
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def shrink(config: Config) -> Config:
