@@ -22,7 +22,7 @@ from jaxbn._core.variables import from_variables, to_variables, variable_names
 __all__ = ["BatchNorm", "Affine"]
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm):
     """Batch normalization with running statistics in the collection ``batch_stats``.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the moments of the batch in training and the running

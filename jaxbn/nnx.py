@@ -25,7 +25,7 @@ from jaxbn._core.variables import from_variables, to_variables, variable_names
 __all__ = ["BatchNorm", "Affine"]
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(nnx.BatchNorm):
     """Batch normalization with running statistics in ``BatchStat`` variables.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias, with the moments of the batch in training and the running
