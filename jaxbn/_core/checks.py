@@ -118,13 +118,28 @@ def whole(name: str, value: Any, *, least: int) -> int:
     return number
 
 
-def boolean(name: str, value: Any) -> None:
-    """Refuses a number in place of a flag, such as the number of features in place of ``use_running_average``."""
-    if not isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
-        raise ValueError(
-            f"{name} must be True or False, got {value!r}. The linen layer takes the number of features from its "
-            "input; do not pass it."
-        )
+def boolean(name: str, value: Any) -> bool:
+    """Returns a flag as a bool; refuses other types, and a value known only at run time."""
+    remedy = "Pass one of the two."
+    if isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
+        shape, dtype = jnp.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
+        is_traced = isinstance(value, jax.core.Tracer)
+        if shape == () and dtype == np.bool_ and not is_traced:
+            return bool(value)
+        shown = f"{'a traced array' if is_traced else 'an array'} of shape {shape} and dtype {dtype}"
+        if shape:
+            remedy = f"If it is a mask, pass it by name: mask=...; it is not {name}."
+        elif dtype == np.bool_:
+            remedy = (
+                "It decides which program is compiled, so its value must be known when the program is traced: let "
+                f'jax.jit treat it as static, as in jax.jit(step, static_argnames="{name}"), bind it with '
+                "functools.partial, or choose between two calls with jax.lax.cond."
+            )
+    else:
+        shown = repr(value)
+        if name == "use_running_average" and isinstance(value, int) and value > 1:
+            remedy = "The linen layer takes the number of features from its input; do not pass it."
+    raise ValueError(f"{name} must be True or False, got {shown}. {remedy}")
 
 
 def has_steps(present: bool, path: str) -> None:

@@ -225,7 +225,8 @@ def batch_norm(
     checks.method(method)
     checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     checks.momentum(momentum)
-    if use_running_average:
+    unbiased = checks.boolean("unbiased", unbiased)
+    if checks.boolean("use_running_average", use_running_average):
         x = zero_masked(x, checks.mask(mask, x))
         return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
     y, moments = method(

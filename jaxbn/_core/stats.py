@@ -215,6 +215,7 @@ def init_stats(
     for size in features if isinstance(features, Iterable) else (features,):
         checks.whole("features", size, least=0)
     checks.inexact(dtype=dtype)
+    counted = checks.boolean("counted", counted)
     real_dtype = jnp.finfo(dtype).dtype
     mean, var = jnp.zeros(features, dtype), jnp.ones(features, real_dtype)
     running = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
@@ -259,6 +260,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
     """
     checks.momentum(momentum)
+    unbiased = checks.boolean("unbiased", unbiased)
     checks.statistics(stats, STATS_TYPES)
     checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
     if isinstance(stats, AccumulatedStats):
@@ -275,7 +277,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
     is_traced = isinstance(moments.mean, jax.core.Tracer)
     is_constant = momentum is None or isinstance(momentum, int | float)
     update = _update_jitted if is_traced and is_constant else _update
-    return update(stats, moments, momentum, bool(unbiased))
+    return update(stats, moments, momentum, unbiased)
 
 
 def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool) -> Running:
