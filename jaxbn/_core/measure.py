@@ -186,7 +186,8 @@ def _local_count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...])
     repeats = math.prod(x.shape[i] for i in reduced if mask.shape[i] == 1)
     # Integers first, because a float32 sum of ones stops at 2^24.  The sum over the examples, of which there are fewer,
     # is in floats: then jit adds it over devices in one collective with the sums of x, which are floats too.
-    float_axes = tuple(i for i in reduced[:1] if mask.shape[i] < 2**24)
+    # A number of examples that only the exported program knows may be too large for it.
+    float_axes = tuple(i for i in reduced[:1] if isinstance(mask.shape[i], int) and mask.shape[i] < 2**24)
     integer_axes = tuple(i for i in reduced if i not in float_axes)
     admitted = jnp.sum(mask, integer_axes, dtype=jnp.int32, keepdims=True)
     admitted = jnp.sum(admitted.astype(dtype), float_axes, keepdims=True).squeeze(reduced)
