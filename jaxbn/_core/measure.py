@@ -69,7 +69,7 @@ def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
     Left in place they would reach the outputs, and also the gradients: a cotangent of 0 times nan is nan.
     """
-    return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
+    return x if mask is None else lowering.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
@@ -122,7 +122,7 @@ def _measure_about(
         total, squares = devices.total(*sums)
         return *from_sums(pivot, total, squares, size), jnp.full_like(squares, size)
     total, squares, count = devices.total(*sums, local_count)
-    pivot = jnp.where(count == 0, 0, pivot)  # the mean of no values is 0 by convention
+    pivot = lowering.where(count == 0, 0, pivot)  # the mean of no values is 0 by convention
     return *from_sums(pivot, total, squares, jnp.maximum(count, 1)), count
 
 
