@@ -29,7 +29,7 @@ def apply_measured(
     """Normalizes x, shape [..., C], with moments that were measured on it."""
     v = batch.var + epsilon
     if mask is not None:  # a feature that is masked everywhere becomes its bias
-        v = jnp.where(batch.count > 0, v, jnp.inf)
+        v = lowering.where(batch.count > 0, v, jnp.inf)
     return normalize_about(x, mask, lax.stop_gradient(batch.pivot), batch.offset, v, scale, bias, reduced)
 
 
