@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize
 from jaxbn._core.padding import pad_batch
+from jaxbn._core.running import update_stats
 from jaxbn._core.stats import (
     AccumulatedStats,
     BatchStats,
@@ -19,7 +20,6 @@ from jaxbn._core.stats import (
     combine,
     init_stats,
     moments,
-    update_stats,
 )
 from jaxbn._core.variants import batch_renormalize, ghost_normalize, shifted_normalize
 

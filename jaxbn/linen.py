@@ -15,7 +15,8 @@ from jax.nn import initializers
 
 from jaxbn._core import checks
 from jaxbn._core.dtypes import cast
-from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize_at_init
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, needs_count, normalize_at_init
+from jaxbn._core.running import Momentum
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
 
@@ -51,8 +52,8 @@ class BatchNorm(nn.BatchNorm):
     Attributes:
       use_running_average: True to evaluate, False to train; can be passed to the call instead.
       axis: feature axis or axes of the input; statistics have the shape of those axes.
-      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally, and stores their
-        number in the variable ``steps``.
+      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally; a function of the
+        number of earlier updates, such as an Optax schedule, changes it.  The last two count in the variable ``steps``.
       epsilon: added to the variance; positive.
       dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
@@ -64,8 +65,8 @@ class BatchNorm(nn.BatchNorm):
         a batch sharded under jit does not need it.
       axis_index_groups: groups of device indices to normalize separately, as in ``jax.lax.psum``.
       use_fast_variance: ignored; accepted for compatibility with Flax.
-      force_float32_reductions: False stores the running statistics in ``param_dtype``, as in Flax; the sums are in
-        float32 in any case.
+      force_float32_reductions: False stores the running statistics in ``param_dtype`` if that is wider than float32;
+        Flax's does so for half precision too, in which averages stop moving.  Sums are at least float32 in any case.
       method: how training normalizes a batch: ``jaxbn.batch_normalize``, or a variant such as
         ``functools.partial(jaxbn.ghost_normalize, group_size=16)``.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
@@ -75,6 +76,8 @@ class BatchNorm(nn.BatchNorm):
       accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
         updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
         which a checkpoint of a layer without this option lacks.
+      update_stats: False leaves the running statistics as they are in training: the layer normalizes with the batch, and
+        ``batch_stats`` need not be mutable; can be passed to the call instead.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -82,7 +85,7 @@ class BatchNorm(nn.BatchNorm):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float | None = 0.99
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -99,6 +102,7 @@ class BatchNorm(nn.BatchNorm):
     debias: bool = False
     frozen: bool = False
     accumulate: int = 1
+    update_stats: bool = True
 
     @nn.compact
     def __call__(
@@ -107,6 +111,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes ``x``; in training, updates ``batch_stats``, which must be mutable.
 
@@ -116,6 +121,7 @@ class BatchNorm(nn.BatchNorm):
           x: inputs, shape [..., C]; floating-point or complex.
           use_running_average: True to evaluate, False to train; if not passed to the constructor.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+          update_stats: False leaves the running statistics as they are; None does what the constructor says.
 
         Returns:
           y, shape [..., C].
@@ -128,14 +134,17 @@ class BatchNorm(nn.BatchNorm):
         use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        checks.boolean("use_running_average", use_running_average)
+        use_running_average = checks.boolean("use_running_average", use_running_average)
+        update_stats = checks.boolean("update_stats", self.update_stats if update_stats is None else update_stats)
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.asarray(x)
         feature_shape = tuple(x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis))
 
-        # Evaluation does not need the pending moments, so it accepts checkpoints that lack them.
-        accumulate = 1 if use_running_average and not self.is_initializing() else self.accumulate
-        variables = self._running_variables(feature_shape, accumulate=accumulate, is_complex=jnp.iscomplexobj(x))
+        # Evaluation needs neither count nor pending moments, so it accepts checkpoints that lack them.
+        evaluates = use_running_average and not self.is_initializing()
+        accumulate = 1 if evaluates else self.accumulate
+        counted = not evaluates and needs_count(self.momentum, self.method, debias=self.debias)
+        variables = self._running_variables(feature_shape, counted, accumulate, is_complex=jnp.iscomplexobj(x))
         scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype) if self.use_bias else None
 
@@ -158,10 +167,12 @@ class BatchNorm(nn.BatchNorm):
             axis_index_groups=self.axis_index_groups,
             mask=mask,
             unbiased=self.unbiased,
+            debias=self.debias,
+            update_stats=update_stats,
             method=self.method,
         )
         # Not in evaluation, where the collection is usually immutable.
-        if not use_running_average:
+        if update_stats and not use_running_average:
             for name, value in to_variables(stats).items():
                 variables[name].value = value
         return cast(y, self.dtype)
@@ -170,14 +181,13 @@ class BatchNorm(nn.BatchNorm):
     def _running_variables(
         self,
         feature_shape: tuple[int, ...],
-        *,
+        counted: bool,
         accumulate: int,
+        *,
         is_complex: bool,
     ) -> dict[str, nn.Variable]:
         """Returns the variables of the running statistics by name; creates those that do not exist."""
-        # Plain averages and debiased ones need the number of batches.
-        counted = self.momentum is None or self.debias
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        dtype = jnp.float32 if self.force_float32_reductions else jnp.promote_types(self.param_dtype, jnp.float32)
         if is_complex:
             dtype = jnp.promote_types(dtype, jnp.complex64)
 

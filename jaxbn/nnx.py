@@ -18,7 +18,8 @@ from jax import lax
 
 from jaxbn._core import checks
 from jaxbn._core.dtypes import cast
-from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize
+from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, needs_count
+from jaxbn._core.running import Momentum
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
 
@@ -55,8 +56,8 @@ class BatchNorm(nnx.BatchNorm):
       num_features: number of features C.
       use_running_average: True to evaluate, False to train; ``train()``, ``eval()`` and ``nnx.view`` set it.
       axis: feature axis of the input.
-      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally, and stores their
-        number in the variable ``steps``.
+      momentum: weight of the old running statistics, in [0, 1]; None weights all batches equally; a function of the
+        number of earlier updates, such as an Optax schedule, changes it.  The last two count in the variable ``steps``.
       epsilon: added to the variance; positive.
       dtype: dtype of the result; by default the one to which input and parameters promote.
       param_dtype: dtype of scale and bias.
@@ -78,11 +79,15 @@ class BatchNorm(nnx.BatchNorm):
         identity.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
       debias: correct the running statistics for their initial values, as Adam does; adds the variable ``steps``.  A
-        checkpoint of a layer without this option lacks it: set it to the number of batches averaged so far.
+        checkpoint of a layer without this option lacks it: set it to the number of batches averaged so far.  Until
+        then it is -1: training raises a ValueError, and compiled training, which cannot see that, goes on as after very
+        many batches; a plain average (``momentum=None``) becomes NaN there.
       frozen: always evaluate, even after ``train()``; for fine-tuning.
       accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
         updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
         which a checkpoint of a layer without this option lacks.
+      update_stats: False leaves the running statistics as they are in training: the layer normalizes with the batch;
+        ``nnx.view`` sets it, and it can be passed to the call instead.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.
@@ -94,7 +99,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         use_running_average: bool | None = False,
         axis: int = -1,
-        momentum: float | None = 0.99,
+        momentum: Momentum = 0.99,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -114,14 +119,16 @@ class BatchNorm(nnx.BatchNorm):
         debias: bool = False,
         frozen: bool = False,
         accumulate: int = 1,
+        update_stats: bool = True,
     ):
         checks.inexact(dtype=dtype, param_dtype=param_dtype)
         feature_shape = (checks.whole("num_features", num_features, least=0),)
-        # The variables of Flax's layer, "mean" and "var", and those for our options.  Plain averages and debiased ones
-        # need the number of batches.
-        stats = init_stats(feature_shape, counted=momentum is None or debias, accumulate=accumulate)
+        # The variables of Flax's layer, "mean" and "var", and those for our options.
+        counted = needs_count(momentum, method, debias=debias)
+        stats = init_stats(feature_shape, counted=counted, accumulate=accumulate)
         for name, value in to_variables(stats).items():
-            setattr(self, name, nnx.BatchStat(value))
+            # nnx.update leaves what a state lacks: -1 tells a new layer from one whose count was not loaded.
+            setattr(self, name, nnx.BatchStat(value - 1 if name == "steps" else value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
             self.scale = nnx.Param(scale_init(rngs.params(), feature_shape, param_dtype), **scale_metadata)
@@ -145,6 +152,7 @@ class BatchNorm(nnx.BatchNorm):
         self.debias = debias
         self.frozen = frozen
         self.accumulate = accumulate
+        self.update_stats = update_stats
 
     def __call__(
         self,
@@ -152,6 +160,7 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes ``x``; in training, updates the running statistics.
 
@@ -159,6 +168,7 @@ class BatchNorm(nnx.BatchNorm):
           x: inputs, shape [..., C]; floating-point or complex.
           use_running_average: True to evaluate, False to train; overrides the constructor, ``train()`` and ``eval()``.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+          update_stats: False leaves the running statistics as they are; overrides constructor and ``nnx.view``.
 
         Returns:
           y, shape [..., C].
@@ -174,15 +184,20 @@ class BatchNorm(nnx.BatchNorm):
                 "Pass it to the constructor or the call, or use train(), eval() or nnx.view."
             ),
         )
+        use_running_average = checks.boolean("use_running_average", use_running_average)
+        update_stats = checks.boolean("update_stats", first_from(update_stats, self.update_stats, error_msg=""))
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
 
         # By name, and not all `BatchStat` variables, because a subclass may have more of them.
-        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
+        counted = needs_count(self.momentum, self.method, debias=self.debias)
+        names = variable_names(counted=counted and not use_running_average, accumulate=self.accumulate)
         variables = {name: getattr(self, name) for name in names}
         arrays = {name: variable[...] for name, variable in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
+        if counted and update_stats and not use_running_average:
+            checks.counted(arrays)
         # Flax's default promotion would round inputs and statistics to `dtype`.
         if self.promote_dtype is not dtypes.promote_dtype:
             x, arrays["mean"], arrays["var"], scale, bias = self.promote_dtype(
@@ -202,25 +217,39 @@ class BatchNorm(nnx.BatchNorm):
             axis_index_groups=self.axis_index_groups,
             mask=mask,
             unbiased=self.unbiased,
+            debias=self.debias,
+            update_stats=update_stats,
             method=self.method,
         )
-        if not use_running_average:
+        if update_stats and not use_running_average:
             for name, value in to_variables(stats).items():
                 # State rather than an output: no gradient flows through it.
                 variables[name].set_value(lax.stop_gradient(value))
         return cast(y, self.dtype)
 
-    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        frozen: bool | None = None,
+        update_stats: bool | None = None,
+        momentum: float | None = None,
+    ) -> None:
         """Sets the mode; called by ``nnx.view``.
 
         Args:
           use_running_average: True to evaluate, False to train; None keeps the current value.
           frozen: True to always evaluate; None keeps the current value.
+          update_stats: False to leave the running statistics as they are; None keeps the current value.
+          momentum: weight of the old running statistics, a number or an array; None keeps the current one.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if frozen is not None:
             self.frozen = frozen
+        if update_stats is not None:
+            self.update_stats = update_stats
+        if momentum is not None:
+            self.momentum = momentum
 
 
 class Affine(nnx.Module):

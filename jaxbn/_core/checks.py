@@ -152,6 +152,18 @@ def has_steps(present: bool, path: str) -> None:
         )
 
 
+def counted(arrays: dict[str, jax.Array]) -> None:
+    """Refuses an average of an unknown number of batches: ``steps`` of -1 beside statistics that are not initial.
+
+    Under jit the values are not known, and pass; see :func:`jaxbn._core.running.update_stats`.
+    """
+    if any(isinstance(arrays[name], jax.core.Tracer) for name in ("mean", "var", "steps")):
+        return
+    is_initial = (arrays["mean"] == 0) & (arrays["var"] == 1)
+    if ((arrays["steps"] < 0) & ~is_initial).any():
+        has_steps(False, "")
+
+
 def statistics(stats: Any, accepted: tuple[type, ...]) -> None:
     """Refuses running statistics of any other class, such as a dict."""
     if not isinstance(stats, accepted):

@@ -17,8 +17,10 @@ from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import widen
 from jaxbn._core.measure import measure, zero_masked
+from jaxbn._core.running import Momentum
+from jaxbn._core.running import update_stats as updated
 from jaxbn._core.scaling import apply_measured, normalize_about, result_dtype, scale_and_shift
-from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean, update_stats
+from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean
 
 
 class Method(Protocol):
@@ -175,18 +177,20 @@ def batch_norm(
     bias: ArrayLike | None = None,
     *,
     use_running_average: bool,
-    momentum: ArrayLike | None = 0.99,
+    momentum: Momentum = 0.99,
     epsilon: float = 1e-5,
     axis: Axes = -1,
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
     unbiased: bool = False,
+    debias: bool = True,
+    update_stats: bool = True,
     method: Method = batch_normalize,
 ) -> tuple[jax.Array, Stats]:
     """Normalizes with the batch and updates the running statistics, or normalizes with the running statistics.
 
-    Training: y, moments = method(x, ...);  stats = update_stats(stats, moments).
+    Training: y, moments = method(x, ...);  stats = update_stats(stats, moments), unless ``update_stats=False``.
     Evaluation: y = normalize(x, stats.mean, stats.var);  stats do not change.
 
     >>> x = jnp.array([[1.], [3.]])
@@ -200,18 +204,21 @@ def batch_norm(
       scale: factor per feature (gamma), shape [C]; None means 1.
       bias: shift per feature (beta), shape [C]; None means 0.
       use_running_average: True to evaluate, False to train.
-      momentum: weight of the old statistics, in [0, 1]; see :func:`jaxbn.update_stats`.
+      momentum: weight of the old statistics, in [0, 1], or a schedule of it; see :func:`jaxbn.update_stats`.
       epsilon: added to the variance; positive.
       axis: feature axis or axes of ``x``.
       axis_name: name or names of the device axes over which the batch is spread, under shard_map, pmap or vmap.
       axis_index_groups: groups of device indices to normalize separately, as in :func:`jax.lax.psum`.
       mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
       unbiased: multiply the variance by m/(m - 1) for the running statistics, as the paper and PyTorch do.
+      debias: whether counted statistics are corrected for their initial values; see :func:`jaxbn.update_stats`.
+      update_stats: False leaves the running statistics as they are in training too: for a second forward pass of the
+        same batch, a pass of another network's data, or a batch at test time.
       method: how training normalizes a batch; :func:`batch_normalize` or a variant with its signature.
 
     Returns:
-      y, shape [..., C], and running statistics of the class, shape and dtype of ``stats``; a real mean becomes complex
-      with complex inputs.
+      y, shape [..., C], and running statistics of the class and shape of ``stats``, and of their dtype, but at least
+      float32; a real mean becomes complex with complex inputs.
 
     Raises:
       ValueError: for an argument that does not fit ``x``; the message says what does.
@@ -225,8 +232,10 @@ def batch_norm(
     checks.statistics(stats, STATS_TYPES)
     checks.method(method)
     checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
-    checks.momentum(momentum)
-    unbiased = checks.boolean("unbiased", unbiased)
+    if not callable(momentum):
+        checks.momentum(momentum)
+    unbiased, debias = checks.boolean("unbiased", unbiased), checks.boolean("debias", debias)
+    is_updated = checks.boolean("update_stats", update_stats)
     if checks.boolean("use_running_average", use_running_average):
         x = zero_masked(x, checks.mask(mask, x))
         return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
@@ -241,7 +250,19 @@ def batch_norm(
         mask=mask,
         stats=stats,
     )
-    return y, update_stats(stats, moments, momentum=momentum, unbiased=unbiased)
+    if is_updated:
+        stats = updated(stats, moments, momentum=momentum, unbiased=unbiased, debias=debias)
+    return y, stats
+
+
+def needs_count(momentum: Momentum, method: Method, *, debias: bool) -> bool:
+    """Tells whether a layer with these options has to count its updates.
+
+    Plain and debiased averages need the number of batches, and so do schedules: of the momentum, and among the bound
+    options of a method (``functools.partial``).
+    """
+    has_schedule = any(map(callable, getattr(method, "keywords", {}).values()))
+    return momentum is None or callable(momentum) or debias or has_schedule
 
 
 def affine(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -17,6 +18,11 @@ from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import abs2
 from jaxbn._core.measure import Measured, measure
+
+
+def _reduce(stats: tuple) -> tuple:
+    """Pickles a named tuple as a call of its class: protocols 0 and 1 refuse classes with ``__slots__`` otherwise."""
+    return type(stats), tuple(stats)
 
 
 class Moments(NamedTuple):
@@ -34,6 +40,8 @@ class Moments(NamedTuple):
     var: jax.Array
     count: jax.Array
 
+    __reduce__ = _reduce
+
 
 class BatchStats(NamedTuple):
     """Running statistics, with which evaluation normalizes.
@@ -46,6 +54,8 @@ class BatchStats(NamedTuple):
     mean: jax.Array
     var: jax.Array
 
+    __reduce__ = _reduce
+
 
 class CountedStats(NamedTuple):
     """Running statistics that count their batches, and so are not biased toward their initial values.
@@ -53,12 +63,15 @@ class CountedStats(NamedTuple):
     Attributes:
       mean: shape [C].
       var: shape [C].
-      steps: number of updates of each feature, int32, shape [C].
+      steps: number of updates of each feature, int32, shape [C]; -1 if it is not known, as in an nnx layer into which
+        the statistics of a layer that does not count were loaded.
     """
 
     mean: jax.Array
     var: jax.Array
     steps: jax.Array
+
+    __reduce__ = _reduce
 
 
 class AccumulatedStats(NamedTuple):
@@ -76,6 +89,8 @@ class AccumulatedStats(NamedTuple):
     batches: jax.Array
     every: ArrayLike
 
+    __reduce__ = _reduce
+
     @property
     def mean(self) -> jax.Array:
         """Running mean, shape [C]."""
@@ -91,6 +106,10 @@ AnyStats = BatchStats | CountedStats | AccumulatedStats
 STATS_TYPES = get_args(AnyStats)
 Stats = TypeVar("Stats", bound=AnyStats)
 Running = TypeVar("Running", bound=BatchStats | CountedStats)
+
+# So that a step which takes or returns them can be exported, serialized, and loaded by any program that imports jaxbn.
+for _kind in (Moments, *STATS_TYPES):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxbn.{_kind.__name__}")
 
 
 def moments(
@@ -201,164 +220,33 @@ def init_stats(
       features: number of features C, or the shape of the feature axes.
       counted: also count the batches, for averages that are not biased toward 0 and 1; see :func:`update_stats`.
       accumulate: number of batches per optimizer step, and so per update of the statistics.
-      dtype: dtype of the mean, complex64 for complex inputs; the variance has its real counterpart.
+      dtype: dtype of the mean, float32 or wider, complex64 for complex inputs; the variance has its real counterpart.
 
     Returns:
       BatchStats, or CountedStats, of shape [C]; wrapped in AccumulatedStats if ``accumulate`` exceeds 1.
 
     Raises:
       ValueError: if ``accumulate`` is not a positive integer, ``features`` are not non-negative integers, or ``dtype``
-        is an integer dtype.
+        is an integer dtype or half precision.
     """
     accumulate = checks.whole("accumulate", accumulate, least=1)
     for size in features if isinstance(features, Iterable) else (features,):
         checks.whole("features", size, least=0)
     checks.inexact(dtype=dtype)
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"dtype must be float32 or wider, got {jnp.dtype(dtype).name}: a running average in half precision stops "
+            "moving when its steps get small, and overflows at a variance of 65,504 in float16."
+        )
     counted = checks.boolean("counted", counted)
     real_dtype = jnp.finfo(dtype).dtype
     mean, var = jnp.zeros(features, dtype), jnp.ones(features, real_dtype)
     running = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
     if accumulate == 1:
         return running
-    # Pending moments are at least float32, even if the running statistics are stored in half precision.
-    wide_dtype = jnp.promote_types(dtype, jnp.float32)
-    wide_real_dtype = jnp.promote_types(real_dtype, jnp.float32)
     pending = Moments(
-        mean=jnp.zeros(features, wide_dtype),
-        var=jnp.zeros(features, wide_real_dtype),
-        count=jnp.zeros(features, wide_real_dtype),
+        mean=jnp.zeros(features, dtype),
+        var=jnp.zeros(features, real_dtype),
+        count=jnp.zeros(features, real_dtype),
     )
     return AccumulatedStats(running, pending, jnp.zeros((), jnp.int32), jnp.asarray(accumulate, jnp.int32))
-
-
-def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, unbiased: bool = False) -> Stats:
-    """Updates the running statistics with the moments of a batch.
-
-    new = momentum * old + (1 - momentum) * batch.  With CountedStats, 1 - momentum becomes
-    (1 - momentum) / (1 - momentum^t) after t batches, or 1/t for ``momentum=None``, so that the initial values have no
-    weight.  AccumulatedStats combine the moments of several batches, and then update once, as if for one batch.
-    A feature whose moments are not finite, or whose count is zero, keeps its statistics.
-
-    >>> batch = jaxbn.moments(jnp.array([[1.], [3.]]))
-    >>> jaxbn.update_stats(jaxbn.init_stats(1), batch, momentum=0.9)
-    BatchStats(mean=Array([0.2], dtype=float32), var=Array([1.], dtype=float32))
-
-    Args:
-      stats: running statistics, shape [C].
-      moments: moments of the batch, shape [C].
-      momentum: weight of the old value, in [0, 1]; None, for CountedStats only, weights all batches equally.
-      unbiased: multiply the variance by m/(m - 1), as the paper and PyTorch do.
-
-    Returns:
-      Statistics of the class, shape and dtype of ``stats``; a real mean becomes complex with complex moments.
-
-    Raises:
-      ValueError: for moments of other features, a momentum outside [0, 1], or None without a count.
-
-    References:
-      Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
-    """
-    checks.momentum(momentum)
-    unbiased = checks.boolean("unbiased", unbiased)
-    checks.statistics(stats, STATS_TYPES)
-    checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
-    if isinstance(stats, AccumulatedStats):
-        return _accumulate(stats, moments, momentum=momentum, unbiased=unbiased)
-    if isinstance(stats, BatchStats) and momentum is None:
-        raise ValueError(
-            "momentum must be a number in [0, 1] for BatchStats, got None: weighting all batches equally needs their "
-            "number. Start from init_stats(features, counted=True), or pass a momentum."
-        )
-    # Models have many layers of the same shape, and tracing these small operations for each of them takes about a tenth
-    # of the time of tracing a training step.  Called under jit, a jitted function is traced once for all of them.
-    # Eagerly, the operations are called as they are: momentum is a static argument, so that 1 - momentum keeps its
-    # digits, and every new value of it would compile a program, in hundreds of times the time of the operations.
-    is_traced = isinstance(moments.mean, jax.core.Tracer)
-    is_constant = momentum is None or isinstance(momentum, int | float)
-    update = _update_jitted if is_traced and is_constant else _update
-    return update(stats, moments, momentum, unbiased)
-
-
-def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool) -> Running:
-    is_usable = _is_usable(moments)
-    var = moments.var
-    if unbiased:  # Ioffe and Szegedy 2015, algorithm 2: Var[x] = m/(m-1) E[var]
-        var = var * (moments.count / jnp.maximum(moments.count - 1, 1))
-    weight = None
-    if isinstance(stats, CountedStats):
-        steps = stats.steps + is_usable.astype(stats.steps.dtype)
-        weight = _debiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
-        stats = stats._replace(steps=steps)
-
-    def average(old: jax.Array, batch: jax.Array) -> jax.Array:
-        new = momentum * old + (1 - momentum) * batch if weight is None else _interpolate(old, batch, weight)
-        new = _cast_like(new, old)
-        return lowering.where(is_usable, new, old.astype(new.dtype))
-
-    return stats._replace(mean=average(stats.mean, moments.mean), var=average(stats.var, var))
-
-
-_update_jitted = jax.jit(_update, static_argnums=(2, 3))
-
-
-def _accumulate(stats: AccumulatedStats, moments: Moments, *, momentum: ArrayLike | None, unbiased: bool) -> Any:
-    """Adds a batch to the pending ones, and updates the running statistics once there are enough."""
-    # A feature with unusable moments enters with count 0, the identity of `combine`.
-    is_usable = _is_usable(moments)
-    moments = jax.tree.map(lambda value: lowering.where(is_usable, value, 0), moments)
-    pending = combine(stats.pending, moments)
-    batches = stats.batches + 1
-    # The update is computed at every batch, and selected at the last: a few numbers per feature are cheaper than a
-    # conditional, and vmap would turn that into a select anyway.
-    complete = batches >= stats.every
-    updated = update_stats(stats.running, pending, momentum=momentum, unbiased=unbiased)
-    return stats._replace(
-        running=jax.tree.map(lambda new, old: lowering.where(complete, new, old), updated, stats.running),
-        pending=jax.tree.map(
-            lambda new, old: _cast_like(lowering.where(complete, 0, new), old), pending, stats.pending
-        ),
-        batches=jnp.where(complete, 0, batches),
-    )
-
-
-def _is_usable(moments: Moments) -> jax.Array:
-    """Tells which features have moments that may enter the running statistics."""
-    return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-
-
-def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Casts ``new`` to the dtype of ``old``, or to its complex counterpart if ``new`` is complex.
-
-    The latter changes the type of the carry of a scan over steps, so start that from ``init_stats(dtype=complex64)``.
-    """
-    return new.astype(jnp.promote_types(old.dtype, jnp.complex64) if jnp.iscomplexobj(new) else old.dtype)
-
-
-def _interpolate(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    """Computes (1 - weight) old + weight new, for a weight that may be tiny: 1/t after t batches.
-
-    A small weight is applied to the difference: 1 - weight, rounded, keeps few of its digits, so the factors of the sum
-    would not add up to 1, and after many batches an average would be off by 0.1 % at a weight of 1e-5.  A large weight
-    is applied in the sum, because old + (new - old) is new only up to a rounding of old; there 1 - weight is exact
-    (Sterbenz's lemma).  Neither form makes a variance negative, because rounding is monotonic.
-    """
-    return lowering.where(weight < 0.5, old + weight * (new - old), (1 - weight) * old + weight * new)
-
-
-def _debiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:
-    """Computes the weight (1 - momentum) / (1 - momentum^t) of batch t; its limit 1/t if momentum is 1 or None.
-
-    Kingma and Ba 2015, section 3, divide the average by 1 - momentum^t; this is the same as a recursion on the result.
-    """
-    if momentum is None:
-        return 1 / steps
-    # momentum^t is exp(t log(momentum)), with log1p and expm1 because a momentum near 1 keeps few digits of the
-    # difference.  Numerator and denominator come from the same rounded `new`; otherwise the weight could exceed 1, and
-    # the variance become negative.
-    new = jnp.asarray(1 - momentum, steps.dtype)
-    bounded = jnp.minimum(new, 1 - 1e-6)  # log1p(-1) is infinite
-    denominator = -jnp.expm1(steps * jnp.log1p(-bounded))
-    # `where` inside of the division, too, so that its gradient is not nan where it is not used.
-    weight = jnp.where(new > 0, new / jnp.where(new > 0, denominator, 1), 1 / steps)
-    # Exactly 1 for the first batch, which replaces the initial values; later, the quotient may round to above 1.
-    return jnp.minimum(jnp.where(steps == 1, 1, weight), 1)

@@ -8,7 +8,7 @@ Each has the signature of :func:`jaxbn.batch_normalize`; pass it as ``method`` t
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,13 @@ from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import wide_dtype, widen
 from jaxbn._core.functional import checked_arguments
 from jaxbn._core.measure import measure
+from jaxbn._core.running import number_of_updates
 from jaxbn._core.scaling import apply_measured, result_dtype
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
+
+
+# A number, or a schedule: a function of the number of earlier updates, an int32 scalar.
+Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
 def ghost_normalize(
@@ -141,8 +146,8 @@ def batch_renormalize(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    r_max: ArrayLike = 3.0,
-    d_max: ArrayLike = 5.0,
+    r_max: Limit = 3.0,
+    d_max: Limit = 5.0,
     axis: Axes = -1,
     epsilon: float = 1e-5,
     axis_name: AxisNames | None = None,
@@ -155,25 +160,35 @@ def batch_renormalize(
     y = scale * (r (x - mean)/sigma + d) + bias,  r = sigma / running sigma in [1/r_max, r_max],
     d = (mean - running mean) / running sigma in [-d_max, d_max],  sigma = sqrt(var + epsilon);
     No gradient flows through r and d.  r_max=1 and d_max=0 give batch norm, with which the paper starts
-    training before it relaxes the limits.
+    training before it relaxes the limits: pass schedules for that, as in Optax.  A layer whose ``method`` is a
+    functools.partial with schedules counts its updates in the variable ``steps``.
 
     >>> stats = jaxbn.BatchStats(mean=jnp.array([0.]), var=jnp.array([4.]))
     >>> y, _ = jaxbn.batch_renormalize(jnp.array([[1.], [3.]]), stats=stats, epsilon=1e-9)
     >>> y.ravel()  # x / 2, as in evaluation
     Array([0.5, 1.5], dtype=float32)
 
+    Batch norm for 5,000 updates, then batch renorm (a schedule is a function of the number of earlier updates):
+
+    >>> method = functools.partial(
+    ...     jaxbn.batch_renormalize,
+    ...     r_max=lambda step: jnp.where(step < 5000, 1.0, 3.0),
+    ...     d_max=lambda step: jnp.where(step < 5000, 0.0, 5.0),
+    ... )
+    >>> layer = jaxbn.linen.BatchNorm(use_running_average=False, method=method)
+
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
       scale: factor per feature (gamma), shape [C]; None means 1.
       bias: shift per feature (beta), shape [C]; None means 0.
-      r_max: largest factor between the sigma of the batch and the running sigma; at least 1.
-      d_max: largest difference of the means, in running sigmas; at least 0.
+      r_max: largest factor between the sigma of the batch and the running sigma; at least 1; or a schedule of it.
+      d_max: largest difference of the means, in running sigmas; at least 0; or a schedule of it.
       axis: feature axis or axes of ``x``.
       epsilon: added to the variance; positive.
       axis_name: name or names of the device axes over which the batch is spread.
       axis_index_groups: groups of device indices to normalize separately.
       mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
-      stats: running statistics before this batch, shape [C].
+      stats: running statistics before this batch, shape [C]; counted ones for schedules.
 
     Returns:
       y, shape [..., C], and the moments of the batch.
@@ -185,6 +200,10 @@ def batch_renormalize(
       Ioffe 2017, arXiv:1702.03275.
     """
     stats = _given(stats, "batch renormalization compares the batch with the running statistics")
+    if callable(r_max):
+        r_max = r_max(number_of_updates(stats, "r_max is a schedule"))
+    if callable(d_max):
+        d_max = d_max(number_of_updates(stats, "d_max is a schedule"))
     checks.at_least("r_max", r_max, 1)
     checks.at_least("d_max", d_max, 0)
     x, mask, reduced, devices = checked_arguments(

@@ -228,9 +228,14 @@ def test_a_feature_without_finite_moments_keeps_its_statistics_and_the_others_mo
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_update_keeps_the_dtype_of_the_statistics(dtype):
+def test_updated_statistics_are_at_least_float32(dtype):
     stats = jaxbn.BatchStats(jnp.zeros(3, dtype), jnp.ones(3, dtype))
-    chex.assert_type(list(update(stats, moments(X), momentum=0.9)), dtype)
+    chex.assert_type(list(update(stats, moments(X), momentum=0.9)), jnp.float32)
+
+
+def test_half_precision_statistics_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="dtype must be float32 or wider, got bfloat16: a running average in half"):
+        jaxbn.init_stats(3, dtype=jnp.bfloat16)
 
 
 @jax.jit

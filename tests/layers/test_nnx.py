@@ -19,7 +19,7 @@ from tests.layers.nnx_layers import AFFINE, CLOSE, MASK, SIGNATURES, Net, X, cal
 
 
 def test_arguments_are_flaxs_then_ours():
-    own = ["method", "unbiased", "debias", "frozen", "accumulate"]
+    own = ["method", "unbiased", "debias", "frozen", "accumulate", "update_stats"]
     assert list(SIGNATURES[BatchNorm]) == [*SIGNATURES[nnx.BatchNorm], *own]
 
 
@@ -31,10 +31,11 @@ def test_argument_has_flaxs_kind_and_default(name):
         assert found.default == expected.default
 
 
-def test_call_has_flaxs_arguments():
+def test_call_has_flaxs_arguments_then_ours():
     found, expected = (inspect.signature(cls.__call__).parameters for cls in (BatchNorm, nnx.BatchNorm))
     assert [(p.name, p.kind, p.default) for p in found.values()] == [
-        (p.name, p.kind, p.default) for p in expected.values()
+        *((p.name, p.kind, p.default) for p in expected.values()),
+        ("update_stats", inspect.Parameter.KEYWORD_ONLY, None),
     ]
 
 
@@ -88,7 +89,7 @@ def test_variables_have_flaxs_types():
 def test_attributes_are_flaxs_then_ours(use_scale, use_bias):
     options = {"use_scale": use_scale, "use_bias": use_bias}
     found, expected = ({*vars(cls(3, **options, rngs=nnx.Rngs(0)))} for cls in (BatchNorm, nnx.BatchNorm))
-    assert found - expected == {"method", "unbiased", "debias", "frozen", "accumulate"} and not expected - found
+    assert found - expected == {"method", "unbiased", "debias", "frozen", "accumulate", "update_stats"} and not expected - found
 
 
 @pytest.mark.parametrize("option", [{"momentum": None}, {"debias": True}])
