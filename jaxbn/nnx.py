@@ -190,13 +190,14 @@ class BatchNorm(nnx.BatchNorm):
         checks.num_features(self.num_features, x, self.axis)
 
         # By name, and not all `BatchStat` variables, because a subclass may have more of them.
-        counted = needs_count(self.momentum, self.method, debias=self.debias)
-        names = variable_names(counted=counted and not use_running_average, accumulate=self.accumulate)
+        # A layer that can count does so even while a view has replaced its schedule by a number.
+        counted = hasattr(self, "steps") and not use_running_average
+        names = variable_names(counted=counted, accumulate=self.accumulate)
         variables = {name: getattr(self, name) for name in names}
         arrays = {name: variable[...] for name, variable in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        if counted and update_stats and not use_running_average:
+        if counted and update_stats:
             checks.counted(arrays)
         # Flax's default promotion would round inputs and statistics to `dtype`.
         if self.promote_dtype is not dtypes.promote_dtype:
