@@ -118,13 +118,28 @@ def whole(name: str, value: Any, *, least: int) -> int:
     return number
 
 
-def boolean(name: str, value: Any) -> None:
-    """Refuses a number in place of a flag, such as the number of features in place of ``use_running_average``."""
-    if not isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
-        raise ValueError(
-            f"{name} must be True or False, got {value!r}. The linen layer takes the number of features from its "
-            "input; do not pass it."
-        )
+def boolean(name: str, value: Any) -> bool:
+    """Returns a flag as a bool; refuses other types, and a value known only at run time."""
+    remedy = "Pass one of the two."
+    if isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
+        shape, dtype = jnp.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
+        is_traced = isinstance(value, jax.core.Tracer)
+        if shape == () and dtype == np.bool_ and not is_traced:
+            return bool(value)
+        shown = f"{'a traced array' if is_traced else 'an array'} of shape {shape} and dtype {dtype}"
+        if shape:
+            remedy = f"If it is a mask, pass it by name: mask=...; it is not {name}."
+        elif dtype == np.bool_:
+            remedy = (
+                "It decides which program is compiled, so its value must be known when the program is traced: let "
+                f'jax.jit treat it as static, as in jax.jit(step, static_argnames="{name}"), bind it with '
+                "functools.partial, or choose between two calls with jax.lax.cond."
+            )
+    else:
+        shown = repr(value)
+        if name == "use_running_average" and isinstance(value, int) and value > 1:
+            remedy = "The linen layer takes the number of features from its input; do not pass it."
+    raise ValueError(f"{name} must be True or False, got {shown}. {remedy}")
 
 
 def has_steps(present: bool, path: str) -> None:
@@ -188,7 +203,10 @@ def mask(value: None, x: jax.Array) -> None: ...
 @overload
 def mask(value: ArrayLike, x: jax.Array) -> jax.Array: ...
 def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """Returns the mask as booleans with as many axes as ``x``; refuses weights, and shapes that do not broadcast.
+    """Returns the mask as booleans with as many axes as ``x``; refuses weights, and shapes that do not fit.
+
+    A mask with fewer axes than ``x`` belongs to the first axes of ``x``, like [N, T] for [N, T, C], or to the last
+    ones, as NumPy broadcasts.  It is read in the way in which it fits, and refused if it fits both ways.
 
     Integers other than 0 and 1 are refused if they are known before the program runs.
     """
@@ -200,29 +218,37 @@ def mask(value: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"mask must hold booleans, or integers 0 and 1, got dtype {value.dtype}. "
             "It says which positions count, not how much; pass for example mask > 0."
         )
-    try:
-        fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"mask of shape {value.shape} does not broadcast to an input of shape {x.shape}; "
-            f"{_mask_hint(value.shape, x.shape)}"
-        )
     if value.dtype != np.bool_ and _known("mask", value, lambda value: ((value != 0) & (value != 1)).any()):
         raise ValueError(
             "mask must hold booleans, or integers 0 and 1, got other integers. "
             "Pass for example mask > 0, or for lengths, jnp.arange(size) < lengths[:, None]."
         )
-    return jnp.asarray(value, bool).reshape((1,) * (x.ndim - value.ndim) + value.shape)
+    return jnp.asarray(value, bool).reshape(_mask_shape(value.shape, x.shape))
 
 
-def _mask_hint(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """Suggests a shape in place of a mask's shape that does not broadcast to ``shape``."""
-    last_axes_are_missing = mask_shape == shape[: len(mask_shape)]
-    kept = mask_shape if last_axes_are_missing else shape[:1]
-    entry = "example" if len(kept) == 1 else "position"
-    return f"for one entry per {entry}, pass a mask of shape {kept + (1,) * (len(shape) - len(kept))}."
+def _mask_shape(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a mask with all axes of an input; refuses a shape with no reading, or with two."""
+    ones = (1,) * (len(shape) - len(mask_shape))
+    of_last, of_first = ones + mask_shape, mask_shape + ones
+    fits_last, fits_first = _broadcasts(of_last, shape), _broadcasts(of_first, shape)
+    if not (fits_last or fits_first):
+        raise ValueError(
+            f"mask of shape {mask_shape} does not broadcast to an input of shape {shape}; "
+            f"for one entry per example, pass a mask of shape {shape[:1] + (1,) * (len(shape) - 1)}."
+        )
+    # Both readings of a mask of one entry are the same, and so are those for an input without values.
+    if of_last != of_first and fits_last and fits_first and 0 not in shape:
+        raise ValueError(
+            f"mask of shape {mask_shape} fits an input of shape {shape} in two ways. "
+            f"Reshape it to {of_first} for one entry per {'example' if len(mask_shape) == 1 else 'position'} (the "
+            f"first axes), or to {of_last} to mask along the last axes."
+        )
+    return of_last if fits_last else of_first
+
+
+def _broadcasts(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Tells whether a mask with as many axes as an input broadcasts to it."""
+    return len(mask_shape) == len(shape) and all(a in (1, b) for a, b in zip(mask_shape, shape, strict=True))
 
 
 def inexact(**dtypes: Any) -> None:

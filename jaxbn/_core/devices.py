@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._core import lowering
+
 
 class Devices(NamedTuple):
     """The named device axes over which a batch is spread.
@@ -36,14 +38,12 @@ class Devices(NamedTuple):
         reals: list[jax.Array] = []
         for values in sums:
             reals += (values.real, values.imag) if jnp.iscomplexobj(values) else (values,)
-        stacked = jnp.stack(reals)
-        if self._adds_within_groups():
-            added = lax.psum(stacked, self.names, axis_index_groups=self.groups or None)
+        reals = lowering.sharded_alike(*reals)
+        if jax.typeof(reals[0]).sharding.mesh.explicit_axes and not self._are_manual() and not self.groups:
+            # Under vmap, JAX does not stack mapped and other arrays if the mapped axis is sharded explicitly.
+            added = lax.psum(reals, self.names)
         else:
-            # Each device adds zeros to the rows of the other groups.
-            is_own_row = jnp.arange(len(self.groups)) == self._group()
-            is_own_row = jnp.expand_dims(is_own_row, (0, *range(2, stacked.ndim + 1)))
-            added = lax.psum(jnp.where(is_own_row, stacked[:, None], 0), self.names)
+            added = self._add(jnp.stack(reals))
         parts = iter(added)
         return tuple(
             lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(values) else next(parts) for values in sums
@@ -62,11 +62,24 @@ class Devices(NamedTuple):
             sizes = {math.prod(lax.axis_size(name) for name in self.names)}
         return sizes.pop() if len(sizes) == 1 else None
 
+    def _add(self, stacked: jax.Array) -> jax.Array:
+        """Adds over devices, within each group; where JAX cannot, the groups become a new second axis."""
+        if self._adds_within_groups():
+            return lax.psum(stacked, self.names, axis_index_groups=self.groups or None)
+        # Each device adds zeros to the rows of the other groups.
+        is_own_row = jnp.arange(len(self.groups)) == self._group()
+        is_own_row = jnp.expand_dims(is_own_row, (0, *range(2, stacked.ndim + 1)))
+        return lax.psum(lowering.where(is_own_row, stacked[:, None], 0), self.names)
+
     def _group(self) -> jax.Array:
         """Returns the number of this device's group."""
         group_of = {index: number for number, members in enumerate(self.groups) for index in members}
         group_by_index = jnp.asarray([group_of[index] for index in range(len(group_of))])
         return group_by_index[lax.axis_index(self.names)]
+
+    def _are_manual(self) -> bool:
+        """Tells whether the axes are those of shard_map or pmap, and not of vmap."""
+        return {*self.names} <= {*jax.sharding.get_abstract_mesh().manual_axes}
 
     def _adds_within_groups(self) -> bool:
         """Tells whether `lax.psum` accepts these groups here.
@@ -78,7 +91,7 @@ class Devices(NamedTuple):
             return True
         if len(set(map(len, self.groups))) > 1:
             return False
-        if not {*self.names} <= {*jax.sharding.get_abstract_mesh().manual_axes}:  # vmap
+        if not self._are_manual():
             return False
         # JAX has no query for check_vma.  Only with check_vma=True does a value cast to vary say that it varies.
         probe = lax.pcast(jnp.zeros(()), self.names, to="varying")

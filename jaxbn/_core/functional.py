@@ -104,7 +104,8 @@ def batch_normalize(
            [ 1.]], dtype=float32)
 
     Masked positions are normalized with the moments of the other positions; a masked value that is not finite counts
-    as 0.  A feature that is masked everywhere becomes its bias.
+    as 0.  A feature that is masked everywhere becomes its bias.  A mask with fewer axes than ``x`` belongs to the first
+    axes, like [N] or [N, T] for [N, T, C], or to the last ones, whichever it fits; if it fits both, it is refused.
 
     Args:
       x: inputs, shape [..., C]; floating-point or complex.
@@ -224,7 +225,8 @@ def batch_norm(
     checks.method(method)
     checks.parameters(x, axes, epsilon, mean=stats.mean, var=stats.var, scale=scale, bias=bias)
     checks.momentum(momentum)
-    if use_running_average:
+    unbiased = checks.boolean("unbiased", unbiased)
+    if checks.boolean("use_running_average", use_running_average):
         x = zero_masked(x, checks.mask(mask, x))
         return normalize(x, stats.mean, stats.var, scale, bias, axis=axes, epsilon=epsilon), stats
     y, moments = method(

@@ -23,10 +23,8 @@ from jaxbn._core.moment_algorithms import (
     Algorithm,
     LocalMoments,
     combine_parts,
-    raw_or_centered,
     two_pass,
 )
-from jaxbn._core.sums import is_sharded_explicitly
 
 
 def measure_locally(
@@ -50,12 +48,6 @@ def measure_locally(
     """
     operands = [x, jnp.asarray(negligible), *(operand for operand in (mask, count) if operand is not None)]
     options = {"reduced": reduced, "masked": mask is not None, "counted": count is not None}
-    if is_sharded_explicitly(x):
-        # The primitive knows no shardings, but JAX's own operations keep to that of x.  So the algorithms are called as
-        # they are: on accelerators `two_pass`, which does not gather.
-        cpu = functools.partial(_of_operands(raw_or_centered), **options)
-        accelerator = functools.partial(_of_operands(two_pass), **options)
-        return LocalMoments(*lowering.choose(*operands, cpu=cpu, accelerator=accelerator))
     return LocalMoments(*local_moments_p.bind(*lowering.varying_alike(*operands), **options))
 
 
@@ -111,7 +103,11 @@ def _lowering_for(platform: str) -> Callable:
         chosen = lowering.lowered_for(platform)
         algorithm = ALGORITHMS[chosen]
         devices = lowering.devices_to_share(context)
-        if chosen != "cpu" and devices > 1:
+        if chosen != "cpu" and any(context.avals_in[0].sharding.spec):
+            # The types of JAX's operations hold the sharding of x, and cannot express a reshape into groups or a gather
+            # of samples if the examples are sharded.
+            algorithm = two_pass
+        elif chosen != "cpu" and devices > 1:
             algorithm = _in_groups(algorithm, devices)
         return mlir.lower_fun(_of_operands(algorithm), multiple_results=True)(context, *operands, **options)
 

@@ -14,7 +14,10 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 # Set by tests only, through `assumed`.
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed platform", default=None)
@@ -39,6 +42,37 @@ def varying_alike(*values: jax.Array) -> list[jax.Array]:
     return [
         lax.pcast(value, names, to="varying") if names else value for value, names in zip(values, missing, strict=True)
     ]
+
+
+def sharded_alike(*values: jax.Array) -> list[jax.Array]:
+    """Reshards values that broadcast to one shape: along each axis like the first of them that is sharded there.
+
+    On a mesh with explicit axes, types hold shardings.  JAX adds and multiplies arrays that are sharded differently,
+    but does not select between them.
+    """
+    specs = [jax.typeof(value).sharding.spec for value in values]
+    if not any(map(any, specs)) or len({*specs}) == 1:
+        return list(values)
+    mesh = next(jax.typeof(value).sharding.mesh for value, spec in zip(values, specs, strict=True) if any(spec))
+    rank = max(value.ndim for value in values)
+    merged: list[Any] = []
+    for axis in range(-rank, 0):
+        names = [spec[axis] for spec in specs if len(spec) >= -axis and spec[axis] is not None]
+        merged.append(next((name for name in names if name not in merged), None))
+
+    def reshard(value: jax.Array) -> jax.Array:
+        names = merged[rank - value.ndim :]
+        spec = PartitionSpec(*(None if size == 1 else name for size, name in zip(value.shape, names, strict=True)))
+        return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+    return [reshard(value) if value.ndim else value for value in values]
+
+
+def where(condition: jax.Array, a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Selects like `jnp.where`, but also between arrays that are sharded differently on a mesh with explicit axes."""
+    if any(any(jax.typeof(value).sharding.spec) for value in (condition, a, b)):
+        condition, a, b = sharded_alike(*jnp.broadcast_arrays(condition, a, b))
+    return jnp.where(condition, a, b)
 
 
 def rematerialized(static_argnums: Sequence[int] = ()) -> Callable[[Callable], Callable]:

@@ -69,7 +69,7 @@ def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
     Left in place they would reach the outputs, and also the gradients: a cotangent of 0 times nan is nan.
     """
-    return x if mask is None else jnp.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
+    return x if mask is None else lowering.where(mask | jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
@@ -122,7 +122,7 @@ def _measure_about(
         total, squares = devices.total(*sums)
         return *from_sums(pivot, total, squares, size), jnp.full_like(squares, size)
     total, squares, count = devices.total(*sums, local_count)
-    pivot = jnp.where(count == 0, 0, pivot)  # the mean of no values is 0 by convention
+    pivot = lowering.where(count == 0, 0, pivot)  # the mean of no values is 0 by convention
     return *from_sums(pivot, total, squares, jnp.maximum(count, 1)), count
 
 
@@ -186,7 +186,8 @@ def _local_count(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...])
     repeats = math.prod(x.shape[i] for i in reduced if mask.shape[i] == 1)
     # Integers first, because a float32 sum of ones stops at 2^24.  The sum over the examples, of which there are fewer,
     # is in floats: then jit adds it over devices in one collective with the sums of x, which are floats too.
-    float_axes = tuple(i for i in reduced[:1] if mask.shape[i] < 2**24)
+    # A number of examples that only the exported program knows may be too large for it.
+    float_axes = tuple(i for i in reduced[:1] if isinstance(mask.shape[i], int) and mask.shape[i] < 2**24)
     integer_axes = tuple(i for i in reduced if i not in float_axes)
     admitted = jnp.sum(mask, integer_axes, dtype=jnp.int32, keepdims=True)
     admitted = jnp.sum(admitted.astype(dtype), float_axes, keepdims=True).squeeze(reduced)

@@ -86,6 +86,22 @@ def _cancels(mean: jax.Array, square: jax.Array, negligible: ArrayLike) -> jax.A
     return (mean2 > CANCELLATION * (square - mean2 + negligible)).astype(jnp.float32).sum() > 0
 
 
+@jax.custom_batching.custom_vmap
+def _in_any_mapped_batch(condition: jax.Array) -> jax.Array:
+    """Returns a scalar condition, under vmap whether it holds for any of the mapped batches.
+
+    So one conditional decides for all of them.  Left to itself, vmap would turn it into a select, which computes both
+    branches, and which is refused on a mesh with explicit axes if features are sharded.
+    """
+    return condition
+
+
+@_in_any_mapped_batch.def_vmap
+def _(size: int, is_mapped: list[bool], condition: jax.Array) -> tuple[jax.Array, bool]:
+    del size, is_mapped
+    return _in_any_mapped_batch(condition.astype(jnp.float32).sum(0) > 0), False
+
+
 # The algorithms.
 
 
@@ -231,7 +247,7 @@ def combine_parts(
     m = size or jnp.maximum(counts[0], 1)
     # Decided before each part picks its own totals: all devices must take the same branch, because a collective in it
     # waits for all of them.
-    cancels = _cancels(total / m, squares / m, negligible)
+    cancels = _in_any_mapped_batch(_cancels(total / m, squares / m, negligible))
     total, squares, *counts = own(total, squares, *counts)
     m = size or jnp.maximum(counts[0], 1)
 

@@ -35,7 +35,7 @@ def apply_measured(
     """Normalizes x, shape [..., C], with moments that were measured on it."""
     v = batch.var + epsilon
     if mask is not None:  # a feature that is masked everywhere becomes its bias
-        v = jnp.where(batch.count > 0, v, jnp.inf)
+        v = lowering.where(batch.count > 0, v, jnp.inf)
     a, shift = _coefficients(batch.offset, v, scale, bias)
     pivot = lax.stop_gradient(batch.pivot)
     return _scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))

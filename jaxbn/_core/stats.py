@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._core import checks
+from jaxbn._core import checks, lowering
 from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import abs2
@@ -167,7 +166,7 @@ def combine(a: Moments, b: Moments) -> Moments:
     # From the difference of the means: the sums of weighted means and of weighted squares would cancel at large means.
     delta = b.mean - a.mean
     # Moments of no values may hold any finite mean, and a + 1 (b - a) is b only up to rounding.
-    mean = jnp.where(a.count > 0, a.mean + weight_b * delta, b.mean)
+    mean = lowering.where(a.count > 0, a.mean + weight_b * delta, b.mean)
     var = weight_a * a.var + weight_b * b.var + weight_a * weight_b * abs2(delta)
     return Moments(mean, var, count)
 
@@ -215,6 +214,7 @@ def init_stats(
     for size in features if isinstance(features, Iterable) else (features,):
         checks.whole("features", size, least=0)
     checks.inexact(dtype=dtype)
+    counted = checks.boolean("counted", counted)
     real_dtype = jnp.finfo(dtype).dtype
     mean, var = jnp.zeros(features, dtype), jnp.ones(features, real_dtype)
     running = CountedStats(mean, var, jnp.zeros(features, jnp.int32)) if counted else BatchStats(mean, var)
@@ -259,6 +259,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
       Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 2; Kingma and Ba 2015, arXiv:1412.6980, section 3.
     """
     checks.momentum(momentum)
+    unbiased = checks.boolean("unbiased", unbiased)
     checks.statistics(stats, STATS_TYPES)
     checks.same_features("the moments", jnp.shape(moments.mean), "the running statistics", jnp.shape(stats.mean))
     if isinstance(stats, AccumulatedStats):
@@ -275,7 +276,7 @@ def update_stats(stats: Stats, moments: Moments, *, momentum: ArrayLike | None, 
     is_traced = isinstance(moments.mean, jax.core.Tracer)
     is_constant = momentum is None or isinstance(momentum, int | float)
     update = _update_jitted if is_traced and is_constant else _update
-    return update(stats, moments, momentum, bool(unbiased))
+    return update(stats, moments, momentum, unbiased)
 
 
 def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool) -> Running:
@@ -292,7 +293,7 @@ def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool) -> 
     def average(old: jax.Array, batch: jax.Array) -> jax.Array:
         new = momentum * old + (1 - momentum) * batch if weight is None else _interpolate(old, batch, weight)
         new = _cast_like(new, old)
-        return lax.select(is_usable, new, old.astype(new.dtype))
+        return lowering.where(is_usable, new, old.astype(new.dtype))
 
     return stats._replace(mean=average(stats.mean, moments.mean), var=average(stats.var, var))
 
@@ -304,7 +305,7 @@ def _accumulate(stats: AccumulatedStats, moments: Moments, *, momentum: ArrayLik
     """Adds a batch to the pending ones, and updates the running statistics once there are enough."""
     # A feature with unusable moments enters with count 0, the identity of `combine`.
     is_usable = _is_usable(moments)
-    moments = jax.tree.map(lambda value: jnp.where(is_usable, value, 0), moments)
+    moments = jax.tree.map(lambda value: lowering.where(is_usable, value, 0), moments)
     pending = combine(stats.pending, moments)
     batches = stats.batches + 1
     # The update is computed at every batch, and selected at the last: a few numbers per feature are cheaper than a
@@ -312,8 +313,10 @@ def _accumulate(stats: AccumulatedStats, moments: Moments, *, momentum: ArrayLik
     complete = batches >= stats.every
     updated = update_stats(stats.running, pending, momentum=momentum, unbiased=unbiased)
     return stats._replace(
-        running=jax.tree.map(lambda new, old: jnp.where(complete, new, old), updated, stats.running),
-        pending=jax.tree.map(lambda new, old: _cast_like(jnp.where(complete, 0, new), old), pending, stats.pending),
+        running=jax.tree.map(lambda new, old: lowering.where(complete, new, old), updated, stats.running),
+        pending=jax.tree.map(
+            lambda new, old: _cast_like(lowering.where(complete, 0, new), old), pending, stats.pending
+        ),
         batches=jnp.where(complete, 0, batches),
     )
 
@@ -339,7 +342,7 @@ def _interpolate(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array
     is applied in the sum, because old + (new - old) is new only up to a rounding of old; there 1 - weight is exact
     (Sterbenz's lemma).  Neither form makes a variance negative, because rounding is monotonic.
     """
-    return jnp.where(weight < 0.5, old + weight * (new - old), (1 - weight) * old + weight * new)
+    return lowering.where(weight < 0.5, old + weight * (new - old), (1 - weight) * old + weight * new)
 
 
 def _debiased_weight(momentum: ArrayLike | None, steps: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def masked_pair_sum(
 ) -> Pair:
     """Sums a and b where the mask is True; see :func:`pair_sum`."""
     if mask is not None:
-        a, b = jnp.where(mask, a, 0), jnp.where(mask, b, 0)
+        a, b = lowering.where(mask, a, 0), lowering.where(mask, b, 0)
     return pair_sum(a, b, reduced, narrow=narrow)
 
 
@@ -279,10 +279,12 @@ def _batch_broadcast(
 def _to_front(values: Sequence[jax.Array], axes: Sequence[int | None]) -> tuple[int, list[jax.Array]]:
     """Returns the size of the mapped axis, and the values with that axis in front; repeats the unmapped ones."""
     size = next(v.shape[axis] for v, axis in zip(values, axes, strict=True) if axis is not None)
-    return size, [
-        jnp.broadcast_to(v, (size, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
-        for v, axis in zip(values, axes, strict=True)
-    ]
+    return size, lowering.sharded_alike(
+        *(
+            jnp.broadcast_to(v, (size, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
+            for v, axis in zip(values, axes, strict=True)
+        )
+    )
 
 
 ad.primitive_transposes[sum_p] = _transpose_sum

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
-from jaxbn._core import checks
+from jaxbn._core import checks, lowering
 from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import Devices
 from jaxbn._core.dtypes import wide_dtype, widen
@@ -197,7 +197,7 @@ def batch_renormalize(
     sigma, running_sigma = jnp.sqrt(batch.var + epsilon), jnp.sqrt(stats.var + epsilon)
     r = lax.stop_gradient(jnp.clip(sigma / running_sigma, 1 / jnp.asarray(r_max), r_max))
     d = lax.stop_gradient(_limit((moments.mean - stats.mean) / running_sigma, d_max))
-    d = jnp.where(batch.count > 0, d, 0)  # a feature that is masked everywhere has no mean to compare
+    d = lowering.where(batch.count > 0, d, 0)  # a feature that is masked everywhere has no mean to compare
     # r and d change the scale and the bias of batch norm: scale (r z + d) + bias = (scale r) z + (scale d + bias).
     dtype = result_dtype(x, scale, bias)
     scale = jnp.ones_like(r) if scale is None else widen(jnp.asarray(scale))

@@ -95,19 +95,35 @@ def test_statistics_of_other_features_are_not_combined():
 # Masks
 
 
+@pytest.mark.parametrize("shape", [(5,), (7,), (8, 3), (7, 1, 1), (1, 8, 5, 3)])
+@pytest.mark.parametrize("function", MASKING)
+def test_a_mask_that_does_not_broadcast_to_the_input_is_refused(function, shape):
+    message = (
+        f"mask of shape {shape} does not broadcast to an input of shape (8, 5, 3); "
+        "for one entry per example, pass a mask of shape (8, 1, 1)."
+    )
+    with refused(message):
+        MASKING[function](X, mask=np.ones(shape, bool))
+
+
 @pytest.mark.parametrize(
-    ("shape", "hint"),
+    ("shape", "first", "last", "entry"),
     [
-        ((8,), "for one entry per example, pass a mask of shape (8, 1, 1)."),
-        ((8, 5), "for one entry per position, pass a mask of shape (8, 5, 1)."),
-        ((7, 1, 1), "for one entry per example, pass a mask of shape (8, 1, 1)."),
-        ((1, 8, 5, 3), "for one entry per example, pass a mask of shape (8, 1, 1)."),
+        ((3,), (3, 1, 1), (1, 1, 3), "example"),
+        ((3, 3), (3, 3, 1), (1, 3, 3), "position"),
+        ((1, 3), (1, 3, 1), (1, 1, 3), "position"),
     ],
 )
 @pytest.mark.parametrize("function", MASKING)
-def test_a_mask_that_does_not_broadcast_to_the_input_is_refused(function, shape, hint):
-    with refused(f"mask of shape {shape} does not broadcast to an input of shape (8, 5, 3); {hint}"):
-        MASKING[function](X, mask=np.ones(shape, bool))
+def test_a_mask_that_fits_the_first_axes_and_the_last_is_refused_and_both_readings_are_named(
+    function, shape, first, last, entry
+):
+    message = (
+        f"mask of shape {shape} fits an input of shape (3, 3, 3) in two ways. Reshape it to {first} for one entry per "
+        f"{entry} (the first axes), or to {last} to mask along the last axes."
+    )
+    with refused(message):
+        MASKING[function](X[:3, :3], mask=np.ones(shape, bool))
 
 
 @pytest.mark.parametrize("function", MASKING)

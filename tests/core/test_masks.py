@@ -1,5 +1,7 @@
 """Masks, and batches that must not spoil the running statistics: not finite, masked everywhere or empty."""
 
+import itertools
+
 import chex
 import jax
 import jax.export
@@ -8,8 +10,11 @@ import pytest
 
 import jaxbn
 import jaxbn.nnx
+from jaxbn._core import checks
 from tests import reference
 from tests.core.training import BIAS, CLOSE, DY, MASKS, SCALE, SHAPE, STATS, SUMS, X, evaluate, step, train
+
+RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -62,6 +67,58 @@ def test_a_mask_of_true_changes_nothing():
 def test_a_feature_that_is_masked_everywhere_becomes_its_bias():
     y, _ = train(X, mask=MASKS["per feature"])
     np.testing.assert_array_equal(y[..., 1], np.broadcast_to(BIAS[1], SHAPE[:-1]))
+
+
+# Masks with fewer axes than the input
+
+
+def test_a_mask_of_the_first_axes_leaves_out_the_same_positions_in_every_feature():
+    mask = RNG.random(SHAPE[:2]) < 0.6
+    y, stats = train(X, mask=mask)
+    expected, *moments = reference.batch_norm(X, SCALE, BIAS, mask=mask[..., None, None])
+    chex.assert_trees_all_close(
+        (y, tuple(stats)), (expected, reference.update(*STATS, *moments, momentum=0.9)), **CLOSE
+    )
+
+
+def test_a_mask_is_accepted_if_and_only_if_all_the_readings_that_fit_are_equal():
+    for rank, sizes in (1, (1, 2, 3)), (2, (1, 2, 3)), (3, (1, 2)):
+        for shape in itertools.product(sizes, repeat=rank):
+            x = jax.ShapeDtypeStruct(shape, np.float32)
+            for mask_shape in (m for k in range(rank + 1) for m in itertools.product(sizes, repeat=k)):
+                mask = RNG.random(mask_shape) < 0.5
+                readings = [_placed(np.arange(mask.size), mask_shape, shape, at) for at in ("first", "last")]
+                readings = {at.tobytes() for at in readings if at is not None}
+                if len(readings) == 1:
+                    (index,) = (np.frombuffer(reading, np.int64).reshape(shape) for reading in readings)
+                    found = np.broadcast_to(checks.mask(mask, x), shape)
+                    np.testing.assert_array_equal(found, mask.ravel()[index], f"{mask_shape} for {shape}")
+                else:
+                    with pytest.raises(ValueError, match="in two ways" if readings else "does not broadcast"):
+                        checks.mask(mask, x)
+
+
+def _placed(values, mask_shape, shape, at):
+    """Broadcasts the values of a mask along the first or the last axes of a shape; None if they do not fit."""
+    ones = (1,) * (len(shape) - len(mask_shape))
+    values = values.reshape(mask_shape + ones if at == "first" else ones + mask_shape)
+    try:
+        return np.broadcast_to(values, shape)
+    except ValueError:
+        return None
+
+
+def test_an_input_without_values_takes_a_mask_of_either_reading():
+    assert checks.mask(np.ones(4, bool), jax.ShapeDtypeStruct((4, 0, 4), np.float32)).shape == (1, 1, 4)
+
+
+def test_a_mask_of_a_batch_of_unknown_size_is_exported():
+    (n,) = jax.export.symbolic_shape("n")
+    moments = jax.jit(lambda x, mask: jaxbn.moments(x, mask=mask))
+    shapes = jax.ShapeDtypeStruct((n, 5, 3), np.float32), jax.ShapeDtypeStruct((n,), bool)
+    exported = jax.export.export(moments)(*shapes)
+    x, mask = X[:, 0], np.arange(6) < 4
+    chex.assert_trees_all_close(tuple(exported.call(x, mask)), reference.moments(x[:4]), **CLOSE)
 
 
 # Batches that must not spoil the running statistics
