@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 import flax.linen
 
 from jaxbn._models import intercept
-from jaxbn._models.model import BATCH_NORMS, LINEAR, is_one_of
+from jaxbn._models.model import BATCH_NORMS, LINEAR
 
 Makers = Mapping[str, Callable]  # make(old, parent=scope) returns the layer to call instead of old; by path
+
+# Flax hands the functions behind the methods to interceptors.  A subclass's super().__call__(x) is a call of them too.
+_KINDS = {kind.__call__.__wrapped__: kind for kind in (*BATCH_NORMS, *LINEAR) if issubclass(kind, flax.linen.Module)}
 
 
 def edited(model: flax.linen.Module, makers: Makers) -> flax.linen.Module:
@@ -119,8 +122,8 @@ def _replacing_layers(makers: Makers, prefix: tuple[str, ...]) -> Generator[None
     running = _Running(prefix, makers, {"/".join(filter(None, (*prefix, path))): makers[path] for path in makers}, [])
 
     def call_new_layer(proceed: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        old = context.module
-        if context.method_name != "__call__" or not is_one_of(old, (*BATCH_NORMS, *LINEAR)):
+        old, kind = context.module, _KINDS.get(context.orig_method.func)
+        if kind is None or old.scope is None:
             return proceed(*args, **kwargs)
         path = "/".join(old.path)
         if _next_edit(old, path) is not running:  # rules 1 and 2
@@ -129,7 +132,8 @@ def _replacing_layers(makers: Makers, prefix: tuple[str, ...]) -> Generator[None
         running.made.append(new)
         # The old layer's call, which this one is a part of, is captured too, at the same path.
         object.__setattr__(new, "sow", functools.partial(_sow_but_outputs, new))
-        return new(*args, **kwargs)  # rule 3
+        # Rule 3.  In a copy of the old layer, the parent's call, since a subclass's own is what has led here.
+        return kind.__call__(new, *args, **kwargs) if type(new) is type(old) else new(*args, **kwargs)
 
     _in_progress.edits.append(running)
     try:

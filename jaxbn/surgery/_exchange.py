@@ -4,6 +4,7 @@ The layers of an nnx model are objects in it, and are replaced in a copy.  For a
 :mod:`jaxbn.surgery._edited`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,13 @@ from flax import nnx
 from flax.core.meta import replace_boxed
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxbn._models.model import Model, modules_in
+from jaxbn._core.variables import variable_names
+from jaxbn._models.model import BATCH_NORMS, LINEAR, Model, modules_in
 from jaxbn.surgery._edited import edited
 from jaxbn.surgery._new_layers import NewLayer
+
+# The variables of batch norms and linear layers.
+_VARIABLES = {*variable_names(counted=True, accumulate=2), "scale", "bias", "kernel"}
 
 
 def exchange(model: Model, replacements: Mapping[str, NewLayer]) -> Model:
@@ -65,9 +70,26 @@ def _become(old: nnx.Module, new: nnx.Module) -> None:
     references.  So they stay, and the object behind them changes.  (``nnx.recursive_map`` would build a model of new
     objects, but it refuses modules that refer to each other in a cycle.)
     """
+    cls, kind = type(old), next(kind for kind in type(old).__mro__ if kind in (*BATCH_NORMS, *LINEAR))
+    if kind is not cls:
+        for name, value in vars(old).items():
+            if name not in vars(new) and name not in _VARIABLES:
+                setattr(new, name, value)
     old.__dict__.clear()
     old.__dict__.update(vars(new))
-    old.__class__ = type(new)
+    old.__class__ = _class_in_place(cls, kind, type(new))
+
+
+@functools.cache  # one class for each pair, so that the graphs of two such models are equal
+def _class_in_place(cls: type, kind: type, new: type) -> type:
+    """Returns ``new``, or for a subclass that calls ``super().__call__``, the same with ``new`` behind that call."""
+    if cls is kind or issubclass(new, cls):
+        return new
+    if issubclass(cls, new):
+        return cls
+    # Comes right before the kind in the order of method resolution.
+    behind = new if issubclass(new, kind) else type(new.__name__, (new, kind), {})
+    return type(cls.__name__, (cls, behind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 # linen
@@ -88,7 +110,9 @@ def _with_arrays(variables: Mapping[str, Any], replacements: Mapping[str, NewLay
             arrays = getattr(replacement, collection)
             if arrays is None:
                 continue
-            old = {key: flat.pop(key) for key in [*flat] if "/".join(key[:-1]) == path}
+            # A subclass of a batch norm may have variables of its own, which stay.
+            of_layer = [key for key in flat if "/".join(key[:-1]) == path and key[-1] in _VARIABLES]
+            old = {key: flat.pop(key) for key in of_layer}
             for name, array in arrays.items():
                 key = (*scopes[path], name)
                 # Flax may keep an array in a box with its sharding (nn.Partitioned): the new array gets the same box.
