@@ -122,7 +122,7 @@ def boolean(name: str, value: Any) -> bool:
     """Returns a flag as a bool; refuses other types, and a value known only at run time."""
     remedy = "Pass one of the two."
     if isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
-        shape, dtype = jnp.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
+        shape, dtype = np.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
         is_traced = isinstance(value, jax.core.Tracer)
         if shape == () and dtype == np.bool_ and not is_traced:
             return bool(value)
