@@ -254,7 +254,8 @@ class Affine(nn.Module):
         """
         del use_running_average
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
-        feature_shape = tuple(jnp.shape(x)[axis] for axis in checks.feature_axes(jnp.shape(x), self.axis))
+        x = jnp.asarray(x)
+        feature_shape = tuple(x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis))
 
         def parameter(name: str, init: Callable[..., jax.Array]) -> jax.Array:
             if self.fixed:

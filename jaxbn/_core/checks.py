@@ -65,10 +65,10 @@ def parameters(x: jax.Array, axes: tuple[int, ...], epsilon: ArrayLike, **per_fe
         raise ValueError(f"epsilon must be positive, got {epsilon}. It is added to the variance; use for example 1e-5.")
     expected = tuple(x.shape[axis] for axis in axes)
     for name, value in per_feature.items():
-        if value is not None and jnp.shape(value) != expected:
+        if value is not None and np.shape(value) != expected:
             raise ValueError(
                 f"{name} must have shape {expected}, the features of an input of shape {x.shape} on axis {axes}, "
-                f"got {jnp.shape(value)}. Check that {name} belongs to this layer, or set axis to where the features "
+                f"got {np.shape(value)}. Check that {name} belongs to this layer, or set axis to where the features "
                 "are."
             )
 
@@ -122,7 +122,7 @@ def boolean(name: str, value: Any) -> bool:
     """Returns a flag as a bool; refuses other types, and a value known only at run time."""
     remedy = "Pass one of the two."
     if isinstance(value, bool | np.bool_ | np.ndarray | jax.Array):
-        shape, dtype = jnp.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
+        shape, dtype = np.shape(value), value.dtype if hasattr(value, "dtype") else np.dtype(bool)
         is_traced = isinstance(value, jax.core.Tracer)
         if shape == () and dtype == np.bool_ and not is_traced:
             return bool(value)

@@ -19,7 +19,7 @@ from jaxbn._core.dtypes import widen
 from jaxbn._core.measure import measure, zero_masked
 from jaxbn._core.running import Momentum
 from jaxbn._core.running import update_stats as updated
-from jaxbn._core.scaling import apply_measured, normalize_about, result_dtype, scale_and_shift
+from jaxbn._core.scaling import apply_given, apply_measured, result_dtype, scale_and_shift
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, Stats, round_mean
 
 
@@ -81,8 +81,7 @@ def normalize(
     """
     x, axes, reduced = checks.inputs(x, axis)
     checks.parameters(x, axes, epsilon, mean=mean, var=var, scale=scale, bias=bias)
-    mean, var = widen(jnp.asarray(mean)), widen(jnp.asarray(var))
-    return normalize_about(x, None, mean, None, var + epsilon, scale, bias, reduced)
+    return apply_given(x, jnp.asarray(mean), jnp.asarray(var), scale, bias, reduced, epsilon)
 
 
 def batch_normalize(
@@ -297,14 +296,11 @@ def affine(
     """
     x, axes, reduced = checks.inputs(x, axis)
     checks.parameters(x, axes, 1.0, scale=scale, bias=bias)  # with any epsilon, which plays no part here
-    mask = checks.mask(mask, x)
+    x = zero_masked(x, checks.mask(mask, x))
     if scale is None and bias is None:
-        return zero_masked(x, mask)
-    features = [x.shape[i] for i in axes]
-    a = jnp.ones(features) if scale is None else widen(jnp.asarray(scale))
-    shift = None if bias is None else widen(jnp.asarray(bias))
-    pivot = jnp.zeros(features)
-    return scale_and_shift(x, mask, pivot, a, shift, reduced, result_dtype(x, scale, bias))
+        return x
+    a = None if scale is None else widen(jnp.asarray(scale))
+    return scale_and_shift(x, None, a, bias, reduced, result_dtype(x, scale, bias))
 
 
 def checked_arguments(

@@ -1,0 +1,1 @@
+"""Programs of evaluation, read by other programs."""
