@@ -23,6 +23,7 @@ LIBRARY_RANKS = {
     "interop": 0,
     "linen": 1,
     "nnx": 1,
+    "parallel": 1,
     "testing": 1,
     "_models": 2,
     "calibrate": 3,
