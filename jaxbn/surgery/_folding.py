@@ -26,6 +26,7 @@ def fold(
     *,
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
+    check: bool = True,
 ) -> Surgery:
     """Folds batch norms into the convolution or dense layer before them, or after them where that is exact.
 
@@ -46,6 +47,7 @@ def fold(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them, all of which must fold; None folds those that can.
+      check: whether to run the model before and after, for ``difference`` and ``scale``; both are NaN without.
 
     Returns:
       The new model; ``kept`` lists the batch norms that cannot be folded, with the reason.
@@ -82,4 +84,4 @@ def fold(
         dtype = finder.arrays[path]["kernel"].dtype
         params = {"kernel": jnp.asarray(kernel.astype(dtype)), "bias": jnp.asarray(bias.astype(dtype))}
         new_layers[path] = NewLayer(functools.partial(make_with, {"use_bias": True}), params)
-    return operate(before, new_layers, changed, kept, sample, call)
+    return operate(before, new_layers, changed, kept, sample, call, given=variables, check=check)

@@ -1,26 +1,23 @@
 """The steps that all operations consist of: find batch norms, select some, exchange them, and compare outputs."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
-from jaxbn._models.model import BATCH_NORMS, Model, join, split
+from jaxbn._models.model import BATCH_NORMS, Model, join, like, split
+from jaxbn.surgery._comparison import compare
 from jaxbn.surgery._exchange import exchange
 from jaxbn.surgery._new_layers import NewLayer
 
 LayerPaths = str | Sequence[str]
 Call = Callable[[Any, Any], Any]  # evaluates a batch: call(module, batch)
 Norms = dict[str, NormCall]  # by path
-
-# Outputs are computed once, so XLA's optimizations would take longer than they save.
-_COMPILED_QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 class Surgery(NamedTuple):
@@ -31,8 +28,9 @@ class Surgery(NamedTuple):
       variables: of the linen module; None for an nnx module, which holds its own.
       layers: paths of the batch norms that were changed.
       kept: reasons why other batch norms were kept as they are, by path.
-      difference: largest change of an output in evaluation, on the sample.
-      scale: largest absolute value of an output before the operation.
+      difference: largest change of an output in evaluation, on the sample; NaN where an output is NaN, and with
+        ``check=False``.
+      scale: largest absolute value of an output before the operation; likewise.
     """
 
     model: Any
@@ -128,25 +126,12 @@ def operate(
     kept: dict[str, str],
     sample: Any,
     call: Call,
+    *,
+    given: Any,
+    check: bool,
 ) -> Surgery:
-    """Exchanges the layers, and compares the outputs before and after."""
+    """Exchanges the layers, and compares the outputs before and after if ``check``; ``given`` are the variables."""
     after = exchange(before, new_layers)
-    outputs = _outputs(before, sample, call)
-    differences = [abs(a - b).max() for a, b in zip(outputs, _outputs(after, sample, call), strict=True)]
-    largest = max(differences, default=0.0)
-    scale = max((abs(output).max() for output in outputs), default=0.0)
-    return Surgery(*join(after), tuple(changed), kept, float(largest), float(scale))
-
-
-def _outputs(model: Model, sample: Any, call: Call) -> list[np.ndarray]:
-    """Computes the outputs of a model in evaluation; those of integers, which have no rounding, are left out."""
-
-    def handle(intercepted):
-        norm = norm_of(intercepted)
-        if norm.use_running_average:  # the layer itself, because its rounding may differ from ours
-            return intercepted.proceed(*intercepted.args, **intercepted.kwargs), None
-        return evaluated(norm), None
-
-    compiled = jax.jit(evaluation(model, call, handle, BATCH_NORMS), compiler_options=_COMPILED_QUICKLY)
-    leaves = jax.tree.leaves(compiled(model.arrays, sample))
-    return [np.asarray(leaf, np.complex128) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
+    difference, scale = compare(before, after, sample, call) if check else (math.nan, math.nan)
+    new_model, new_variables = join(after)
+    return Surgery(new_model, like(new_variables, given), tuple(changed), kept, difference, scale)
