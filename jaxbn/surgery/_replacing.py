@@ -83,14 +83,14 @@ def replace(
     checks.momentum(options.get("momentum"))
     if steps is not None:
         checks.whole("steps", steps, least=0)
-    before, norms = find_batch_norms(model, variables, sample, call)
+    before = find_batch_norms(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
-    stored = arrays_of(before)
+    stored = arrays_of(before.model)
     new_layers = {
         path: NewLayer(make, batch_stats=_new_statistics(path, norm, stored[path], options, steps))
-        for path, norm in select(norms, layers).items()
+        for path, norm in select(before.norms, layers).items()
     }
-    return operate(before, new_layers, [*new_layers], {}, sample, call, given=variables, check=check)
+    return operate(before, new_layers, [*new_layers], {}, check=check)
 
 
 def replace_by_group_norm(
@@ -132,9 +132,9 @@ def replace_by_group_norm(
     References:
       Wu and He 2018, arXiv:1803.08494.
     """
-    before, norms = find_batch_norms(model, variables, sample, call)
+    before = find_batch_norms(model, variables, sample, call)
     new_layers = {}
-    for path, norm in select(norms, layers).items():
+    for path, norm in select(before.norms, layers).items():
         axis, ndim = norm.options["axis"], len(norm.x.shape)
         if axis not in (-1, ndim - 1):
             raise ValueError(
@@ -148,7 +148,7 @@ def replace_by_group_norm(
                 "or replace layers of different widths separately, with layers=."
             )
         new_layers[path] = NewLayer(functools.partial(make_group_norm, num_groups), batch_stats={})
-    return operate(before, new_layers, [*new_layers], {}, sample, call, given=variables, check=check)
+    return operate(before, new_layers, [*new_layers], {}, check=check)
 
 
 def _new_statistics(

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 from jaxbn import surgery
@@ -65,6 +66,21 @@ def test_an_edited_linen_model_can_be_pickled(pickler, operation):
     again = pickler.loads(pickler.dumps(model))
     for unpickled in (model, again):
         np.testing.assert_array_equal(unpickled.apply(variables, X, False), done.model.apply(done.variables, X, False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["freeze", "to_affine", "fold"])
+def test_variables_of_an_edited_model_are_saved_with_orbax_and_loaded_into_a_model_made_again(operation, tmp_path):
+    net, variables, *_, done = operated("linen", operation)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", done.variables)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved", jax.tree.map(jnp.zeros_like, done.variables))
+    assert_equal(restored, done.variables)
+    fresh = jax.jit(net.init)(jax.random.key(0), X)
+    again = OPERATIONS[operation](net, fresh, X, layers=done.layers, check=False)
+    assert jax.tree.structure(again.variables) == jax.tree.structure(restored)
+    np.testing.assert_array_equal(output(again.model, restored)[0], output(done.model, done.variables)[0])
 
 
 def test_an_edited_model_of_a_local_class_can_be_pickled_by_value():
