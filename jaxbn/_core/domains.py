@@ -18,7 +18,7 @@ from jaxbn._core import checks
 from jaxbn._core.checks import Axes, AxisNames
 from jaxbn._core.devices import is_tracked
 from jaxbn._core.functional import batch_norm
-from jaxbn._core.stats import STATS_TYPES, BatchStats, Stats
+from jaxbn._core.stats import STATS_TYPES, Stats
 
 # A part of the key under which JAX caches what it has traced, so that a function compiled for one domain is never taken
 # for another.
@@ -100,7 +100,7 @@ def domain_batch_norm(
     """Batch norm of one domain, or of each domain's part of the batch.
 
     y, stats[d] = batch_norm(x, stats[d]), for the d that ``domain`` says.  With one index per example, the moments of
-    each domain are those of its own examples; training then normalizes the batch D times, evaluation once.  Domains
+    each domain are those of its own examples; training then normalizes the batch D times.  Domains
     that are not chosen, or have no examples, keep their statistics.
 
     >>> x = jnp.array([[1.], [3.], [10.], [20.]])
@@ -155,22 +155,12 @@ def domain_batch_norm(
         """Returns the domain's row of an array; a value of all domains as it is."""
         return None if value is None else jnp.asarray(value)[d] if jnp.ndim(value) > len(features) else value
 
-    if not isinstance(index, int) and index.ndim == 1 and use_running_average:
-
-        def evaluate(x: jax.Array, d: jax.Array, mask: jax.Array | None) -> jax.Array:
-            """Evaluates one example, with the statistics of its domain."""
-            one = BatchStats(stats.mean[d], stats.var[d])
-            example_axes = [i - 1 for i in axes]
-            y, _ = batch_norm(x, one, row(scale, d), row(bias, d), axis=example_axes, mask=mask, **options)
-            return _or_nan(y, d, num_domains)
-
-        mask = None if mask is None else jnp.broadcast_to(mask, (len(x), *mask.shape[1:]))
-        return jax.vmap(evaluate, in_axes=(0, 0, None if mask is None else 0))(x, index, mask), stats
-
     def on_domain(stats: Stats, d: Any, mask: jax.Array | None) -> tuple[jax.Array, Stats]:
         """Applies the batch norm of a domain to the whole batch, and puts its statistics back into their row."""
         own = jax.tree.map(lambda value: value[d] if jnp.ndim(value) else value, stats)
         y, new = batch_norm(x, own, row(scale, d), row(bias, d), axis=axes, mask=mask, **on_devices, **options)
+        if use_running_average:
+            return y, stats
         return y, jax.tree.map(lambda old, new: _with_row(old, d, new), stats, new)
 
     if isinstance(index, int):
@@ -181,12 +171,14 @@ def domain_batch_norm(
             index = _agreed(index, names)
         y, new = on_domain(stats, index, mask)
         return _or_nan(y, index, num_domains), new
-    y = jnp.full(x.shape, jnp.nan, x.dtype)
     index = index.reshape(-1, *[1] * (x.ndim - 1))
+    y: Any = jnp.nan  # of an example whose index no domain has
+    # XLA fuses the domains of an evaluation into one pass over x.
     for d in range(num_domains):
         is_own = index == d
-        own, stats = on_domain(stats, d, is_own if mask is None else is_own & mask)
-        y = jnp.where(is_own, own, y.astype(own.dtype))
+        examples = mask if use_running_average else is_own if mask is None else is_own & mask
+        y_own, stats = on_domain(stats, d, examples)
+        y = jnp.where(is_own, y_own, y)
     return y, stats
 
 
@@ -254,8 +246,6 @@ def _with_row(rows: Any, index: Any, row: Any) -> Any:
     """Replaces a row; with an index that no domain has, none."""
     if jnp.ndim(rows) == 0:
         return rows
-    rows = rows.astype(row.dtype)  # a real mean becomes complex with complex inputs
-    if isinstance(index, int):
-        return rows.at[index].set(row)
-    # A negative index would count from the end.
-    return rows.at[jnp.where(index < 0, len(rows), index)].set(row, mode="drop")
+    is_chosen = jnp.expand_dims(jnp.arange(len(rows)) == index, tuple(range(1, rows.ndim)))
+    # Not a scatter, whose result has no sharding of its own on a mesh with Explicit axes.
+    return jnp.where(is_chosen, row[None], rows)

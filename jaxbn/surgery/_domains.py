@@ -65,11 +65,11 @@ def replace_by_domain_norm(
       ValueError: for a layer that the model does not have, or ``num_domains`` less than 1.
     """
     num_domains = checks.whole("num_domains", num_domains, least=1)
-    before, norms = find_batch_norms(model, variables, sample, call)
+    before = find_batch_norms(model, variables, sample, call)
     make = functools.partial(_make_domain_norm, num_domains, separate_scale_and_bias)
-    stored = arrays_of(before)
+    stored = arrays_of(before.model)
     new_layers, compared = {}, {}
-    for path, norm in select(norms, layers).items():
+    for path, norm in select(before.norms, layers).items():
         # In a loop over layers, the stored arrays have more axes than those of a call, and domains come after these.
         axis = stored[path]["mean"].ndim - len(norm.stats.mean.shape)
         rows = {
@@ -81,11 +81,11 @@ def replace_by_domain_norm(
         # A layer that trains although the model evaluates is compared as if it evaluated, as in all operations.
         evaluates = norm.use_running_average
         compared[path] = new if evaluates else new._replace(make=functools.partial(_make_frozen, make))
-    done = operate(before, new_layers, [*new_layers], {}, sample, call, given=variables, check=False)
+    done = operate(before, new_layers, [*new_layers], {}, check=False)
     if not check:
         return done
     with domain(0):  # all domains are equal
-        difference, scale = compare(before, exchange(before, compared), sample, call)
+        difference, scale = compare(before.model, exchange(before.model, compared), sample, call)
     return done._replace(difference=difference, scale=scale)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
@@ -222,3 +222,18 @@ def test_the_context_chooses_for_compiled_functions_too():
     assert programs == 3  # one for each integer
     with pytest.raises(ValueError, match=r"domain must be passed .* with jaxbn\.domain\(index\)"):
         chosen(0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [P("d"), P("d", None, "e"), P(None, None, "e")])
+def test_a_batch_on_a_mesh_with_explicit_axes_gives_what_it_gives_on_one_device(spec):
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, spec))
+        domains = jax.device_put(DOMAINS, NamedSharding(mesh, P(spec[0])))
+        for function in (train, evaluate):
+            for on_mesh, plain in ((domains, DOMAINS), (DOMAINS, DOMAINS), (1, 1)):
+                y, stats = jax.jit(function)(x, STATS, on_mesh, SCALE, BIAS)
+                expected = function(X, STATS, plain, SCALE, BIAS)
+                np.testing.assert_allclose(jax.device_get(y), expected[0], **CLOSE)
+                chex.assert_trees_all_close(jax.device_get(stats), jax.device_get(expected[1]), **CLOSE)

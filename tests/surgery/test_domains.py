@@ -127,3 +127,23 @@ def test_errors_name_the_argument(linen):
         surgery.replace_by_domain_norm(net, variables, X, num_domains=0)
     with pytest.raises(ValueError, match="the model has no batch norm at 'Dense_0'"):
         surgery.replace_by_domain_norm(net, variables, X, num_domains=2, layers="Dense_0")
+
+
+class Mixed(nn.Module):
+    """A domain norm beside a batch norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return jaxbn.linen.DomainBatchNorm(num_domains=2, use_running_average=True)(x)
+
+
+def test_operations_on_other_norms_leave_domain_norms_and_say_why():
+    model = Mixed()
+    variables = filled(jax.eval_shape(model.init, jax.random.key(0), X))
+    with jaxbn.domain(1):
+        done = surgery.to_affine(model, variables, X, check=False)
+        assert done.layers == ("BatchNorm_0",)
+        assert "DomainBatchNorm has statistics for each domain" in done.kept["DomainBatchNorm_0"]
+        y = done.model.apply(done.variables, X)
+        np.testing.assert_allclose(y, model.apply(variables, X), **CLOSE)
