@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
+from jaxbn._core.domains import domain, domain_batch_norm
 from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, normalize
 from jaxbn._core.padding import pad_batch
 from jaxbn._core.running import update_stats
@@ -34,6 +35,8 @@ __all__ = [
     "batch_normalize",
     "batch_renormalize",
     "combine",
+    "domain",
+    "domain_batch_norm",
     "ghost_normalize",
     "init_stats",
     "moments",

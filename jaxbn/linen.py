@@ -19,8 +19,9 @@ from jaxbn._core.functional import Method, affine, batch_norm, batch_normalize, 
 from jaxbn._core.running import Momentum
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
+from jaxbn._layers.linen_domains import DomainBatchNorm
 
-__all__ = ["BatchNorm", "Affine"]
+__all__ = ["BatchNorm", "Affine", "DomainBatchNorm"]
 
 
 class BatchNorm(nn.BatchNorm):

@@ -19,13 +19,12 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.testing
-from tests.core import parallel
 
 ROOT = Path(__file__).parent.parent
-README, PARALLEL, TESTING = ROOT / "README.md", ROOT / "docs" / "parallel.md", ROOT / "docs" / "testing.md"
+README, TESTING = ROOT / "README.md", ROOT / "docs" / "testing.md"
 PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text())]
 MODULES = ["jaxbn", *(module.name for module in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
-TOOLS = ["calibrate", "diagnose", "interop", "surgery", "testing"]
+TOOLS = ["calibrate", "diagnose", "interop", "parallel", "surgery", "testing"]
 PUBLIC = {name: getattr(jaxbn, name) for name in jaxbn.__all__}
 for tool in TOOLS:
     module = importlib.import_module(f"jaxbn.{tool}")
@@ -152,9 +151,3 @@ def test_the_pytest_example_of_the_guide_passes(cases):
     (parametrized,) = test.pytestmark
     for law in parametrized.args[1][cases]:
         test(law)
-
-
-@pytest.mark.skipif(not PARALLEL.is_file(), reason="the pages are not in this distribution")
-@pytest.mark.parametrize("recipe", [parallel.value_and_grad_of_psum, parallel.psum_of_value_and_grad])
-def test_the_recipes_in_the_guide_are_the_tested_ones(recipe):
-    assert any(inspect.getsource(recipe) in block for block in python_blocks(PARALLEL))

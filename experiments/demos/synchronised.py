@@ -31,6 +31,7 @@ from experiments.evidence.verdicts import spread
 from experiments.processes import distributed
 from experiments.training import small_run
 from jaxbn.linen import BatchNorm
+from jaxbn.parallel import value_and_grad_of_psum
 
 AXIS = distributed.AXIS
 ARMS = {"per device": None, "synchronised": AXIS}  # axis_name of the layers
@@ -198,10 +199,9 @@ def make_programs(net: Net, optimizer: optax.GradientTransformation, mesh: Mesh)
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            # Averaged before differentiation, so the gradient is that of the whole batch.
-            return lax.pmean(losses.mean(), AXIS), updated["batch_stats"]
+            return losses.mean() / lax.axis_size(AXIS), updated["batch_stats"]
 
-        gradients, batch_stats = jax.grad(loss_of, has_aux=True)(state.params)
+        (_, batch_stats), gradients = value_and_grad_of_psum(loss_of, AXIS, has_aux=True)(state.params)
         if net.axis_name is None:
             # Each device has its own running statistics, but evaluation needs a single set.
             batch_stats = lax.pmean(batch_stats, AXIS)

@@ -93,6 +93,13 @@ class Devices(NamedTuple):
             return False
         if not self._are_manual():
             return False
-        # JAX has no query for check_vma.  Only with check_vma=True does a value cast to vary say that it varies.
-        probe = lax.pcast(jnp.zeros(()), self.names, to="varying")
-        return not jax.typeof(probe).manual_axis_type.varying
+        return not any(is_tracked(name) for name in self.names)
+
+
+def is_tracked(name: str) -> bool:
+    """Tells whether JAX tracks which values vary over an axis: an axis of shard_map with check_vma=True."""
+    if name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return False
+    # JAX has no query for check_vma.  Only with check_vma=True does a value cast to vary say that it varies.
+    probe = lax.pcast(jnp.zeros(()), name, to="varying")
+    return bool(jax.typeof(probe).manual_axis_type.varying)

@@ -8,6 +8,7 @@ with the reason.
 """
 
 from jaxbn.surgery._affine import to_affine
+from jaxbn.surgery._domains import replace_by_domain_norm
 from jaxbn.surgery._folding import fold
 from jaxbn.surgery._freezing import freeze
 from jaxbn.surgery._masks import decay_mask, frozen_mask
@@ -21,6 +22,7 @@ __all__ = [
     "freeze",
     "frozen_mask",
     "replace",
+    "replace_by_domain_norm",
     "replace_by_group_norm",
     "to_affine",
 ]

@@ -11,6 +11,8 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+import jaxbn.linen
+import jaxbn.nnx
 from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
 from jaxbn._models.model import BATCH_NORMS, Model, join, like, modules, split
@@ -173,7 +175,9 @@ def _not_operated(model: Model, norms: Norms, classes: dict[str, type]) -> dict[
         if path in norms or names <= {"scale", "bias"}:  # an affine layer that is fixed
             continue
         cls = classes.get(path)
-        if cls is None or issubclass(cls, BATCH_NORMS):
+        if cls is not None and issubclass(cls, (jaxbn.linen.DomainBatchNorm, jaxbn.nnx.DomainBatchNorm)):
+            reasons[path] = f"{cls.__name__} has statistics for each domain; operate on the model before it gets them"
+        elif cls is None or issubclass(cls, BATCH_NORMS):
             reasons[path] = "it was not called on the sample"
         else:
             reasons[path] = f"{cls.__name__} is no batch norm that is known here"

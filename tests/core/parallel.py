@@ -6,30 +6,10 @@ add up to the mean loss, however many valid examples each device has.
 """
 
 import jax
-from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
-def value_and_grad_of_psum(share, axis_name):
-    """For shard_map with check_vma=True, where JAX itself adds the gradients of what the devices hold in common."""
-
-    def loss(*arguments):
-        value, aux = share(*arguments)
-        return lax.psum(value, axis_name), aux
-
-    return jax.value_and_grad(loss, has_aux=True)
-
-
-def psum_of_value_and_grad(share, axis_name):
-    """For shard_map with check_vma=False, pmap and vmap, where each device knows the gradient of its share alone."""
-
-    def step(*arguments):
-        (value, aux), grads = jax.value_and_grad(share, has_aux=True)(*arguments)
-        return (lax.psum(value, axis_name), aux), lax.psum(grads, axis_name)
-
-    return step
-
+from jaxbn.parallel import psum_of_value_and_grad, value_and_grad_of_psum
 
 # Adapters.  Each makes a step(params, x, rest) on whole arrays, examples first, which returns loss, y, statistics and
 # gradients, of a share whose aux is (y, statistics).  `axes` maps the names of the device axes to their sizes;
@@ -47,7 +27,7 @@ def under_shard_map(share, axes, varying=(), *, axis_type="Auto", check_vma):
     mesh, names = _mesh(axes, axis_type), tuple(axes)
     differentiate = value_and_grad_of_psum if check_vma else psum_of_value_and_grad
     step = jax.shard_map(
-        _with_rows(differentiate(share, names)),
+        _with_rows(differentiate(share, names, has_aux=True)),
         mesh=mesh,
         in_specs=(P(), P(names), P(names)),
         out_specs=(P(), P(names), P(varying if check_vma else names), P()),
@@ -91,7 +71,7 @@ def _placed(step, mesh):
 
 
 def _mapped(share, axes, varying, maps):
-    step = _with_rows(psum_of_value_and_grad(share, tuple(axes)))
+    step = _with_rows(psum_of_value_and_grad(share, tuple(axes), has_aux=True))
     for name in reversed(axes):
         row = 0 if name in varying else None
         step = maps[name](step, in_axes=(None, 0, 0), out_axes=(None, 0, row, None), axis_name=name)

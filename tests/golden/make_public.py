@@ -13,7 +13,7 @@ from flax import nnx
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("public.json")
-MODULES = ("", "calibrate", "diagnose", "interop", "linen", "nnx", "surgery", "testing")
+MODULES = ("", "calibrate", "diagnose", "interop", "linen", "nnx", "parallel", "surgery", "testing")
 
 
 def public() -> dict[str, dict[str, Any]]:

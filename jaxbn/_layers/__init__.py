@@ -1,0 +1,1 @@
+"""Layers that jaxbn.linen and jaxbn.nnx export."""

@@ -1,0 +1,167 @@
+"""Batch norm with statistics of its own for each domain, as an nnx module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn._core import checks
+from jaxbn._core.domains import chosen_domain, domain_batch_norm, repeat_rows
+from jaxbn._core.dtypes import cast
+from jaxbn._core.functional import Method, batch_normalize
+from jaxbn._core.stats import init_stats
+from jaxbn._core.variables import from_variables, to_variables, variable_names
+
+
+class DomainBatchNorm(nnx.BatchNorm):
+    """Batch normalization with statistics of its own for each of several domains.
+
+    y, stats[d] = batch_norm(x, stats[d]), for the domain d that the call or a context chooses, or for each domain's
+    part of the batch: see :func:`jaxbn.domain_batch_norm`.  The variables are those of :class:`jaxbn.nnx.BatchNorm`
+    with one row for each domain: shape [D, C].
+
+    >>> layer = jaxbn.nnx.DomainBatchNorm(2, num_domains=2, momentum=0.9, rngs=nnx.Rngs(0))
+    >>> x = jnp.array([[1., 10.], [3., 30.]])
+    >>> y = layer(x, domain=1)
+    >>> layer.mean[...]
+    Array([[0. , 0. ],
+           [0.2, 2. ]], dtype=float32)
+    >>> layer.eval()
+    >>> with jaxbn.domain(1):  # or so, where the layer is deep in a model
+    ...     y = layer(x)
+
+    Differs from jaxbn.nnx.BatchNorm in:
+      1. Counts and pending moments, of the options ``debias``, ``momentum=None`` and ``accumulate``, are those of each
+         domain: with ``accumulate=4``, a domain is updated at every fourth call that chooses it.
+      2. The tools of :mod:`jaxbn.surgery`, :mod:`jaxbn.calibrate` and :mod:`jaxbn.diagnose` do not operate on it.
+
+    Args:
+      num_features: number of features C.
+      num_domains: number of domains D.
+      separate_scale_and_bias: whether each domain has a scale and a bias of its own, too; they start equal.
+      rngs: keys for the initializers.
+      method: how training normalizes a batch, see :class:`jaxbn.nnx.BatchNorm`.
+      unbiased: multiply the variance by m/(m - 1) for the running statistics.
+      debias: correct the running statistics for their initial values; adds the variable ``steps``.
+      frozen: always evaluate, even after ``train()``.
+      accumulate: number of training calls of a domain per update of its statistics.
+      **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.
+
+    References:
+      Chang et al. 2019, arXiv:1906.03950; Xie et al. 2020, arXiv:1911.09665.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_domains: int,
+        *,
+        separate_scale_and_bias: bool = False,
+        rngs: nnx.Rngs,
+        method: Method = batch_normalize,
+        unbiased: bool = False,
+        debias: bool = False,
+        frozen: bool = False,
+        accumulate: int = 1,
+        **options: Any,
+    ):
+        checks.inexact(dtype=options.get("dtype"), param_dtype=options.get("param_dtype"))
+        num_features = checks.whole("num_features", num_features, least=0)
+        num_domains = checks.whole("num_domains", num_domains, least=1)
+        super().__init__(num_features, rngs=rngs, **options)
+        self.num_domains = num_domains
+        self.separate_scale_and_bias = separate_scale_and_bias
+        self.method = method
+        self.unbiased = unbiased
+        self.debias = debias
+        self.frozen = frozen
+        self.accumulate = accumulate
+        stats = init_stats(num_features, counted=self.momentum is None or debias, accumulate=accumulate)
+        for name, value in to_variables(stats).items():
+            setattr(self, name, nnx.BatchStat(repeat_rows(value, num_domains)))
+        if separate_scale_and_bias:
+            for parameter in (self.scale, self.bias):
+                if parameter is not None:
+                    parameter.set_value(repeat_rows(parameter[...], num_domains))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        domain: ArrayLike | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training, updates the statistics of the chosen domains.
+
+        Args:
+          x: inputs, shape [..., C]; floating-point or complex.
+          use_running_average: True to evaluate, False to train; overrides the constructor, ``train()`` and ``eval()``.
+          domain: index from 0 to D - 1, or one for each example, shape [N]; if None, that of :func:`jaxbn.domain`.
+          mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+
+        Returns:
+          y, shape [..., C].
+
+        Raises:
+          ValueError: if no domain is chosen, ``use_running_average`` is not set anywhere, unless frozen, or an argument
+            does not fit ``x``.
+        """
+        use_running_average = self.frozen or first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg=(
+                "use_running_average must be True to evaluate or False to train, got None. "
+                "Pass it to the constructor or the call, or use train(), eval() or nnx.view."
+            ),
+        )
+        checks.boolean("use_running_average", use_running_average)
+        x = jnp.asarray(x)
+        checks.num_features(self.num_features, x, self.axis)
+        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
+        variables = {name: getattr(self, name) for name in names}
+        arrays = {name: variable[...] for name, variable in variables.items()}
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        # Flax's default promotion would round inputs and statistics to `dtype`.
+        if self.promote_dtype is not dtypes.promote_dtype:
+            x, arrays["mean"], arrays["var"], scale, bias = self.promote_dtype(
+                (x, arrays["mean"], arrays["var"], scale, bias), dtype=self.dtype
+            )
+        y, stats = domain_batch_norm(
+            x,
+            from_variables(arrays, accumulate=self.accumulate),
+            chosen_domain(domain),
+            scale,
+            bias,
+            use_running_average=use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            axis=self.axis,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            mask=mask,
+            unbiased=self.unbiased,
+            method=self.method,
+        )
+        if not use_running_average:
+            for name, value in to_variables(stats).items():
+                # State rather than an output: no gradient flows through it.
+                variables[name].set_value(lax.stop_gradient(value))
+        return cast(y, self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
+        """Sets the mode; called by ``nnx.view``.
+
+        Args:
+          use_running_average: True to evaluate, False to train; None keeps the current value.
+          frozen: True to always evaluate; None keeps the current value.
+        """
+        super().set_view(use_running_average)
+        if frozen is not None:
+            self.frozen = frozen
