@@ -6,7 +6,7 @@ float32, or float64 if ``x`` is; for a complex ``x``, the mean is complex and th
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import jax
 import jax.export

@@ -27,7 +27,6 @@ from jaxbn._core.running import number_of_updates
 from jaxbn._core.scaling import apply_measured, result_dtype
 from jaxbn._core.stats import STATS_TYPES, AnyStats, Moments, pool, round_mean
 
-
 # A number, or a schedule: a function of the number of earlier updates, an int32 scalar.
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._core import checks
+from jaxbn._core.functional import batch_normalize, needs_count
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import to_variables
 from jaxbn._models.batch_norms import NormCall
@@ -29,6 +30,7 @@ _OPTIONS = (
     "method",
     "momentum",
     "unbiased",
+    "update_stats",
 )
 
 
@@ -65,7 +67,7 @@ def replace(
       steps: number of batches that the statistics come from, for ``debias=True`` and ``momentum=None``, which continue
         the count.
       **options: arguments of :class:`jaxbn.linen.BatchNorm` or :class:`jaxbn.nnx.BatchNorm` to change: accumulate,
-        axis_index_groups, axis_name, debias, dtype, epsilon, frozen, method, momentum, unbiased.
+        axis_index_groups, axis_name, debias, dtype, epsilon, frozen, method, momentum, unbiased, update_stats.
 
     Returns:
       The new model.
@@ -80,7 +82,8 @@ def replace(
             f"{arguments} cannot change in a trained model, unlike {', '.join(_OPTIONS)}; leave it out, or make and "
             "train a new model."
         )
-    checks.momentum(options.get("momentum"))
+    if not callable(options.get("momentum")):
+        checks.momentum(options.get("momentum"))
     if steps is not None:
         checks.whole("steps", steps, least=0)
     before = find_batch_norms(model, variables, sample, call)
@@ -156,13 +159,14 @@ def _new_statistics(
 ) -> dict[str, Any]:
     """Returns the stored statistics that the options still need, and initial values of those that they add."""
     settings: dict[str, Any] = (
-        {"debias": False, "accumulate": 1} | norm.options | options
-    )  # Flax's layers lack the first two
-    counted = settings["momentum"] is None or settings["debias"]
+        {"debias": False, "accumulate": 1, "method": batch_normalize} | norm.options | options
+    )  # Flax's layers lack the first three
+    counted = needs_count(settings["momentum"], settings["method"], debias=settings["debias"])
     mean = norm.stats.mean
 
     def initialize() -> dict[str, Any]:
-        stats = init_stats(mean.shape, counted=counted, accumulate=settings["accumulate"], dtype=mean.dtype)
+        dtype = jnp.promote_types(mean.dtype, jnp.float32)
+        stats = init_stats(mean.shape, counted=counted, accumulate=settings["accumulate"], dtype=dtype)
         return to_variables(stats)
 
     needed = jax.eval_shape(initialize).keys()
@@ -175,18 +179,18 @@ def _new_statistics(
     if added and stored["mean"].shape != mean.shape:
         raise ValueError(
             f"{path} is inside of a scan or vmap, which does not know the new variables ({', '.join(added)}); leave "
-            "out options that add some (debias, momentum=None, accumulate), or leave out this layer, with layers=."
+            "out options that add some (debias, momentum=None, schedules, accumulate), or leave out this layer, with layers=."
         )
     if "steps" in added and steps is None:
         raise ValueError(
-            f"{path} will count batches (debias=True or momentum=None), but does not know how many its statistics come "
+            f"{path} will count batches (debias=True, momentum=None or a schedule), but does not know how many its statistics come "
             "from; pass their number as steps=, or 0 to restart the averages."
         )
     if steps is not None:
         if "steps" not in needed:
             raise ValueError(
-                f"steps={steps} has no use, because {path} does not count batches; leave it out, or pass debias=True "
-                "or momentum=None."
+                f"steps={steps} has no use, because {path} does not count batches; leave it out, or pass debias=True, "
+                "momentum=None or a schedule."
             )
         statistics["steps"] = jnp.full_like(statistics["steps"], steps)
     return statistics

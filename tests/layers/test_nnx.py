@@ -89,7 +89,10 @@ def test_variables_have_flaxs_types():
 def test_attributes_are_flaxs_then_ours(use_scale, use_bias):
     options = {"use_scale": use_scale, "use_bias": use_bias}
     found, expected = ({*vars(cls(3, **options, rngs=nnx.Rngs(0)))} for cls in (BatchNorm, nnx.BatchNorm))
-    assert found - expected == {"method", "unbiased", "debias", "frozen", "accumulate", "update_stats"} and not expected - found
+    assert (
+        found - expected == {"method", "unbiased", "debias", "frozen", "accumulate", "update_stats"}
+        and not expected - found
+    )
 
 
 @pytest.mark.parametrize("option", [{"momentum": None}, {"debias": True}])
