@@ -77,8 +77,8 @@ class BatchNorm(nn.BatchNorm):
       accumulate: number of training calls per optimizer step, as in ``optax.MultiSteps``; the running statistics are
         updated once per step, with the moments of all its calls.  These are collected in variables ``pending_...``,
         which a checkpoint of a layer without this option lacks.
-      update_stats: False leaves the running statistics as they are in training: the layer normalizes with the batch, and
-        ``batch_stats`` need not be mutable; can be passed to the call instead.
+      update_stats: False leaves the running statistics as they are in training: the layer normalizes with the batch,
+        and ``batch_stats`` need not be mutable; can be passed to the call instead.
 
     References:
       Ioffe and Szegedy 2015, arXiv:1502.03167.

@@ -129,7 +129,7 @@ class BatchNorm(nnx.BatchNorm):
         stats = init_stats(feature_shape, counted=counted, accumulate=accumulate)
         for name, value in to_variables(stats).items():
             # nnx.update leaves what a state lacks: -1 tells a new layer from one whose count was not loaded.
-            setattr(self, name, nnx.BatchStat(value - 1 if name == "steps" else value))
+            setattr(self, name, nnx.BatchStat(jnp.full_like(value, -1) if name == "steps" else value))
         self.scale = self.bias = nnx.data(None)
         if use_scale:
             self.scale = nnx.Param(scale_init(rngs.params(), feature_shape, param_dtype), **scale_metadata)

@@ -179,12 +179,13 @@ def _new_statistics(
     if added and stored["mean"].shape != mean.shape:
         raise ValueError(
             f"{path} is inside of a scan or vmap, which does not know the new variables ({', '.join(added)}); leave "
-            "out options that add some (debias, momentum=None, schedules, accumulate), or leave out this layer, with layers=."
+            "out options that add some (debias, momentum=None, schedules, accumulate), or leave out this layer, with "
+            "layers=."
         )
     if "steps" in added and steps is None:
         raise ValueError(
-            f"{path} will count batches (debias=True, momentum=None or a schedule), but does not know how many its statistics come "
-            "from; pass their number as steps=, or 0 to restart the averages."
+            f"{path} will count batches (debias=True, momentum=None or a schedule), but does not know how many its "
+            "statistics come from; pass their number as steps=, or 0 to restart the averages."
         )
     if steps is not None:
         if "steps" not in needed:
