@@ -85,8 +85,9 @@ class BatchNorm(nn.BatchNorm):
     """
 
     use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: Momentum = 0.99
+    # Wider types than Flax declares; Flax's own code accepts several axes and names.
+    axis: int | Sequence[int] = -1  # pyrefly: ignore[bad-override]
+    momentum: Momentum = 0.99  # pyrefly: ignore[bad-override]
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -94,7 +95,7 @@ class BatchNorm(nn.BatchNorm):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    axis_name: str | Sequence[str] | None = None
+    axis_name: str | Sequence[str] | None = None  # pyrefly: ignore[bad-override]
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True

@@ -138,13 +138,13 @@ class BatchNorm(nnx.BatchNorm):
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = momentum
+        self.momentum = momentum  # pyrefly: ignore[bad-assignment]  wider than Flax declares, as axis_name
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.axis_name = axis_name
+        self.axis_name = axis_name  # pyrefly: ignore[bad-assignment]
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype

@@ -123,12 +123,13 @@ def _update(stats: Running, moments: Moments, momentum: Any, unbiased: bool, deb
     weight = None
     if isinstance(stats, CountedStats):
         steps = _known_steps(stats) + is_usable.astype(stats.steps.dtype)
-        if momentum is None or debias:
-            weight = _debiased_weight(momentum, jnp.maximum(steps, 1).astype(var.dtype))
+        t = jnp.maximum(steps, 1).astype(var.dtype)
         if momentum is None:
             # A plain average cannot go on without the number of batches, and NaN says so; the layers refuse earlier if
             # they can.
-            weight = jnp.where(has_lost_count(stats), jnp.nan, weight)
+            weight = jnp.where(has_lost_count(stats), jnp.nan, _debiased_weight(None, t))
+        elif debias:
+            weight = _debiased_weight(momentum, t)
         stats = stats._replace(steps=steps)
 
     def average(old: jax.Array, batch: jax.Array) -> jax.Array:
