@@ -50,6 +50,7 @@ class DomainBatchNorm(nnx.BatchNorm):
       debias: correct the running statistics for their initial values; adds the variable ``steps``.
       frozen: always evaluate, even after ``train()``.
       accumulate: number of training calls of a domain per update of its statistics.
+      update_stats: False, in training, leaves all statistics as they are; can be overridden in the call.
       **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.
 
     References:
@@ -68,6 +69,7 @@ class DomainBatchNorm(nnx.BatchNorm):
         debias: bool = False,
         frozen: bool = False,
         accumulate: int = 1,
+        update_stats: bool = True,
         **options: Any,
     ):
         checks.inexact(dtype=options.get("dtype"), param_dtype=options.get("param_dtype"))
@@ -81,6 +83,7 @@ class DomainBatchNorm(nnx.BatchNorm):
         self.debias = debias
         self.frozen = frozen
         self.accumulate = accumulate
+        self.update_stats = update_stats
         stats = init_stats(num_features, counted=self.momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(stats).items():
             setattr(self, name, nnx.BatchStat(repeat_rows(value, num_domains)))
@@ -96,6 +99,7 @@ class DomainBatchNorm(nnx.BatchNorm):
         *,
         domain: ArrayLike | None = None,
         mask: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes ``x``; in training, updates the statistics of the chosen domains.
 
@@ -104,6 +108,7 @@ class DomainBatchNorm(nnx.BatchNorm):
           use_running_average: True to evaluate, False to train; overrides the constructor, ``train()`` and ``eval()``.
           domain: index from 0 to D - 1, or one for each example, shape [N]; if None, that of :func:`jaxbn.domain`.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+          update_stats: False leaves the statistics as they are; None as the constructor or ``nnx.view`` says.
 
         Returns:
           y, shape [..., C].
@@ -121,6 +126,7 @@ class DomainBatchNorm(nnx.BatchNorm):
             ),
         )
         checks.boolean("use_running_average", use_running_average)
+        update_stats = self.update_stats if update_stats is None else update_stats
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
         names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
@@ -146,22 +152,26 @@ class DomainBatchNorm(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             mask=mask,
+            update_stats=update_stats,
             unbiased=self.unbiased,
             method=self.method,
         )
-        if not use_running_average:
+        if not use_running_average and update_stats:
             for name, value in to_variables(stats).items():
                 # State rather than an output: no gradient flows through it.
                 variables[name].set_value(lax.stop_gradient(value))
         return cast(y, self.dtype)
 
-    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
+    def set_view(
+        self, use_running_average: bool | None = None, frozen: bool | None = None, update_stats: bool | None = None
+    ) -> None:
         """Sets the mode; called by ``nnx.view``.
 
         Args:
           use_running_average: True to evaluate, False to train; None keeps the current value.
           frozen: True to always evaluate; None keeps the current value.
+          update_stats: False to leave the statistics as they are in training; None keeps the current value.
         """
         super().set_view(use_running_average)
-        if frozen is not None:
-            self.frozen = frozen
+        self.frozen = self.frozen if frozen is None else frozen
+        self.update_stats = self.update_stats if update_stats is None else update_stats

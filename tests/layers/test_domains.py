@@ -157,6 +157,21 @@ def test_the_context_reaches_nnx_layers_under_jit_remat_and_grad():
         np.testing.assert_array_equal(evaluating(X), evaluating.norm(model.linear(X), domain=0))
 
 
+@pytest.mark.slow
+def test_training_without_updates_normalizes_with_the_batch_and_moves_nothing():
+    layer = linen_layer(use_running_average=False)
+    variables = filled(layer.init(KEY, X))
+    expected, _ = layer.apply(variables, X, domain=1, mutable=["batch_stats"])
+    np.testing.assert_array_equal(layer.apply(variables, X, domain=1, update_stats=False), expected)
+    np.testing.assert_array_equal(layer.clone(update_stats=False).apply(variables, X, domain=1), expected)
+    norm = NnxNet().norm
+    expected = NnxNet().norm(X, domain=DOMAINS)
+    still = nnx.view(norm, update_stats=False)
+    for y in (norm(X, domain=DOMAINS, update_stats=False), still(X, domain=DOMAINS)):
+        np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(norm.mean[...], 0)
+
+
 def test_models_that_ask_for_batch_norm_find_it():
     assert issubclass(jaxbn.linen.DomainBatchNorm, nn.BatchNorm)
     assert isinstance(NnxNet().norm, nnx.BatchNorm)
