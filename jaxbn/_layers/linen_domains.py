@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.meta import AxisMetadata
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
@@ -136,8 +137,11 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
     def _parameter(self, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
         """Returns scale or bias: of shape [C], or with a row for each domain."""
 
-        def rows(*args: Any) -> jax.Array:
-            return repeat_rows(init(*args), self.num_domains)
+        def rows(*args: Any) -> Any:
+            value = repeat_rows(init(*args), self.num_domains)
+            # An initializer under nn.with_partitioning names the axes of [C] only.
+            boxed = isinstance(value, AxisMetadata)
+            return value.add_axis(0, {nn.PARTITION_NAME: None}) if boxed else value
 
         return self.param(name, rows if self.separate_scale_and_bias else init, shape, self.param_dtype)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
+from flax.typing import Initializer
 from jax import lax
+from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from jaxbn._core import checks
@@ -51,7 +53,8 @@ class DomainBatchNorm(nnx.BatchNorm):
       frozen: always evaluate, even after ``train()``.
       accumulate: number of training calls of a domain per update of its statistics.
       update_stats: False, in training, leaves all statistics as they are; can be overridden in the call.
-      **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.
+      **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.  With
+        ``separate_scale_and_bias``, ``scale_metadata`` and ``bias_metadata`` are those of variables of shape [D, C].
 
     References:
       Chang et al. 2019, arXiv:1906.03950; Xie et al. 2020, arXiv:1911.09665.
@@ -75,6 +78,9 @@ class DomainBatchNorm(nnx.BatchNorm):
         checks.inexact(dtype=options.get("dtype"), param_dtype=options.get("param_dtype"))
         num_features = checks.whole("num_features", num_features, least=0)
         num_domains = checks.whole("num_domains", num_domains, least=1)
+        if separate_scale_and_bias:
+            for name, default in (("scale_init", initializers.ones), ("bias_init", initializers.zeros)):
+                options[name] = _rows(options.get(name, default), num_domains)
         super().__init__(num_features, rngs=rngs, **options)
         self.num_domains = num_domains
         self.separate_scale_and_bias = separate_scale_and_bias
@@ -87,10 +93,6 @@ class DomainBatchNorm(nnx.BatchNorm):
         stats = init_stats(num_features, counted=self.momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(stats).items():
             setattr(self, name, nnx.BatchStat(repeat_rows(value, num_domains)))
-        if separate_scale_and_bias:
-            for parameter in (self.scale, self.bias):
-                if parameter is not None:
-                    parameter.set_value(repeat_rows(parameter[...], num_domains))
 
     def __call__(
         self,
@@ -175,3 +177,12 @@ class DomainBatchNorm(nnx.BatchNorm):
         super().set_view(use_running_average)
         self.frozen = self.frozen if frozen is None else frozen
         self.update_stats = self.update_stats if update_stats is None else update_stats
+
+
+def _rows(init: Initializer, num_domains: int) -> Initializer:
+    """Returns an initializer of equal rows."""
+
+    def initialize(*args: Any) -> jax.Array:
+        return repeat_rows(init(*args), num_domains)
+
+    return initialize

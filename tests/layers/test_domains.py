@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
@@ -170,6 +172,18 @@ def test_training_without_updates_normalizes_with_the_batch_and_moves_nothing():
     for y in (norm(X, domain=DOMAINS, update_stats=False), still(X, domain=DOMAINS)):
         np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(norm.mean[...], 0)
+
+
+def test_a_partitioned_scale_of_each_domain_is_spread_over_its_features():
+    scale_init = nn.with_partitioning(nn.initializers.ones, ("model",))
+    layer = linen_layer(use_running_average=True, separate_scale_and_bias=True, scale_init=scale_init)
+    specs = nn.get_partition_spec(jax.eval_shape(layer.init, KEY, X))
+    assert specs["params"]["scale"] == P(None, "model")
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        metadata = {"scale_metadata": {"out_sharding": (None, "model")}}
+        norm = jaxbn.nnx.DomainBatchNorm(3, 2, separate_scale_and_bias=True, rngs=nnx.Rngs(0), **metadata)
+        assert norm.scale.sharding.spec == P(None, "model")
 
 
 def test_models_that_ask_for_batch_norm_find_it():
