@@ -24,7 +24,7 @@ from flax.core import unfreeze
 from jaxbn._core.checks import AxisNames
 from jaxbn._core.stats import BatchStats, Moments, combine, init_stats
 from jaxbn._models.intercept import call_model
-from jaxbn._models.model import Model, join, split, with_stats
+from jaxbn._models.model import Model, join, like, split, with_stats
 from jaxbn._models.passes import (
     CallModel,
     CallMoments,
@@ -149,7 +149,7 @@ def one_pass(
     # In the order of the levels, since NaN spread: the first layer that fails is the cause.
     for path in sorted(calls, key=lambda path: calls[path][0].level or 0):
         _check_usable(path, *jax.device_get(moments[path]))
-    return _with_moments(before, calls, moments)
+    return like(_with_moments(before, calls, moments), variables)
 
 
 def layer_by_layer(
@@ -226,7 +226,7 @@ def layer_by_layer(
             _check_usable(path, measured)
             stats[path][index] = BatchStats(measured.mean, measured.var)
     # The last pass measured the inputs of all levels, with the statistics of those before them.
-    return _with_moments(before, calls, moments)
+    return like(_with_moments(before, calls, moments), variables)
 
 
 def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
@@ -274,7 +274,7 @@ def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
 
     mixed = jax.tree_util.tree_map_with_path(mix, source_stats, target_stats)
     if not isinstance(target, nnx.Module):
-        return {**target, "batch_stats": mixed}
+        return like({**target, "batch_stats": mixed}, target)
     blended, _ = join(split(target, None))
     nnx.update(blended, mixed)
     return blended

@@ -156,7 +156,7 @@ def ratio(group: list[dict], batch: int) -> Spread:
 
 def largest(numbers: Iterable[float]) -> float:
     """Returns the largest of the numbers that were measured; NaN if none was."""
-    return max((value for value in numbers if math.isfinite(value)), default=math.nan)
+    return max((value for value in numbers if not math.isnan(value)), default=math.nan)
 
 
 def folded(group: list[dict]) -> str:

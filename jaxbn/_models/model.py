@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen
 import jax
 from flax import nnx
-from flax.core import unfreeze
+from flax.core import FrozenDict, unfreeze
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 
@@ -72,6 +72,20 @@ def join(model: Model) -> tuple[Any, Any]:
     if isinstance(model.definition, flax.linen.Module):
         return model.definition, model.arrays
     return merged(model), None
+
+
+def like(new: Any, given: Any) -> Any:
+    """Returns nested dicts with FrozenDicts and OrderedDicts where ``given`` has them, so that the trees are alike.
+
+    Older TrainStates hold FrozenDicts, and the carry of a scan must keep its structure.
+    """
+    if not isinstance(new, Mapping) or not isinstance(given, Mapping):
+        return new
+    # First in the order of the given ones, which matters in an OrderedDict.
+    names = [*(name for name in given if name in new), *(name for name in new if name not in given)]
+    copy = {name: like(new[name], given.get(name)) for name in names}
+    kind = next((kind for kind in (FrozenDict, collections.OrderedDict) if isinstance(given, kind)), dict)
+    return kind(copy)
 
 
 def merged(model: Model) -> nnx.Module:

@@ -9,8 +9,18 @@ with the reason.
 
 from jaxbn.surgery._affine import to_affine
 from jaxbn.surgery._folding import fold
-from jaxbn.surgery._freezing import freeze, frozen_mask
+from jaxbn.surgery._freezing import freeze
+from jaxbn.surgery._masks import decay_mask, frozen_mask
 from jaxbn.surgery._operation import Surgery
 from jaxbn.surgery._replacing import replace, replace_by_group_norm
 
-__all__ = ["Surgery", "fold", "freeze", "frozen_mask", "replace", "replace_by_group_norm", "to_affine"]
+__all__ = [
+    "Surgery",
+    "decay_mask",
+    "fold",
+    "freeze",
+    "frozen_mask",
+    "replace",
+    "replace_by_group_norm",
+    "to_affine",
+]

@@ -22,6 +22,7 @@ def to_affine(
     *,
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
+    check: bool = True,
     learnable: bool = True,
 ) -> Surgery:
     """Turns batch norms into affine layers y = scale' * x + bias', for fine-tuning.
@@ -40,6 +41,7 @@ def to_affine(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
+      check: whether to run the model before and after, for ``difference`` and ``scale``; both are NaN without.
       learnable: whether both arrays are parameters; False puts them with the statistics (``batch_stats``,
         ``BatchStat``), where an optimizer does not see them.
 
@@ -49,10 +51,10 @@ def to_affine(
     Raises:
       ValueError: for a layer that the model does not have.
     """
-    before, norms = find_batch_norms(model, variables, sample, call)
-    stored = arrays_of(before)
+    before = find_batch_norms(model, variables, sample, call)
+    stored = arrays_of(before.model)
     new_layers = {}
-    for path, norm in select(norms, layers).items():
+    for path, norm in select(before.norms, layers).items():
         scale, bias = affine_of(stored[path], norm.options["epsilon"])
         # Statistics may be wider than parameters, and both arrays hold statistics now.
         dtype = jnp.promote_types(norm.options["param_dtype"], norm.stats.mean.dtype)
@@ -64,7 +66,7 @@ def to_affine(
             new_layers[path] = NewLayer(make, params=arrays, batch_stats={})
         else:
             new_layers[path] = NewLayer(make, params={}, batch_stats=arrays)
-    return operate(before, new_layers, [*new_layers], {}, sample, call)
+    return operate(before, new_layers, [*new_layers], {}, check=check)
 
 
 def affine_of(arrays: Mapping[str, Any], epsilon: float) -> tuple[np.ndarray, np.ndarray]:

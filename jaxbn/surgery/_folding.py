@@ -16,7 +16,7 @@ from jaxbn._models.model import split
 from jaxbn.surgery._foldable import CannotFold, Finder
 from jaxbn.surgery._kernels import take_in
 from jaxbn.surgery._new_layers import NewLayer, make_affine, make_with
-from jaxbn.surgery._operation import LayerPaths, Surgery, check_operable, operate, select
+from jaxbn.surgery._operation import LayerPaths, Surgery, found, operate, select
 
 
 def fold(
@@ -26,6 +26,7 @@ def fold(
     *,
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
+    check: bool = True,
 ) -> Surgery:
     """Folds batch norms into the convolution or dense layer before them, or after them where that is exact.
 
@@ -46,6 +47,7 @@ def fold(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them, all of which must fold; None folds those that can.
+      check: whether to run the model before and after, for ``difference`` and ``scale``; both are NaN without.
 
     Returns:
       The new model; ``kept`` lists the batch norms that cannot be folded, with the reason.
@@ -53,15 +55,14 @@ def fold(
     Raises:
       ValueError: if one of ``layers``, or all batch norms, cannot be folded; the message says why.
     """
-    before = split(model, variables)
-    finder = Finder(before, sample, call)
-    norms = finder.norms()
-    check_operable(before, norms, sample, call)
+    split_model = split(model, variables)
+    finder = Finder(split_model, sample, call)
+    before = found(split_model, finder.norms(), variables, sample, call)
     new_layers: dict[str, NewLayer] = {}
     kept: dict[str, str] = {}
     # Kernels and biases of layers that have absorbed batch norms; one layer may do so on both sides.
     folded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for path in select(norms, layers):
+    for path in select(before.norms, layers):
         try:
             matches = finder.matches(path)
             folded |= take_in(matches, finder.arrays, folded)
@@ -82,4 +83,4 @@ def fold(
         dtype = finder.arrays[path]["kernel"].dtype
         params = {"kernel": jnp.asarray(kernel.astype(dtype)), "bias": jnp.asarray(bias.astype(dtype))}
         new_layers[path] = NewLayer(functools.partial(make_with, {"use_bias": True}), params)
-    return operate(before, new_layers, changed, kept, sample, call)
+    return operate(before, new_layers, changed, kept, check=check)

@@ -1,26 +1,26 @@
 """The steps that all operations consist of: find batch norms, select some, exchange them, and compare outputs."""
 
+import collections
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen
 import jax
-import jax.numpy as jnp
-import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
 from jaxbn._models.intercept import evaluation
-from jaxbn._models.model import BATCH_NORMS, Model, join, split
+from jaxbn._models.model import BATCH_NORMS, Model, join, like, modules, split
+from jaxbn.surgery._comparison import compare
 from jaxbn.surgery._exchange import exchange
 from jaxbn.surgery._new_layers import NewLayer
 
 LayerPaths = str | Sequence[str]
 Call = Callable[[Any, Any], Any]  # evaluates a batch: call(module, batch)
 Norms = dict[str, NormCall]  # by path
-
-# Outputs are computed once, so XLA's optimizations would take longer than they save.
-_COMPILED_QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 class Surgery(NamedTuple):
@@ -31,8 +31,9 @@ class Surgery(NamedTuple):
       variables: of the linen module; None for an nnx module, which holds its own.
       layers: paths of the batch norms that were changed.
       kept: reasons why other batch norms were kept as they are, by path.
-      difference: largest change of an output in evaluation, on the sample.
-      scale: largest absolute value of an output before the operation.
+      difference: largest change of an output in evaluation, on the sample; NaN where an output is NaN, and with
+        ``check=False``.
+      scale: largest absolute value of an output before the operation; likewise.
     """
 
     model: Any
@@ -49,7 +50,27 @@ class Surgery(NamedTuple):
         )
 
 
-def find_batch_norms(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Call) -> tuple[Model, Norms]:
+class Found(NamedTuple):
+    """A model and its batch norms.
+
+    Attributes:
+      model: the model, split.
+      norms: the first call of each batch norm, by path.
+      classes: classes of the layers that were called, or of all in nnx, by path.
+      given: the variables as they were given.
+      sample: a batch.
+      call: how the model evaluates a batch.
+    """
+
+    model: Model
+    norms: Norms
+    classes: dict[str, type]
+    given: Any
+    sample: Any
+    call: Call
+
+
+def find_batch_norms(model: Any, variables: Mapping[str, Any] | None, sample: Any, call: Call) -> Found:
     """Splits the model, and finds its batch norms in a trace, with shapes instead of arrays."""
     before = split(model, variables)
     norms: Norms = {}
@@ -60,42 +81,47 @@ def find_batch_norms(model: Any, variables: Mapping[str, Any] | None, sample: An
         return evaluated(norm), None
 
     jax.eval_shape(evaluation(before, call, handle, BATCH_NORMS), before.arrays, sample)
-    check_operable(before, norms, sample, call)
-    return before, norms
+    return found(before, norms, variables, sample, call)
 
 
-def check_operable(model: Model, norms: Norms, sample: Any, call: Call) -> None:
+def found(model: Model, norms: Norms, given: Any, sample: Any, call: Call) -> Found:
     """Refuses a model without batch norms, and a linen model with layers under nn.jit."""
+    if isinstance(model.definition, flax.linen.Module):
+        classes = _called_modules(model, sample, call)
+    else:
+        classes = {path: type(layer) for path, layer in modules(model).items()}
     if not norms:
+        unknown = _not_operated(model, norms, classes)
+        reasons = "".join(f" {path or 'The model'} has batch_stats: {reason}." for path, reason in unknown.items())
         raise ValueError(
             f"no batch norm was called, so there is nothing to change; {WITH_BATCH_NORM}; check that call runs the "
-            "whole model on the sample."
+            f"whole model on the sample.{reasons}"
         )
-    if not isinstance(model.definition, flax.linen.Module):
-        return
     # An edited model intercepts calls, which nn.jit hides if it has traced their block before.  The first trace shows
     # all modules, or else it fills the cache of nn.jit; what the second one does not show is hidden.
-    called = _called_modules(model, sample, call)
-    if hidden := sorted({*called, *norms} - _called_modules(model, sample, call)):
+    if isinstance(model.definition, flax.linen.Module) and (
+        hidden := sorted({*classes, *norms} - {*_called_modules(model, sample, call)})
+    ):
         raise ValueError(
             f"{hidden[0]} is called inside of nn.jit, which keeps what it traced before, so a new layer would have no "
             "effect; remove nn.jit from the block, and compile the whole model with jax.jit instead."
         )
+    return Found(model, norms, classes, given, sample, call)
 
 
-def _called_modules(model: Model, sample: Any, call: Call) -> set[str]:
-    """Returns the paths of the linen modules that a trace of the model calls."""
-    paths = set()
+def _called_modules(model: Model, sample: Any, call: Call) -> dict[str, type]:
+    """Returns the class of each linen module that a trace of the model calls, by path."""
+    classes = {}
 
     def note(proceed, args, kwargs, context):
         if context.module.scope is not None:  # without a scope, a module has no variables and no path
-            paths.add("/".join(context.module.path))
+            classes.setdefault("/".join(context.module.path), type(context.module))
         return proceed(*args, **kwargs)
 
     with flax.linen.intercept_methods(note):
         apply = functools.partial(model.definition.apply, method=call, mutable=True)
         jax.eval_shape(apply, model.arrays, sample)
-    return paths
+    return classes
 
 
 def select(norms: Norms, layers: LayerPaths | None) -> Norms:
@@ -122,31 +148,47 @@ def is_below(path: str, layer: str) -> bool:
 
 
 def operate(
-    before: Model,
+    before: Found,
     new_layers: Mapping[str, NewLayer],
     changed: Sequence[str],
     kept: dict[str, str],
-    sample: Any,
-    call: Call,
+    *,
+    check: bool,
 ) -> Surgery:
-    """Exchanges the layers, and compares the outputs before and after."""
-    after = exchange(before, new_layers)
-    outputs = _outputs(before, sample, call)
-    differences = [abs(a - b).max() for a, b in zip(outputs, _outputs(after, sample, call), strict=True)]
-    largest = max(differences, default=0.0)
-    scale = max((abs(output).max() for output in outputs), default=0.0)
-    return Surgery(*join(after), tuple(changed), kept, float(largest), float(scale))
+    """Exchanges the layers, and compares the outputs before and after if ``check``."""
+    after = exchange(before.model, new_layers)
+    difference, scale = math.nan, math.nan
+    if check:
+        difference, scale = compare(before.model, after, before.sample, before.call)
+    others = _not_operated(before.model, before.norms, before.classes)
+    others = {path: reason for path, reason in others.items() if path not in changed}
+    model, variables = join(after)
+    return Surgery(model, like(variables, before.given), tuple(changed), others | kept, difference, scale)
 
 
-def _outputs(model: Model, sample: Any, call: Call) -> list[np.ndarray]:
-    """Computes the outputs of a model in evaluation; those of integers, which have no rounding, are left out."""
+def _not_operated(model: Model, norms: Norms, classes: dict[str, type]) -> dict[str, str]:
+    """Returns why an operation leaves out the batch norms, and what else has running statistics, by path."""
+    reasons = dict.fromkeys(norms, "it is not among the layers that were named")
+    for path, names in _owners_of_statistics(model).items():
+        if path in norms or names <= {"scale", "bias"}:  # an affine layer that is fixed
+            continue
+        cls = classes.get(path)
+        if cls is None or issubclass(cls, BATCH_NORMS):
+            reasons[path] = "it was not called on the sample"
+        else:
+            reasons[path] = f"{cls.__name__} is no batch norm that is known here"
+    return reasons
 
-    def handle(intercepted):
-        norm = norm_of(intercepted)
-        if norm.use_running_average:  # the layer itself, because its rounding may differ from ours
-            return intercepted.proceed(*intercepted.args, **intercepted.kwargs), None
-        return evaluated(norm), None
 
-    compiled = jax.jit(evaluation(model, call, handle, BATCH_NORMS), compiler_options=_COMPILED_QUICKLY)
-    leaves = jax.tree.leaves(compiled(model.arrays, sample))
-    return [np.asarray(leaf, np.complex128) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
+def _owners_of_statistics(model: Model) -> dict[str, set[str]]:
+    """Returns the names of the running statistics of each layer that has some, by path."""
+    owners = collections.defaultdict(set)
+    if isinstance(model.definition, flax.linen.Module):
+        for *path, name in flatten_dict(model.arrays["batch_stats"]):
+            owners["/".join(path)].add(name)
+        return owners
+    for path, layer in modules(model).items():
+        for name, value in vars(layer).items():
+            if isinstance(value, nnx.BatchStat):
+                owners[path].add(name)
+    return owners

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxbn._core import checks
@@ -38,6 +39,7 @@ def replace(
     *,
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
+    check: bool = True,
     steps: int | None = None,
     **options: Any,
 ) -> Surgery:
@@ -59,6 +61,7 @@ def replace(
       sample: a batch, as ``call`` takes it.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
+      check: whether to run the model before and after, for ``difference`` and ``scale``; both are NaN without.
       steps: number of batches that the statistics come from, for ``debias=True`` and ``momentum=None``, which continue
         the count.
       **options: arguments of :class:`jaxbn.linen.BatchNorm` or :class:`jaxbn.nnx.BatchNorm` to change: accumulate,
@@ -80,14 +83,14 @@ def replace(
     checks.momentum(options.get("momentum"))
     if steps is not None:
         checks.whole("steps", steps, least=0)
-    before, norms = find_batch_norms(model, variables, sample, call)
+    before = find_batch_norms(model, variables, sample, call)
     make = functools.partial(make_batch_norm, options)
-    stored = arrays_of(before)
+    stored = arrays_of(before.model)
     new_layers = {
         path: NewLayer(make, batch_stats=_new_statistics(path, norm, stored[path], options, steps))
-        for path, norm in select(norms, layers).items()
+        for path, norm in select(before.norms, layers).items()
     }
-    return operate(before, new_layers, [*new_layers], {}, sample, call)
+    return operate(before, new_layers, [*new_layers], {}, check=check)
 
 
 def replace_by_group_norm(
@@ -98,6 +101,7 @@ def replace_by_group_norm(
     num_groups: int,
     call: Callable[[Any, Any], Any] = call_model,
     layers: LayerPaths | None = None,
+    check: bool = True,
 ) -> Surgery:
     """Replaces batch norms with group norms of the same scale, bias and epsilon; the statistics are dropped.
 
@@ -116,6 +120,7 @@ def replace_by_group_norm(
       num_groups: number of groups; must divide the number of features of each layer.
       call: how the model evaluates a batch.
       layers: paths of batch norms, or of modules that contain them; None for all.
+      check: whether to run the model before and after, for ``difference`` and ``scale``; both are NaN without.
 
     Returns:
       The new model.
@@ -127,9 +132,9 @@ def replace_by_group_norm(
     References:
       Wu and He 2018, arXiv:1803.08494.
     """
-    before, norms = find_batch_norms(model, variables, sample, call)
+    before = find_batch_norms(model, variables, sample, call)
     new_layers = {}
-    for path, norm in select(norms, layers).items():
+    for path, norm in select(before.norms, layers).items():
         axis, ndim = norm.options["axis"], len(norm.x.shape)
         if axis not in (-1, ndim - 1):
             raise ValueError(
@@ -143,7 +148,7 @@ def replace_by_group_norm(
                 "or replace layers of different widths separately, with layers=."
             )
         new_layers[path] = NewLayer(functools.partial(make_group_norm, num_groups), batch_stats={})
-    return operate(before, new_layers, [*new_layers], {}, sample, call)
+    return operate(before, new_layers, [*new_layers], {}, check=check)
 
 
 def _new_statistics(
@@ -155,9 +160,17 @@ def _new_statistics(
     )  # Flax's layers lack the first two
     counted = settings["momentum"] is None or settings["debias"]
     mean = norm.stats.mean
-    initial = to_variables(init_stats(mean.shape, counted=counted, accumulate=settings["accumulate"], dtype=mean.dtype))
-    statistics = {name: stored.get(name, value) for name, value in initial.items()}
-    added = sorted(initial.keys() - stored.keys())
+
+    def initialize() -> dict[str, Any]:
+        stats = init_stats(mean.shape, counted=counted, accumulate=settings["accumulate"], dtype=mean.dtype)
+        return to_variables(stats)
+
+    needed = jax.eval_shape(initialize).keys()
+    added = sorted(needed - stored.keys())
+    # Most operations add none, and so need no arrays.
+    statistics = {name: stored[name] for name in needed if name in stored}
+    if added:
+        statistics = initialize() | statistics
     # In a loop over layers, the stored arrays have one more axis than those of a call.
     if added and stored["mean"].shape != mean.shape:
         raise ValueError(
@@ -170,7 +183,7 @@ def _new_statistics(
             "from; pass their number as steps=, or 0 to restart the averages."
         )
     if steps is not None:
-        if "steps" not in initial:
+        if "steps" not in needed:
             raise ValueError(
                 f"steps={steps} has no use, because {path} does not count batches; leave it out, or pass debias=True "
                 "or momentum=None."

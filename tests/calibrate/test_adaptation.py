@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax.core import freeze
 
 from jaxbn import calibrate
 from tests.calibrate.models import FEATURES, VARIABLES, Block, NnxNet, X, layer_variables, stats_of
@@ -81,6 +82,16 @@ def test_a_blend_mixes_statistics_and_takes_the_rest_from_the_target():
     desired = jax.tree.map(lambda a: a + 0.75, source["batch_stats"])
     chex.assert_trees_all_close(blended["batch_stats"], desired, rtol=1e-6)
     chex.assert_trees_all_equal(blended["params"], target["params"])
+
+
+def test_variables_come_back_in_the_containers_that_they_came_in():
+    variables = layer_variables()
+    for kind in (freeze, lambda given: {name: freeze(tree) for name, tree in given.items()}):
+        given = kind(variables)
+        calibrated = calibrate.one_pass(nn.BatchNorm(use_running_average=True), given, [X])
+        blended = calibrate.blend(given, calibrated, source_weight=0.5)
+        assert jax.tree.structure(calibrated) == jax.tree.structure(blended) == jax.tree.structure(given)
+        np.testing.assert_allclose(calibrated["batch_stats"]["mean"], X.mean(0), rtol=1e-5)
 
 
 @pytest.mark.slow
