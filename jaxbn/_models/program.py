@@ -1,7 +1,7 @@
 """Programs of models: what their marked calls are, and how to evaluate them with a rule for these calls.
 
 A program is a jaxpr.  It is walked into jit, remat and custom derivatives as if they were not there, into scan once for
-all its turns, and into each branch of cond.  A call is known by its place: the numbers of the equations that lead to it.
+all its turns, and into each branch of cond.  A call is known by its place: the numbers of the equations leading to it.
 What a rule records of a call comes back with axes in front: one for each scan around it, from the outermost to the
 innermost, and then one for each vmap.
 """
@@ -55,6 +55,8 @@ class Call(NamedTuple):
       sizes: of the axes in front of a record.
       levels: number of batch norms that are not frozen on the longest path from the model's inputs to this call, itself
         included, for each turn of the loops; of shape ``sizes`` without those of vmap.
+      features: shape of the running mean in one turn.
+      dtype: of the running mean.
       hidden: why the call cannot be answered by a rule, or None.
       is_conditional: whether it is in a branch that may not be taken.
       is_differentiated: whether the model takes a derivative of it.
@@ -67,6 +69,8 @@ class Call(NamedTuple):
     axes: tuple[int | None, ...]
     sizes: tuple[int, ...]
     levels: np.ndarray
+    features: tuple[int, ...]
+    dtype: Any
     hidden: str | None
     is_conditional: bool
     is_differentiated: bool
@@ -91,6 +95,15 @@ class Program(NamedTuple):
     unmarked: dict[Path, str]
     unread: dict[Path, str]
 
+    def has_moments(self, path: Path) -> bool:
+        """Tests by their names whether statistics of a layer may be a running mean and variance of one shape."""
+        shapes = {}
+        for leaf, aval in zip(self.leaves, self.jaxpr.in_avals, strict=False):
+            if leaf.is_stat and leaf.path == path:
+                shapes[leaf.name.lower()] = aval.shape
+        means = [shape for name, shape in shapes.items() if "mean" in name]
+        return any(shape in means for name, shape in shapes.items() if "var" in name or "std" in name)
+
 
 def trace(model: Model, batch: Any, call: Callable, *, linear: bool = False) -> Program:
     """Traces a model in evaluation, with its batch norms marked, and its linear layers too, if asked."""
@@ -102,7 +115,7 @@ def trace(model: Model, batch: Any, call: Callable, *, linear: bool = False) -> 
         arguments.append(_Value(0, Origin(number, tuple(range(var.aval.ndim))) if is_leaf else None))
     _, levels = walk.program(traced.jaxpr.jaxpr, arguments, _Where())
     calls = {place: call._replace(levels=np.asarray(levels[place])) for place, call in walk.calls.items()}
-    if not (calls or walk.read or traced.was_called):
+    if not (traced.was_called or walk.read or any(call.mean is not None for call in calls.values())):
         raise called_another(model)
     _check_names(traced.leaves)
     owners = dict.fromkeys(leaf.path for leaf in traced.leaves if leaf.is_stat)
@@ -311,16 +324,17 @@ class _Walk:
             return self.scan(eqn, values, where)
         if name == "cond" and not eqn.params.get("branches_platforms"):
             return self.branches(eqn, values, where)
+        levels: Levels = {}
         for number, inner in enumerate(programs_in(eqn)):
             # What happens here is found, but no rule reaches it.
             inside = where._replace(place=(*where.place, number), hidden=where.hidden or name)
             unknown = [_Value(level) for _ in inner.jaxpr.invars]
-            self.program(inner.jaxpr, unknown, inside)
+            levels |= self.program(inner.jaxpr, unknown, inside)[1]
         origins = [_moved(eqn, values)] if len(eqn.outvars) == 1 else [None] * len(eqn.outvars)
         if name == "optimization_barrier":
             origins = [value.origin for value in values]
         self.read |= {value.origin.leaf for value in values if value.origin is not None and origins == [None]}
-        return [_Value(level, origin) for origin in origins], {}
+        return [_Value(level, origin) for origin in origins], levels
 
     def call(self, eqn: JaxprEqn, values: list[_Value], level: int, where: _Where) -> tuple[list[_Value], Levels]:
         site, mapped = eqn.params["site"], eqn.params["mapped"]
@@ -335,9 +349,9 @@ class _Walk:
         var, axes_of_var = self.statistics(operands["var"].origin, site.names.index("var"), mapped, where)
         if axes != axes_of_var:
             mean = var = None
-        x_shape = eqn.invars[0].aval.shape
         sizes = (*where.turns, *_sizes(eqn, mapped))
-        del x_shape
+        index = site.names.index("mean")
+        features = eqn.invars[index].aval
         self.calls[where.place] = Call(
             site,
             site.path if mean is None else self.leaves[mean].path,
@@ -346,6 +360,8 @@ class _Walk:
             axes,
             sizes,
             np.asarray(level),
+            features.shape[sum(flags[index] for flags in mapped) :],
+            features.dtype,
             where.hidden,
             where.is_conditional,
             eqn.params["differentiated"],
@@ -363,7 +379,7 @@ class _Walk:
         axes = [turns.get(depth) for depth in range(len(where.turns))]
         rest = [*origin.axes]
         axes += [rest.pop(0) if flags[index] else None for flags in mapped]
-        if None in rest:
+        if None in rest or rest != sorted(rest):
             return None, (None,) * number
         return origin.leaf, tuple(axes)
 

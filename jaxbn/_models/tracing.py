@@ -70,7 +70,11 @@ def trace_model(model: Model, batch: Any, call: Callable, *, linear: bool = Fals
 
     def call_module(module, batch):
         seen.models.append(module)
-        return evaluating(call)(module, batch)
+        try:
+            return evaluating(call)(module, batch)
+        except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
+            _mention_call(error, batch)
+            raise
 
     def evaluate(arrays, batch):
         # Interceptors nest: this one comes first, so it sees all calls, before an edited model answers any of them.
@@ -82,24 +86,25 @@ def trace_model(model: Model, batch: Any, call: Callable, *, linear: bool = Fals
             y, _ = model.definition.apply(arrays, batch, method=call_module, mutable=_traced_again())
             return y
 
-    try:
-        jaxpr, result = jax.make_jaxpr(evaluate, return_shape=True)(model.arrays, batch)
-    except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
-        if not isinstance(batch, jax.Array | np.ndarray):
-            part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
-            error.add_note(
-                f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
-                f"call=, as in call=lambda module, batch: module({part})."
-            )
-        raise
+    jaxpr, result = jax.make_jaxpr(evaluate, return_shape=True)(model.arrays, batch)
     return Traced(jaxpr, leaves_of(model), jax.tree.structure(result), seen.classes, not is_linen or bool(seen.called))
+
+
+def _mention_call(error: Exception, batch: Any) -> None:
+    """Adds a note to an error of the model on a batch that is not an array."""
+    if not isinstance(batch, jax.Array | np.ndarray):
+        part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
+        error.add_note(
+            f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
+            f"call=, as in call=lambda module, batch: module({part})."
+        )
 
 
 def called_another(model: Model) -> ValueError:
     """Returns the error for a call that has not read any array of the model."""
     return ValueError(
-        f"call did not call the {type(model.definition).__name__} that it was given; pass a function of that module and "
-        "a batch that does not call model.apply itself, as in call=lambda module, batch: module(batch, train=False)."
+        f"call did not call the {type(model.definition).__name__} that it was given; pass a function of that module "
+        "and a batch that does not call model.apply itself, such as lambda module, batch: module(batch, train=False)."
     )
 
 
@@ -157,9 +162,7 @@ def _interceptor(seen: _Seen, linear: bool) -> Callable:
         if not seen.called and _is_in(layer, seen.models):
             seen.called.append(True)
         if isinstance(layer, nnx.bridge.ToLinen) and context.method_name == "__call__":
-            return proceed(
-                *args, **kwargs | {"nnx_method": _marked_method(layer, kwargs.get("nnx_method"), path, seen)}
-            )
+            return proceed(*args, **kwargs | {"nnx_method": _marked_method(kwargs.get("nnx_method"), path, seen)})
         kind = norms.get(function)
         if is_ignored(layer, text(path)) or (kind is None and function not in linears):
             return proceed(*args, **kwargs)
@@ -171,13 +174,12 @@ def _interceptor(seen: _Seen, linear: bool) -> Callable:
     return intercept
 
 
-def _marked_method(layer: Any, method: Any, path: Path, seen: _Seen) -> Callable:
+def _marked_method(method: Any, path: Path, seen: _Seen) -> Callable:
     """Returns a method of an nnx module inside of ToLinen that first marks the module's layers."""
 
     def call_marked(module, *args, **kwargs):
-        name = method or "__call__"
-        function = getattr(type(module), name) if isinstance(name, str) else name
         _mark_layers(module, seen, linear=False, prefix=path)
+        function = getattr(type(module), method or "__call__") if method is None or isinstance(method, str) else method
         return function(module, *args, **kwargs)
 
     return call_marked

@@ -84,7 +84,5 @@ def test_fixed_affine_layers_are_no_batch_norms_that_are_left():
 
 def test_the_refusal_of_a_model_names_what_has_statistics():
     variables = variables_of(Copied(), X)
-    with pytest.raises(
-        ValueError, match="no batch norm was called.* The model has batch_stats: Copied is no"
-    ):
+    with pytest.raises(ValueError, match="no batch norm was called.* The model has batch_stats: Copied is no"):
         surgery.freeze(Copied(), variables, X)
