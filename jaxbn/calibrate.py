@@ -22,26 +22,28 @@ from flax import nnx
 from flax.core import unfreeze
 
 from jaxbn._core.checks import AxisNames
-from jaxbn._core.stats import BatchStats, Moments, combine, init_stats
+from jaxbn._core.stats import BatchStats, Moments
 from jaxbn._models.intercept import call_model
-from jaxbn._models.model import Model, join, like, split, with_stats
+from jaxbn._models.model import Model, join, like, split
 from jaxbn._models.passes import (
     CallModel,
     CallMoments,
-    CallToMeasure,
     Mask,
-    find_calls,
-    jit_partial,
+    Programs,
+    by_layer,
+    check_reachable,
     measure_all,
     measure_calls,
+    merge_calls,
     nothing_to_measure,
     open_batches,
 )
+from jaxbn._models.program import Call, Program
+from jaxbn._models.tracing import text
 
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-Calls = Mapping[str, Sequence[CallToMeasure]]  # those of each layer, by path
 
 
 def measure(
@@ -79,12 +81,14 @@ def measure(
     Raises:
       ValueError: for a model without batch norm, variables without statistics, or a mask that does not fit.
     """
-    definition, arrays = split(model, variables)
-    options = {"axis_name": axis_name, "use_running_average": use_running_average}
-    moments = measure_calls(definition, call, mask, arrays, batch, **options)
-    if not moments:
+    before = split(model, variables)
+    program, examples = Programs(before, call, mask).of(batch)
+    _check_calls(program, trains=not use_running_average)
+    if not program.calls:
         raise nothing_to_measure(frozen=False)
-    return _combine_by_layer(moments)
+    options = {"mask": examples, "axis_name": axis_name, "use_running_average": use_running_average}
+    moments = measure_calls(program, before.arrays, batch, **options)
+    return {path: _merged(program, numbers, moments) for path, numbers in by_layer(program.calls.values()).items()}
 
 
 def one_pass(
@@ -137,19 +141,12 @@ def one_pass(
     """
     before = split(model, variables)
     first, data = open_batches(batches)
-    calls = find_calls(before, first, call)
-    measure_batch = jit_partial(measure_calls, before.definition, call, mask, use_running_average=use_running_average)
-    try:
-        moments, _ = measure_all(measure_batch, before.arrays, data)
-    except jax.errors.UnexpectedTracerError:
-        # Calls under a bare jax.vmap or jax.lax.scan record tracers of the loop.  Under nn.scan over layers they record
-        # moments with an axis for the layers, which can be stored, so that not every loop is an error.
-        _check_no_loops(calls)
-        raise
-    # In the order of the levels, since NaN spread: the first layer that fails is the cause.
-    for path in sorted(calls, key=lambda path: calls[path][0].level or 0):
-        _check_usable(path, *jax.device_get(moments[path]))
-    return like(_with_moments(before, calls, moments), variables)
+    programs = Programs(before, call, mask)
+    program, _ = programs.of(first)
+    _check_calls(program, trains=not use_running_average)
+    measure_batch = programs.compiled(measure_calls, use_running_average=use_running_average)
+    moments, _ = measure_all(measure_batch, before.arrays, data)
+    return like(_with_moments(before, program, moments), variables)
 
 
 def layer_by_layer(
@@ -201,32 +198,37 @@ def layer_by_layer(
             "once for each level of layers; pass a list or a function that returns an iterator, or use one_pass."
         )
     first, data = open_batches(batches)
-    calls = find_calls(before, first, call)
-    _check_no_loops(calls)
-    levels = max(layer_call.level or 0 for layer_calls in calls.values() for layer_call in layer_calls)
-    measure_batch = jit_partial(measure_calls, before.definition, call, mask, use_running_average=True, by_call=True)
+    programs = Programs(before, call, mask)
+    program, _ = programs.of(first)
+    _check_calls(program, trains=True)
+    calls = [*program.calls.values()]
+    measure_batch = programs.compiled(measure_calls, use_running_average=True)
     # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
     # wrong until all levels before them are measured, and are not used.
-    stats = {path: [_initial_stats(layer_call) for layer_call in layer_calls] for path, layer_calls in calls.items()}
-    moments, number = {}, 0
-    for level in range(1, levels + 1):
+    known = [None if call.site.is_frozen else _initial_stats(call) for call in calls]
+    moments, number = (), 0
+    for level in range(1, max(call.levels.max() for call in calls) + 1):
         if level > 1:
             _, data = open_batches(batches)
-        rows = {path: jax.tree.map(lambda *by_call: np.stack(by_call), *stats[path]) for path in calls}
-        moments, number_read = measure_all(measure_batch, with_stats(before, rows).arrays, data)
+        measure_known = functools.partial(_with_stats, measure_batch, tuple(known))
+        moments, number_read = measure_all(measure_known, before.arrays, data)
         number = number or number_read
         if number_read != number:
             raise ValueError(
                 f"batches gave {number} batches at first and {number_read} when read again, but the data must be the "
                 "same each time; pass a list, or a function that returns a new iterator."
             )
-        for path, index in _calls_at(level, calls):
+        for i, call_here in enumerate(calls):
+            is_here = call_here.levels == level
+            if known[i] is None or not is_here.any():
+                continue
             # By way of the host: a jitted function is compiled again for arrays on other devices.
-            measured = jax.device_get(moments[path][index])
-            _check_usable(path, measured)
-            stats[path][index] = BatchStats(measured.mean, measured.var)
+            measured = _on_host(moments[i])
+            if not call_here.is_conditional and not isinstance(measured.mean, jax.core.Tracer):
+                _check_usable(call_here, Moments(*(leaf[is_here] for leaf in measured)))
+            known[i] = BatchStats(*(_where(is_here, new, old) for new, old in zip(measured, known[i], strict=False)))
     # The last pass measured the inputs of all levels, with the statistics of those before them.
-    return like(_with_moments(before, calls, moments), variables)
+    return like(_with_moments(before, program, moments), variables)
 
 
 def blend(source: Any, target: Any, *, source_weight: float | jax.Array) -> Any:
@@ -292,59 +294,96 @@ def _batch_stats(state: Any) -> Any:
     )
 
 
-def _initial_stats(layer_call: CallToMeasure) -> BatchStats:
-    """Returns mean 0 and variance 1, for a call that is not measured yet."""
+def _initial_stats(call: Call) -> BatchStats:
+    """Returns mean 0 and variance 1 for each turn of a call that is not measured yet."""
     # In float32 at least, as measured statistics are, so that a program of all levels sees the same dtypes.
-    dtype = jnp.promote_types(layer_call.dtype, jnp.float32)
-    return jax.device_get(init_stats(layer_call.features, dtype=dtype))
+    dtype = jnp.promote_types(call.dtype, jnp.float32)
+    shape = (*call.sizes, *call.features)
+    return BatchStats(np.zeros(shape, dtype), np.ones(shape, jnp.finfo(dtype).dtype))
 
 
-def _combine_by_layer(moments: CallMoments) -> dict[str, Moments]:
-    return {path: functools.reduce(combine, of_calls) for path, of_calls in moments.items()}
+def _with_stats(measure_batch: Callable, stats: tuple, arrays: Any, batch: Any) -> CallMoments:
+    return measure_batch(arrays, batch, stats)
 
 
-def _with_moments(model: Model, calls: Calls, moments: CallMoments) -> Any:
+def _where(is_here: np.ndarray, new: Any, old: Any) -> Any:
+    """Returns the new values in the turns where ``is_here``, and the old ones elsewhere."""
+    where = is_here.reshape(is_here.shape + (1,) * (np.ndim(new) - is_here.ndim))
+    return (jnp if isinstance(new, jax.core.Tracer) else np).where(where, new, old)
+
+
+def _on_host(measured: Moments) -> Moments:
+    """Returns moments as NumPy arrays, or as they are while they are traced."""
+    return measured if isinstance(measured.mean, jax.core.Tracer) else jax.device_get(measured)
+
+
+def _merged(program: Program, numbers: Sequence[int], moments: CallMoments) -> Moments:
+    """Combines the moments of some calls, those of a layer."""
+    calls = [*program.calls.values()]
+    return merge_calls(tuple(calls[i].axes for i in numbers), tuple(moments[i] for i in numbers))
+
+
+def _with_moments(model: Model, program: Program, moments: CallMoments) -> Any:
     """Returns the linen variables, or the nnx module, with measured moments as running statistics."""
-    stats = {}
-    for path, (mean, var, count) in _combine_by_layer({path: moments[path] for path in calls}).items():
-        layer_call, *_ = calls[path]
-        if layer_call.unbiased:
-            var = var * (count / jnp.maximum(count - 1, 1))
-        dtype = mean.dtype if jnp.iscomplexobj(mean) else layer_call.dtype
-        stats[path] = BatchStats(mean.astype(dtype), var.astype(jnp.finfo(dtype).dtype))
-    module, variables = join(with_stats(model, stats))
+    calls = [*program.calls.values()]
+    leaves, structure = jax.tree.flatten(model.arrays)
+    layers = {path: numbers for path, numbers in by_layer(calls).items() if not calls[numbers[0]].site.is_frozen}
+    merged = {path: _on_host(_merged(program, numbers, moments)) for path, numbers in layers.items()}
+    # In the order of the levels, since NaN spread: the first layer that fails is the cause.
+    for path in sorted(layers, key=lambda path: calls[layers[path][0]].levels.min()):
+        _check_usable(calls[layers[path][0]], merged[path])
+    for path, numbers in layers.items():
+        first, (mean, var, count) = calls[numbers[0]], merged[path]
+        if first.site.options.get("unbiased", False):
+            var = var * (count / np.maximum(count - 1, 1))
+        dtype = mean.dtype if jnp.iscomplexobj(mean) else first.dtype
+        leaves[first.mean] = jnp.asarray(mean, dtype)
+        leaves[first.var] = jnp.asarray(var, jnp.finfo(dtype).dtype)
+    module, variables = join(Model(model.definition, jax.tree.unflatten(structure, leaves)))
     return module if variables is None else variables
 
 
-def _check_usable(path: str, *moments: Moments) -> None:
-    """Raises an error for moments that cannot be normalized with."""
-    for mean, var, count in moments:
-        if not (count > 0).all():
+def _check_calls(program: Program, *, trains: bool) -> None:
+    """Raises an error for batch norms whose inputs cannot be measured.
+
+    Args:
+      program: of the model.
+      trains: whether layers normalize with other statistics than those of the model.
+    """
+    for path, reason in program.unmarked.items():
+        if program.has_moments(path):
+            raise ValueError(f"the statistics of {text(path)} cannot be measured: {reason}.")
+    to_measure = [call for call in program.calls.values() if not call.site.is_frozen]
+    if not to_measure:
+        raise nothing_to_measure(frozen=bool(program.calls))
+    for call in to_measure:
+        path = text(call.path) or "the model"
+        check_reachable(call)
+        if call.mean is None or call.var is None:
             raise ValueError(
-                f"{(count == 0).sum()} of the {count.size} features of {path} have no values, but at least "
-                "one example must count; check the mask, or pass more batches."
+                f"{path} is called with statistics that the model computes from others, so that measured ones have no "
+                "place; call the layer with its own variables."
             )
-        wrong = ~(np.isfinite(mean) & np.isfinite(var))
-        if wrong.any():
+        if trains and call.is_differentiated:
             raise ValueError(
-                f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features, so their statistics "
-                "would not be either; look for NaN in the data and the parameters, or mask those examples out."
+                f"the model takes a derivative of {path}, which would be that of the running statistics; pass a call "
+                "that returns what comes before the derivative."
             )
 
 
-def _check_no_loops(calls: Calls) -> None:
-    """Raises an error for calls in a loop, which have no level."""
-    for path, layer_calls in calls.items():
-        if any(layer_call.level is None for layer_call in layer_calls):
-            raise ValueError(
-                f"{path} is called inside of a loop or a branch, such as nn.scan, jax.vmap or nn.cond, where its calls "
-                "cannot be measured one by one; unroll the loop, or use layers outside of it (remat and jit are fine)."
-            )
-
-
-def _calls_at(level: int, calls: Calls) -> Iterator[tuple[str, int]]:
-    """Yields path of the layer and index of each call at this level."""
-    for path, layer_calls in calls.items():
-        for index, layer_call in enumerate(layer_calls):
-            if layer_call.level == level:
-                yield path, index
+def _check_usable(call: Call, measured: Moments) -> None:
+    """Raises an error for moments that cannot be normalized with, unless they are being traced."""
+    path, (mean, var, count) = text(call.path), measured
+    if isinstance(mean, jax.core.Tracer):
+        return
+    if not (count > 0).all():
+        raise ValueError(
+            f"{(count == 0).sum()} of the {count.size} features of {path} have no values, but at least "
+            "one example must count; check the mask, or pass more batches."
+        )
+    wrong = ~(np.isfinite(mean) & np.isfinite(var))
+    if wrong.any():
+        raise ValueError(
+            f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features, so their statistics "
+            "would not be either; look for NaN in the data and the parameters, or mask those examples out."
+        )

@@ -95,6 +95,7 @@ def domain_batch_norm(
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
+    update_stats: bool = True,
     **options: Any,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm of one domain, or of each domain's part of the batch.
@@ -127,6 +128,7 @@ def domain_batch_norm(
         makes the outputs NaN.  Indices per example may differ in any way.
       axis_index_groups: groups of device indices to normalize separately, as in :func:`jax.lax.psum`.
       mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+      update_stats: False, in training, normalizes with the batch, and leaves all statistics as they are.
       **options: other arguments of :func:`jaxbn.batch_norm`.
 
     Returns:
@@ -159,7 +161,7 @@ def domain_batch_norm(
         """Applies the batch norm of a domain to the whole batch, and puts its statistics back into their row."""
         own = jax.tree.map(lambda value: value[d] if jnp.ndim(value) else value, stats)
         y, new = batch_norm(x, own, row(scale, d), row(bias, d), axis=axes, mask=mask, **on_devices, **options)
-        if use_running_average:
+        if use_running_average or not update_stats:
             return y, stats
         return y, jax.tree.map(lambda old, new: _with_row(old, d, new), stats, new)
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.meta import AxisMetadata
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
@@ -46,6 +47,7 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
       debias: correct the running statistics for their initial values; adds the variable ``steps``.
       frozen: always evaluate, and ignore ``use_running_average``.
       accumulate: number of training calls of a domain per update of its statistics.
+      update_stats: False, in training, leaves all statistics as they are; can be overridden in the call.
 
     References:
       Chang et al. 2019, arXiv:1906.03950; Xie et al. 2020, arXiv:1911.09665.
@@ -58,6 +60,7 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
     debias: bool = False
     frozen: bool = False
     accumulate: int = 1
+    update_stats: bool = True
 
     @nn.compact
     def __call__(
@@ -67,6 +70,7 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
         *,
         domain: ArrayLike | None = None,
         mask: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes ``x``; in training, updates the rows of the chosen domains in ``batch_stats``.
 
@@ -75,6 +79,8 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
           use_running_average: True to evaluate, False to train; if not passed to the constructor.
           domain: index from 0 to D - 1, or one for each example, shape [N]; if None, that of :func:`jaxbn.domain`.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+          update_stats: False leaves the statistics as they are, so that ``batch_stats`` need not be mutable; None as
+            the constructor says.
 
         Returns:
           y, shape [..., C].
@@ -88,6 +94,7 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
         )
         checks.boolean("use_running_average", use_running_average)
         checks.inexact(dtype=self.dtype, param_dtype=self.param_dtype)
+        update_stats = self.update_stats if update_stats is None else update_stats
         x = jnp.asarray(x)
         shape = tuple(x.shape[axis] for axis in checks.feature_axes(x.shape, self.axis))
         # Evaluation does not need the pending moments, so it accepts checkpoints that lack them.
@@ -116,11 +123,12 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             mask=mask,
+            update_stats=update_stats,
             unbiased=self.unbiased,
             method=self.method,
         )
         # Not in evaluation, where the collection is usually immutable.
-        if not use_running_average:
+        if not use_running_average and update_stats:
             for name, value in to_variables(stats).items():
                 variables[name].value = value
         return cast(y, self.dtype)
@@ -129,8 +137,11 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
     def _parameter(self, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
         """Returns scale or bias: of shape [C], or with a row for each domain."""
 
-        def rows(*args: Any) -> jax.Array:
-            return repeat_rows(init(*args), self.num_domains)
+        def rows(*args: Any) -> Any:
+            value = repeat_rows(init(*args), self.num_domains)
+            # An initializer under nn.with_partitioning names the axes of [C] only.
+            boxed = isinstance(value, AxisMetadata)
+            return value.add_axis(0, {nn.PARTITION_NAME: None}) if boxed else value
 
         return self.param(name, rows if self.separate_scale_and_bias else init, shape, self.param_dtype)
 

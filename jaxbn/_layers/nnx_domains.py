@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
+from flax.typing import Initializer
 from jax import lax
+from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from jaxbn._core import checks
@@ -50,7 +52,9 @@ class DomainBatchNorm(nnx.BatchNorm):
       debias: correct the running statistics for their initial values; adds the variable ``steps``.
       frozen: always evaluate, even after ``train()``.
       accumulate: number of training calls of a domain per update of its statistics.
-      **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.
+      update_stats: False, in training, leaves all statistics as they are; can be overridden in the call.
+      **options: all other arguments of ``flax.nnx.BatchNorm``; ``momentum`` may be None.  With
+        ``separate_scale_and_bias``, ``scale_metadata`` and ``bias_metadata`` are those of variables of shape [D, C].
 
     References:
       Chang et al. 2019, arXiv:1906.03950; Xie et al. 2020, arXiv:1911.09665.
@@ -68,11 +72,15 @@ class DomainBatchNorm(nnx.BatchNorm):
         debias: bool = False,
         frozen: bool = False,
         accumulate: int = 1,
+        update_stats: bool = True,
         **options: Any,
     ):
         checks.inexact(dtype=options.get("dtype"), param_dtype=options.get("param_dtype"))
         num_features = checks.whole("num_features", num_features, least=0)
         num_domains = checks.whole("num_domains", num_domains, least=1)
+        if separate_scale_and_bias:
+            for name, default in (("scale_init", initializers.ones), ("bias_init", initializers.zeros)):
+                options[name] = _rows(options.get(name, default), num_domains)
         super().__init__(num_features, rngs=rngs, **options)
         self.num_domains = num_domains
         self.separate_scale_and_bias = separate_scale_and_bias
@@ -81,13 +89,10 @@ class DomainBatchNorm(nnx.BatchNorm):
         self.debias = debias
         self.frozen = frozen
         self.accumulate = accumulate
+        self.update_stats = update_stats
         stats = init_stats(num_features, counted=self.momentum is None or debias, accumulate=accumulate)
         for name, value in to_variables(stats).items():
             setattr(self, name, nnx.BatchStat(repeat_rows(value, num_domains)))
-        if separate_scale_and_bias:
-            for parameter in (self.scale, self.bias):
-                if parameter is not None:
-                    parameter.set_value(repeat_rows(parameter[...], num_domains))
 
     def __call__(
         self,
@@ -96,6 +101,7 @@ class DomainBatchNorm(nnx.BatchNorm):
         *,
         domain: ArrayLike | None = None,
         mask: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalizes ``x``; in training, updates the statistics of the chosen domains.
 
@@ -104,6 +110,7 @@ class DomainBatchNorm(nnx.BatchNorm):
           use_running_average: True to evaluate, False to train; overrides the constructor, ``train()`` and ``eval()``.
           domain: index from 0 to D - 1, or one for each example, shape [N]; if None, that of :func:`jaxbn.domain`.
           mask: booleans that broadcast to ``x``; False leaves a position out of the moments.
+          update_stats: False leaves the statistics as they are; None as the constructor or ``nnx.view`` says.
 
         Returns:
           y, shape [..., C].
@@ -121,6 +128,7 @@ class DomainBatchNorm(nnx.BatchNorm):
             ),
         )
         checks.boolean("use_running_average", use_running_average)
+        update_stats = self.update_stats if update_stats is None else update_stats
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
         names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
@@ -146,22 +154,35 @@ class DomainBatchNorm(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             mask=mask,
+            update_stats=update_stats,
             unbiased=self.unbiased,
             method=self.method,
         )
-        if not use_running_average:
+        if not use_running_average and update_stats:
             for name, value in to_variables(stats).items():
                 # State rather than an output: no gradient flows through it.
                 variables[name].set_value(lax.stop_gradient(value))
         return cast(y, self.dtype)
 
-    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
+    def set_view(
+        self, use_running_average: bool | None = None, frozen: bool | None = None, update_stats: bool | None = None
+    ) -> None:
         """Sets the mode; called by ``nnx.view``.
 
         Args:
           use_running_average: True to evaluate, False to train; None keeps the current value.
           frozen: True to always evaluate; None keeps the current value.
+          update_stats: False to leave the statistics as they are in training; None keeps the current value.
         """
         super().set_view(use_running_average)
-        if frozen is not None:
-            self.frozen = frozen
+        self.frozen = self.frozen if frozen is None else frozen
+        self.update_stats = self.update_stats if update_stats is None else update_stats
+
+
+def _rows(init: Initializer, num_domains: int) -> Initializer:
+    """Returns an initializer of equal rows."""
+
+    def initialize(*args: Any) -> jax.Array:
+        return repeat_rows(init(*args), num_domains)
+
+    return initialize

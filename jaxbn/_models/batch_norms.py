@@ -1,22 +1,23 @@
-"""Intercepted calls of batch norms and linear layers: their inputs, arrays and options, alike for linen and nnx."""
+"""Calls of batch norms and linear layers: their inputs, arrays and options, alike for linen and nnx."""
 
 import inspect
 from typing import Any, NamedTuple, Self
 
 import flax.linen
 import jax
+from flax import nnx
 from flax.core.meta import unbox
 
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn._core import checks
 from jaxbn._core.functional import batch_norm
 from jaxbn._core.stats import BatchStats
-from jaxbn._models.intercept import Call
-from jaxbn._models.model import shapes
+from jaxbn._models.model import BATCH_NORMS, shapes
 
 # A clause of the messages about models in which no batch norm is called.
 WITH_BATCH_NORM = (
-    "the model must call flax.linen.BatchNorm, flax.nnx.BatchNorm, one of jaxbn's, or a subclass with the same __call__"
+    "the model must call flax.linen.BatchNorm, flax.nnx.BatchNorm, one of jaxbn's, or a subclass that calls theirs"
 )
 
 
@@ -57,43 +58,120 @@ class NormCall(NamedTuple):
         return shapes(self._replace(options={}))._replace(options=self.options)
 
 
-def norm_of(call: Call) -> NormCall:
-    """Reads inputs, arrays and options of a batch norm that is being called."""
+class Names(NamedTuple):
+    """Where a class of batch norms has its arrays and settings: names of variables and attributes.
 
-    # The signature of all four layers, which binds the arguments.
-    def bind(x, use_running_average=None, *, mask=None):
-        return x, use_running_average, mask
+    Attributes:
+      mean: variable of the running mean.
+      var: variable of the running variance.
+      scale: variable of the scale; need not exist.
+      bias: variable of the bias; need not exist.
+      epsilon: attribute, or the number itself.
+      axis: attribute, or the feature axis itself.
+      momentum: attribute; need not exist.
+      dtype: attribute of the result's dtype; need not exist.
+    """
 
-    layer = call.layer
-    x, use_running_average, mask = bind(*call.args, **call.kwargs)
+    mean: str = "mean"
+    var: str = "var"
+    scale: str = "scale"
+    bias: str = "bias"
+    epsilon: str | float = "epsilon"
+    axis: str | int = "axis"
+    momentum: str = "momentum"
+    dtype: str = "dtype"
+
+
+_kinds: dict[type, Names] = dict.fromkeys(BATCH_NORMS, Names())
+
+
+def register_batch_norm(cls: type, **names: Any) -> type:
+    """Makes a class of layers a kind of batch norm, on which all tools operate.
+
+    Its ``__call__`` takes the inputs first, and normalizes them in evaluation as :func:`jaxbn.normalize` does, with the
+    variables and settings of these names.
+
+    Args:
+      cls: a class of linen or nnx modules.
+      **names: the fields of :class:`Names` that differ from Flax's.
+
+    Returns:
+      The class, so that this can be a decorator.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, flax.linen.Module | nnx.Module)):
+        raise ValueError(
+            f"register_batch_norm takes a class of linen or nnx modules, got {cls!r}; pass the class itself."
+        )
+    _kinds[cls] = Names(**names)
+    return cls
+
+
+def kinds() -> tuple[type, ...]:
+    """Returns the classes of batch norms: Flax's, ours, and those that were registered."""
+    return tuple(_kinds)
+
+
+def read_norm(layer: Any, kind: type, args: tuple, kwargs: dict, path: str) -> NormCall:
+    """Reads inputs, arrays and options of a batch norm whose ``kind.__call__`` is called with these arguments."""
+    # Flax keeps the function behind the methods of linen modules, whose own signature has no names.
+    bound = inspect.signature(inspect.unwrap(kind.__call__)).bind(layer, *args, **kwargs).arguments
+    _, x, *_ = bound.values()
+    use_running_average = bound.get("use_running_average")
     if use_running_average is None:
-        use_running_average = layer.use_running_average
+        use_running_average = getattr(layer, "use_running_average", None)
     # A frozen layer evaluates even where the call asks it to train.
     use_running_average = getattr(layer, "frozen", False) or use_running_average
-    required = {"mean": True, "var": True, "scale": layer.use_scale, "bias": layer.use_bias}
-    arrays = {name: _array_of(layer, name) for name in required}
+    if use_running_average is not None:
+        checks.boolean("use_running_average", use_running_average)
+    names = _kinds[kind]
+    arrays = {name: _array_of(layer, names, name) for name in ("mean", "var", "scale", "bias")}
+    required = {"mean": True, "var": True} | {name: getattr(layer, f"use_{name}", False) for name in ("scale", "bias")}
     if missing := [name for name, array in arrays.items() if required[name] and array is None]:
         raise ValueError(
-            f"variables have no {', '.join(map(repr, missing))} of {call.path or 'the model'}; they must be those of "
+            f"variables have no {', '.join(map(repr, missing))} of {path or 'the model'}; they must be those of "
             "this model, with 'params' and 'batch_stats'; pass the result of model.init, or of training."
         )
     stats = BatchStats(arrays["mean"], arrays["var"])
-    return NormCall(x, mask, use_running_average, stats, arrays["scale"], arrays["bias"], settings_of(layer))
+    options = settings_of(layer) if kind in BATCH_NORMS else _foreign_settings(layer, names, arrays)
+    return NormCall(x, bound.get("mask"), use_running_average, stats, arrays["scale"], arrays["bias"], options)
+
+
+def norm_of(call: Any) -> NormCall:
+    """Reads an intercepted call of one of Flax's or our batch norms."""
+    kind = next(cls for cls in type(call.layer).__mro__ if cls in BATCH_NORMS)
+    return read_norm(call.layer, kind, call.args, call.kwargs, call.path)
+
+
+def _foreign_settings(layer: Any, names: Names, arrays: dict[str, Any]) -> dict[str, Any]:
+    def setting(name, default=None):
+        return getattr(layer, name, default) if isinstance(name, str) else name
+
+    return {
+        "axis": setting(names.axis, -1),
+        "epsilon": setting(names.epsilon),
+        "momentum": setting(names.momentum),
+        "dtype": setting(names.dtype),
+        "use_scale": arrays["scale"] is not None,
+        "use_bias": arrays["bias"] is not None,
+    }
 
 
 def kernel_of(layer: Any) -> jax.Array:
     """Returns the kernel that a linear layer uses in this call."""
-    return _array_of(layer, "kernel")
+    if isinstance(layer, flax.linen.Module):
+        return unbox(layer.get_variable("params", "kernel"))
+    return layer.kernel[...]
 
 
-def _array_of(layer: Any, name: str) -> Any:
-    """Returns an array of a layer that is being called, or None if the layer has none of this name."""
+def _array_of(layer: Any, names: Names, name: str) -> Any:
+    """Returns an array of a batch norm that is being called, or None if the layer has none of this name."""
+    variable_name = getattr(names, name)
     if isinstance(layer, flax.linen.Module):
         # Read as a variable, not as an attribute: inside of the layer's own call it would be declared first, but that
         # call may never happen.
         collection = "batch_stats" if name in BatchStats._fields else "params"
-        return unbox(layer.get_variable(collection, name))
-    variable = getattr(layer, name)
+        return unbox(layer.get_variable(collection, variable_name))
+    variable = getattr(layer, variable_name, None)
     return None if variable is None else variable[...]
 
 

@@ -63,6 +63,11 @@ def ignore_layers(predicate: Callable[[Any, str], bool]) -> Callable[[Any, str],
     return predicate
 
 
+def is_ignored(layer: Any, path: str) -> bool:
+    """Tests whether another layer is about to be called in place of this linen layer."""
+    return any(predicate(layer, path) for predicate in _ignored)
+
+
 def call_model(model: Any, batch: Any) -> Any:
     """Returns ``model(batch)``: the default of ``call``."""
     if not callable(model):
@@ -157,7 +162,7 @@ def _run_linen(
         if context.method_name != "__call__" or not is_one_of(layer, kinds):
             return proceed(*args, **kwargs)
         path = "/".join(layer.path)
-        if any(is_ignored(layer, path) for is_ignored in _ignored):
+        if is_ignored(layer, path):
             return proceed(*args, **kwargs)
         earlier = layer.get_variable(_RECORDS, "calls", ())
         y, record = handle_next(path, earlier, layer, args, kwargs, proceed)

@@ -1,90 +1,99 @@
-"""Passes over data: the moments of the inputs of each batch norm, and which batch norms depend on which.
+"""Passes over data: the moments of the inputs of each call of a batch norm.
 
 ``call(module, batch)`` and ``mask(batch)`` are the arguments of the same names in :mod:`jaxbn.calibrate`.  Moments are
-returned by path of the layer, as a tuple with one entry for each call of the layer.
+returned for each call, in the order of execution, with the axes of loops and of vmap in front.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.typing import ArrayLike
 
 from jaxbn._core import checks
 from jaxbn._core.checks import AxisNames
+from jaxbn._core.devices import Devices
 from jaxbn._core.functional import batch_normalize
-from jaxbn._core.stats import BatchStats, Moments, combine, moments
-from jaxbn._models import dataflow
-from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated, norm_of
-from jaxbn._models.intercept import Call, evaluating, run
-from jaxbn._models.model import BATCH_NORMS, Model
+from jaxbn._core.stats import BatchStats, Moments, combine, moments, pool
+from jaxbn._models.batch_norms import WITH_BATCH_NORM, NormCall, evaluated
+from jaxbn._models.compiled import compiled
+from jaxbn._models.model import Model
+from jaxbn._models.program import Call, Program, evaluate, trace
+from jaxbn._models.tracing import text
 
 CallModel = Callable[[Any, Any], Any]
 Mask = Callable[[Any], ArrayLike]
-CallMoments = dict[str, tuple[Moments, ...]]
+CallMoments = tuple[Moments, ...]
+# Returns what a tool wants of a batch: measured(program, arrays, batch, *others, **options).
+Measure = Callable[..., Any]
 
 
-def jit_partial(function: Callable, *static: Any, **options: Any) -> Callable:
-    """Jits ``partial(function, *static, **options)``.
+class Programs:
+    """The programs of a model, one for each shape of the batches."""
 
-    Equal hashable arguments share a program (the last 128 are kept).  Unhashable ones, such as modules with arrays as
-    attributes, are compiled again for each ``jit_partial``, and the program is freed with the result.
-    """
-    try:
-        hash((static, *options.values()))
-    except TypeError:
-        # Not looked up by identity: an array may have been changed in place since the program was compiled.
-        return jax.jit(functools.partial(function, *static, **options))
-    return _shared_program(function, *static, **options)
+    def __init__(self, model: Model, call: CallModel, mask: Mask | None):
+        self.model, self._call, self._mask = model, call, mask
+        self._programs: dict[Any, tuple[Program, ClosedJaxpr | None]] = {}
+
+    def of(self, batch: Any) -> tuple[Program, ClosedJaxpr | None]:
+        """Returns the programs of the model and of the mask, which are traced once for each shape of a batch."""
+        key = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
+        if key not in self._programs:
+            mask = None if self._mask is None else jax.make_jaxpr(self._mask)(batch)
+            self._programs[key] = trace(self.model, batch, self._call), mask
+        return self._programs[key]
+
+    def compiled(self, measure: Measure, **options: Any) -> Callable:
+        """Returns ``measured(arrays, batch, *others)``, which is compiled once for each program."""
+
+        def measured(arrays, batch, *others):
+            program, mask = self.of(batch)
+            return compiled(measure, program, mask=mask, **options)(arrays, batch, *others)
+
+        return measured
 
 
-@functools.lru_cache(maxsize=128)
-def _shared_program(function: Callable, *static: Any, **options: Any) -> Callable:
-    return jax.jit(functools.partial(function, *static, **options))
+def examples_of(mask: ClosedJaxpr | None, batch: Any) -> jax.Array | None:
+    """Returns which examples of a batch count, or None."""
+    if mask is None:
+        return None
+    (examples,) = jaxpr_as_fun(mask)(*jax.tree.leaves(batch))
+    return examples
 
 
 def measure_calls(
-    definition: Any,
-    call: CallModel,
-    mask: Mask | None,
+    program: Program,
     arrays: Any,
     batch: Any,
+    stats: tuple[BatchStats | None, ...] | None = None,
     *,
+    mask: ClosedJaxpr | None,
     use_running_average: bool,
     axis_name: AxisNames | None = None,
-    by_call: bool = False,
 ) -> CallMoments:
     """Measures the inputs of each call of a batch norm in one batch.
 
-    The static arguments come first, because :func:`jit_partial` binds them.
-
     Args:
-      definition: that of a :class:`Model`.
-      call: how the model evaluates a batch.
-      mask: which examples count, or None.
+      program: of the model.
       arrays: those of the model.
-      batch: passed on to ``call`` and ``mask``.
-      use_running_average: whether layers normalize with their running statistics, or with the batch.
+      batch: the batch.
+      stats: statistics with which each call normalizes, in place of the running ones; None where these hold.
+      mask: the program of the mask, or None.
+      use_running_average: whether layers normalize with statistics, or with the batch.
       axis_name: axes of devices that the batch is spread over.
-      by_call: whether running statistics have a row for each call of a layer, shape [calls, C]; not those of frozen
-        layers.
     """
-    examples = None if mask is None else mask(batch)
+    examples = examples_of(mask, batch)
+    given = {} if stats is None else dict(zip(program.calls, stats, strict=True))
 
-    def handle(layer_call: Call) -> tuple[jax.Array, Moments]:
-        norm = norm_of(layer_call)
-        norm = norm._replace(mask=combine_masks(norm, examples, layer_call.path))
-        if by_call and not norm.is_frozen:
-            # Not layer_call.index, which is counted on the host: nn.jit may reuse the trace of an earlier call, but
-            # only if as many calls were recorded before it.
-            index = len(layer_call.earlier)
-            mean, var = norm.stats
-            norm = norm._replace(stats=BatchStats(mean[index], var[index]))
+    def rule(place: tuple[int, ...], norm: NormCall, known: BatchStats | None) -> tuple[jax.Array, Moments]:
+        norm = norm._replace(mask=combine_masks(norm, examples, text(program.calls[place].path)))
+        if known is not None:
+            norm = norm._replace(stats=known)
         options = {"axis": norm.options["axis"], "mask": norm.mask, "axis_name": axis_name}
         if use_running_average or norm.is_frozen:
             return evaluated(norm), moments(norm.x, **options)
@@ -94,15 +103,15 @@ def measure_calls(
         y, batch_moments = normalize(norm.x, norm.scale, norm.bias, **options)
         return norm.cast(y), batch_moments
 
-    _, recorded = run(Model(definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
-    return recorded
+    _, records = evaluate(program, rule, arrays, batch, given)
+    return tuple(records[place] for place in program.calls)
 
 
-def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
+def measure_all(measure: Measure, arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
     """Measures each batch, and combines the moments of all batches for each call of a batch norm.
 
     Args:
-      measure: ``measure(arrays, batch)`` returns the moments of one batch: ``jit_partial(measure_calls, ...)``.
+      measure: ``measure(arrays, batch)`` returns the moments of one batch.
       arrays: those of the model.
       batches: read once.
 
@@ -115,7 +124,7 @@ def measure_all(measure: Callable[[Any, Any], CallMoments], arrays: Any, batches
     number = 0
     for number, batch in enumerate(batches, start=1):
         partial.append(measure(arrays, batch))
-        if jax.tree.structure(partial[-1]) != jax.tree.structure(partial[0]):
+        if jax.tree.map(jnp.shape, partial[-1]) != jax.tree.map(jnp.shape, partial[0]):
             raise ValueError(
                 f"batch {number} calls layers more or less often than the first batch, but each call of a layer is "
                 "measured by itself, so that all batches must make the same calls; cut sequences to one length."
@@ -132,80 +141,36 @@ def _combine_calls(a: CallMoments, b: CallMoments) -> CallMoments:
     return jax.tree.map(combine, a, b, is_leaf=lambda node: isinstance(node, Moments))
 
 
-class CallToMeasure(NamedTuple):
-    """A call of a batch norm whose running statistics are to be replaced.
+def by_layer(calls: Iterable[Call]) -> dict[str, list[int]]:
+    """Returns the numbers of the calls of each layer, by path, in the order of execution."""
+    numbers: dict[str, list[int]] = {}
+    for number, call in enumerate(calls):
+        numbers.setdefault(text(call.path), []).append(number)
+    return numbers
 
-    Attributes:
-      features: shape of the running mean.
-      dtype: of the running mean.
-      unbiased: whether the running variance is multiplied by m/(m - 1).
-      level: number of batch norms on the longest path from the model's inputs to this call, itself included; None in a
-        loop.
+
+@functools.partial(jax.jit, static_argnums=0)
+def merge_calls(axes: tuple[tuple[int | None, ...], ...], of_calls: CallMoments) -> Moments:
+    """Combines the moments of the calls of a layer, in the shape of its running statistics.
+
+    Args:
+      axes: those of each call, see :class:`Call`.
+      of_calls: the moments of each call.
     """
-
-    features: tuple[int, ...]
-    dtype: Any
-    unbiased: bool
-    level: int | None
+    return functools.reduce(combine, map(_like_statistics, axes, of_calls))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["features", "dtype", "unbiased"])
-@dataclasses.dataclass(frozen=True)
-class _MarkedCall:
-    """The same call while the model is traced: ``x`` is its marked input.
-
-    This record leaves a transformed block (remat, nn.jit) as a variable of the model.  Such a block returns arrays
-    only, so all but ``x`` is static.
-    """
-
-    x: Any
-    features: tuple[int, ...]
-    dtype: Any
-    unbiased: bool
-
-
-def find_calls(model: Model, batch: Any, call: CallModel) -> dict[str, tuple[CallToMeasure, ...]]:
-    """Finds the calls of the batch norms whose statistics are to be replaced, by path of the layer."""
-    frozen: set[str] = set()  # paths, only for the error message
-
-    def handle(layer_call: Call) -> tuple[jax.Array, _MarkedCall | None]:
-        norm = norm_of(layer_call)
-        if norm.is_frozen:
-            frozen.add(layer_call.path)
-            return evaluated(norm), None
-        # Both the output and the record depend on the marked value: the levels count it, and its level is the record's.
-        x = dataflow.mark(norm.x, "batch norm")
-        mean, unbiased = norm.stats.mean, norm.options.get("unbiased", False)
-        return evaluated(norm._replace(x=x)), _MarkedCall(x, mean.shape, mean.dtype, unbiased)
-
-    def marked_calls(arrays: Any, batch: Any) -> dict[str, tuple[_MarkedCall, ...]]:
-        # The output of the model is not returned, so that the graph holds only what leads to a batch norm.
-        _, recorded = run(Model(model.definition, arrays), batch, evaluating(call), handle, BATCH_NORMS)
-        return recorded
-
-    graph = dataflow.trace(marked_calls, model.arrays, batch)
-    if not graph.outputs:
-        raise nothing_to_measure(frozen=bool(frozen))
-    levels = _levels(graph)
-    # Puts the level of each marked input in its place, as the record's ``x``.  The value that a loop returns is not the
-    # marked one, and so has no level.
-    recorded = jax.tree.unflatten(graph.structure, [levels.get(value) for value in graph.outputs])
-    return {
-        path: tuple(CallToMeasure(marked.features, marked.dtype, marked.unbiased, level=marked.x) for marked in calls)
-        for path, calls in recorded.items()
-    }
-
-
-def _levels(graph: dataflow.Graph) -> dict[int, int]:
-    """Returns the number of marks on the longest path to each marked value, itself included."""
-    levels, marked = {}, {}
-    for operation in graph.operations:  # each after those that it depends on
-        level = max((levels.get(value, 0) for value in operation.inputs), default=0)
-        if operation.mark is not None:
-            level += 1
-            marked |= dict.fromkeys(operation.outputs, level)
-        levels |= dict.fromkeys(operation.outputs, level)
-    return marked
+def _like_statistics(axes: tuple[int | None, ...], measured: Moments) -> Moments:
+    """Combines turns that share their statistics, and puts the axes of the others where the statistics have them."""
+    shared = [i for i, axis in enumerate(axes) if axis is None]
+    if shared:
+        in_front = Moments(*(jnp.moveaxis(leaf, shared, range(len(shared))) for leaf in measured))
+        flat = Moments(*(leaf.reshape(-1, *leaf.shape[len(shared) :]) for leaf in in_front))
+        measured = pool(flat, Devices(*checks.axis_names(None, None)))
+    mapped = [axis for axis in axes if axis is not None]
+    features = [axis for axis in range(measured.mean.ndim) if axis not in mapped]
+    order = np.argsort([*mapped, *features])
+    return Moments(*(jnp.transpose(leaf, order) for leaf in measured))
 
 
 def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
@@ -229,6 +194,15 @@ def combine_masks(norm: NormCall, examples: Any, path: str) -> jax.Array | None:
     by_example = examples.reshape(-1, *[1] * (x.ndim - 1))
     valid = checks.mask(by_example, x)
     return valid if norm.mask is None else valid & checks.mask(norm.mask, x)
+
+
+def check_reachable(call: Call) -> None:
+    """Raises an error for a call that no rule reaches."""
+    if call.hidden is not None:
+        raise ValueError(
+            f"{text(call.path) or 'the model'} is called inside of {call.hidden}, where its calls cannot be measured "
+            "one by one; use a loop with a fixed number of turns, such as nn.scan, or call the layer outside of it."
+        )
 
 
 def open_batches(batches: Iterable | Callable[[], Iterable]) -> tuple[Any, Iterator]:

@@ -11,7 +11,7 @@ from jaxbn._core import checks
 from jaxbn._models.intercept import call_model
 from jaxbn._models.model import split
 from jaxbn.diagnose._faults import find_faults
-from jaxbn.diagnose._findings import Finding, listed
+from jaxbn.diagnose._findings import Finding, listed, unknown_layers
 from jaxbn.diagnose._records import record_layers
 from jaxbn.diagnose._summary import LayerSummary, summarize
 
@@ -94,20 +94,21 @@ def diagnose(
         shard_map, pmap or vmap; 1 if statistics are those of the whole batch, as of one array, sharded or not.
 
     Returns:
-      The figures of each layer, and the findings.
+      The figures of each layer, and the findings.  A layer of a stack, as ``nn.scan``, ``nn.vmap``, ``nnx.scan`` and
+      ``nnx.vmap`` make them, is listed by its path and its place in the stack, as in "blocks/norm[2]".
 
     Raises:
       ValueError: for no batches, a model without batch norm, variables without statistics, a mask that does not fit,
-        a train flag that is set nowhere, or a layer in a loop.
+        a train flag that is set nowhere, or a layer in a loop without a fixed number of turns.
 
     References:
       Wu and Johnson 2021, arXiv:2105.07576, on what goes wrong; Fisher 1925, Statistical methods for research workers,
       on variance between and within groups.
     """
     checks.whole("devices", devices, least=1)
-    records = record_layers(split(model, variables), batches, call, mask)
+    records, unknown = record_layers(split(model, variables), batches, call, mask)
     layers = [summarize(path, record) for path, record in records.items()]
-    return Diagnosis(layers, find_faults(layers, devices))
+    return Diagnosis(layers, [*find_faults(layers, devices), *unknown_layers(unknown)])
 
 
 def _paragraphs(finding: Finding, width: int) -> str:

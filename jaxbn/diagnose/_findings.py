@@ -58,6 +58,15 @@ def finding(
     return [Finding(name, tuple(layer.path for layer in layers), evidence, remedy, figures)]
 
 
+def unknown_layers(reasons: dict[str, str]) -> list[Finding]:
+    """Lists the layers with a running mean and variance that are not known as batch norms, with the reason for each."""
+    if not reasons:
+        return []
+    evidence = "; ".join(f"{name_of(path)}: {reason}" for path, reason in reasons.items())
+    remedy = "register the class with jaxbn.surgery.register_batch_norm, and diagnose again."
+    return [Finding("layers not diagnosed", tuple(reasons), f"{evidence}.", remedy, {})]
+
+
 def name_of(path: str) -> str:
     """Returns a path in words; that of a model that is itself a layer is empty."""
     return path or "the model itself"

@@ -55,17 +55,15 @@ class CallRecord:
     """One call of a layer, on a batch of n examples.
 
     Attributes:
-      x: the inputs, which only `_order` looks for in the graph of the program; None elsewhere.
       mean: mean of the batch, shape [C].
       counts: number of values of each example, shape [n, C].
       sums: sum over the values of each example of value - mean, shape [n, C].
       squares: sum over the values of each example of |value - mean|^2, shape [n, C].
       stats: running statistics.
       scale: shape [C], or None.
-      settings: static, since under nn.jit blocks of one kind share a trace.
+      settings: static.
     """
 
-    x: Any
     mean: Any
     counts: Any
     sums: Any
@@ -100,7 +98,7 @@ class Sums(NamedTuple):
         )
 
 
-def record_call(norm: NormCall, sizes: set[int]) -> tuple[CallRecord, BatchStats]:
+def record_call(norm: NormCall, sizes: frozenset[int]) -> tuple[CallRecord, BatchStats]:
     """Records a call of a layer, and computes the moments of the batch.
 
     Args:
@@ -128,11 +126,11 @@ def record_call(norm: NormCall, sizes: set[int]) -> tuple[CallRecord, BatchStats
     sums = by_example(centered)
     squares = by_example(abs2(centered))
     settings = _settings(norm, by_example=0 in reduced and examples in sizes)
-    record = CallRecord(None, mean, counts, sums, squares, norm.stats, norm.scale, settings)
+    record = CallRecord(mean, counts, sums, squares, norm.stats, norm.scale, settings)
     return record, BatchStats(mean, squares.sum(0) / count)
 
 
-def _number_of_examples(x: jax.Array, sizes: set[int]) -> int:
+def _number_of_examples(x: jax.Array, sizes: frozenset[int]) -> int:
     """Guesses the number of examples in the inputs of a layer: their rows, or the largest size that divides these.
 
     A layer may see several rows of each example, such as the positions of a sequence.  Where no size divides the rows,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import linen as nn
+from flax import nnx
 
 import jaxbn.linen
 from jaxbn.diagnose import diagnose
@@ -134,3 +135,16 @@ def test_layers_under_jit_and_remat_are_found_in_the_order_of_their_calls():
     variables = {name: {"z": value, "y": value, "x": value} for name, value in block.items()}
     paths = [layer.path for layer in diagnose(Blocks(), variables, batches).layers]
     assert paths == ["z/b", "z/a", "y/b", "y/a", "x/b", "x/a"]
+
+
+def test_each_layer_of_a_stack_has_its_own_figures():
+    layers = nnx.vmap(lambda _: nnx.BatchNorm(3, rngs=nnx.Rngs(0)))(jnp.arange(2))
+    means = jnp.array([[0.1, -0.1, 0.2], [1.0, 1.1, 0.9]])
+    layers.mean.set_value(means)
+    batches = [normal(64, 3, seed=k) for k in range(9)]
+    stacked = diagnose(layers, None, batches, call=nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))).layers
+    assert [layer.path for layer in stacked] == ["[0]", "[1]"]
+    for layer, mean in zip(stacked, means, strict=True):
+        alone = diagnose(LAYER, state_of(mean, [1, 1, 1]), batches).layers[0]
+        for name in ("values", "examples", "gap", "shift", "noise", "excess"):
+            np.testing.assert_allclose(getattr(layer, name), getattr(alone, name), rtol=1e-5)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
@@ -155,6 +157,33 @@ def test_the_context_reaches_nnx_layers_under_jit_remat_and_grad():
     evaluating = nnx.view(model, use_running_average=True)
     with jaxbn.domain(0):
         np.testing.assert_array_equal(evaluating(X), evaluating.norm(model.linear(X), domain=0))
+
+
+@pytest.mark.slow
+def test_training_without_updates_normalizes_with_the_batch_and_moves_nothing():
+    layer = linen_layer(use_running_average=False)
+    variables = filled(layer.init(KEY, X))
+    expected, _ = layer.apply(variables, X, domain=1, mutable=["batch_stats"])
+    np.testing.assert_array_equal(layer.apply(variables, X, domain=1, update_stats=False), expected)
+    np.testing.assert_array_equal(layer.clone(update_stats=False).apply(variables, X, domain=1), expected)
+    norm = NnxNet().norm
+    expected = NnxNet().norm(X, domain=DOMAINS)
+    still = nnx.view(norm, update_stats=False)
+    for y in (norm(X, domain=DOMAINS, update_stats=False), still(X, domain=DOMAINS)):
+        np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(norm.mean[...], 0)
+
+
+def test_a_partitioned_scale_of_each_domain_is_spread_over_its_features():
+    scale_init = nn.with_partitioning(nn.initializers.ones, ("model",))
+    layer = linen_layer(use_running_average=True, separate_scale_and_bias=True, scale_init=scale_init)
+    specs = nn.get_partition_spec(jax.eval_shape(layer.init, KEY, X))
+    assert specs["params"]["scale"] == P(None, "model")
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        metadata = {"scale_metadata": {"out_sharding": (None, "model")}}
+        norm = jaxbn.nnx.DomainBatchNorm(3, 2, separate_scale_and_bias=True, rngs=nnx.Rngs(0), **metadata)
+        assert norm.scale.sharding.spec == P(None, "model")
 
 
 def test_models_that_ask_for_batch_norm_find_it():
