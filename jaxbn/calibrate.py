@@ -31,15 +31,14 @@ from jaxbn._models.passes import (
     Mask,
     Programs,
     by_layer,
-    check_reachable,
+    check_measurable,
+    check_usable,
     measure_all,
     measure_calls,
     merge_calls,
-    nothing_to_measure,
     open_batches,
 )
 from jaxbn._models.program import Call, Program
-from jaxbn._models.tracing import text
 
 __all__ = ["blend", "layer_by_layer", "measure", "one_pass"]
 
@@ -83,9 +82,7 @@ def measure(
     """
     before = split(model, variables)
     program, examples = Programs(before, call, mask).of(batch)
-    _check_calls(program, trains=not use_running_average)
-    if not program.calls:
-        raise nothing_to_measure(frozen=False)
+    check_measurable(program, trains=not use_running_average, frozen_too=True)
     options = {"mask": examples, "axis_name": axis_name, "use_running_average": use_running_average}
     moments = measure_calls(program, before.arrays, batch, **options)
     return {path: _merged(program, numbers, moments) for path, numbers in by_layer(program.calls.values()).items()}
@@ -143,7 +140,7 @@ def one_pass(
     first, data = open_batches(batches)
     programs = Programs(before, call, mask)
     program, _ = programs.of(first)
-    _check_calls(program, trains=not use_running_average)
+    check_measurable(program, trains=not use_running_average)
     measure_batch = programs.compiled(measure_calls, use_running_average=use_running_average)
     moments, _ = measure_all(measure_batch, before.arrays, data)
     return like(_with_moments(before, program, moments), variables)
@@ -200,7 +197,7 @@ def layer_by_layer(
     first, data = open_batches(batches)
     programs = Programs(before, call, mask)
     program, _ = programs.of(first)
-    _check_calls(program, trains=True)
+    check_measurable(program, trains=True)
     calls = [*program.calls.values()]
     measure_batch = programs.compiled(measure_calls, use_running_average=True)
     # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
@@ -225,7 +222,7 @@ def layer_by_layer(
             # By way of the host: a jitted function is compiled again for arrays on other devices.
             measured = _on_host(moments[i])
             if not call_here.is_conditional and not isinstance(measured.mean, jax.core.Tracer):
-                _check_usable(call_here, Moments(*(leaf[is_here] for leaf in measured)))
+                check_usable(call_here, Moments(*(leaf[is_here] for leaf in measured)))
             known[i] = BatchStats(*(_where(is_here, new, old) for new, old in zip(measured, known[i], strict=False)))
     # The last pass measured the inputs of all levels, with the statistics of those before them.
     return like(_with_moments(before, program, moments), variables)
@@ -331,7 +328,7 @@ def _with_moments(model: Model, program: Program, moments: CallMoments) -> Any:
     merged = {path: _on_host(_merged(program, numbers, moments)) for path, numbers in layers.items()}
     # In the order of the levels, since NaN spread: the first layer that fails is the cause.
     for path in sorted(layers, key=lambda path: calls[layers[path][0]].levels.min()):
-        _check_usable(calls[layers[path][0]], merged[path])
+        check_usable(calls[layers[path][0]], merged[path])
     for path, numbers in layers.items():
         first, (mean, var, count) = calls[numbers[0]], merged[path]
         if first.site.options.get("unbiased", False):
@@ -341,49 +338,3 @@ def _with_moments(model: Model, program: Program, moments: CallMoments) -> Any:
         leaves[first.var] = jnp.asarray(var, jnp.finfo(dtype).dtype)
     module, variables = join(Model(model.definition, jax.tree.unflatten(structure, leaves)))
     return module if variables is None else variables
-
-
-def _check_calls(program: Program, *, trains: bool) -> None:
-    """Raises an error for batch norms whose inputs cannot be measured.
-
-    Args:
-      program: of the model.
-      trains: whether layers normalize with other statistics than those of the model.
-    """
-    for path, reason in program.unmarked.items():
-        if program.has_moments(path):
-            raise ValueError(f"the statistics of {text(path)} cannot be measured: {reason}.")
-    to_measure = [call for call in program.calls.values() if not call.site.is_frozen]
-    if not to_measure:
-        raise nothing_to_measure(frozen=bool(program.calls))
-    for call in to_measure:
-        path = text(call.path) or "the model"
-        check_reachable(call)
-        if call.mean is None or call.var is None:
-            raise ValueError(
-                f"{path} is called with statistics that the model computes from others, so that measured ones have no "
-                "place; call the layer with its own variables."
-            )
-        if trains and call.is_differentiated:
-            raise ValueError(
-                f"the model takes a derivative of {path}, which would be that of the running statistics; pass a call "
-                "that returns what comes before the derivative."
-            )
-
-
-def _check_usable(call: Call, measured: Moments) -> None:
-    """Raises an error for moments that cannot be normalized with, unless they are being traced."""
-    path, (mean, var, count) = text(call.path), measured
-    if isinstance(mean, jax.core.Tracer):
-        return
-    if not (count > 0).all():
-        raise ValueError(
-            f"{(count == 0).sum()} of the {count.size} features of {path} have no values, but at least "
-            "one example must count; check the mask, or pass more batches."
-        )
-    wrong = ~(np.isfinite(mean) & np.isfinite(var))
-    if wrong.any():
-        raise ValueError(
-            f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features, so their statistics "
-            "would not be either; look for NaN in the data and the parameters, or mask those examples out."
-        )

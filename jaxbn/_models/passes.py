@@ -104,7 +104,9 @@ def measure_calls(
         return norm.cast(y), batch_moments
 
     _, records = evaluate(program, rule, arrays, batch, given)
-    return tuple(records[place] for place in program.calls)
+    # No rule reaches some frozen layers, such as those in a while loop.
+    nothing = Moments(*(jnp.zeros(0),) * 3)
+    return tuple(records.get(place, nothing) for place in program.calls)
 
 
 def measure_all(measure: Measure, arrays: Any, batches: Iterable) -> tuple[CallMoments, int]:
@@ -202,6 +204,53 @@ def check_reachable(call: Call) -> None:
         raise ValueError(
             f"{text(call.path) or 'the model'} is called inside of {call.hidden}, where its calls cannot be measured "
             "one by one; use a loop with a fixed number of turns, such as nn.scan, or call the layer outside of it."
+        )
+
+
+def check_measurable(program: Program, *, trains: bool, frozen_too: bool = False) -> None:
+    """Raises an error for batch norms whose inputs cannot be measured.
+
+    Args:
+      program: of the model.
+      trains: whether layers normalize with other statistics than those of the model.
+      frozen_too: whether frozen layers are measured.
+    """
+    for path, reason in program.unmarked.items():
+        if program.has_moments(path):
+            raise ValueError(f"the statistics of {text(path)} cannot be measured: {reason}.")
+    to_measure = [call for call in program.calls.values() if frozen_too or not call.site.is_frozen]
+    if not to_measure:
+        raise nothing_to_measure(frozen=bool(program.calls))
+    for call in to_measure:
+        path = text(call.path) or "the model"
+        check_reachable(call)
+        if call.mean is None or call.var is None:
+            raise ValueError(
+                f"{path} is called with statistics that the model computes from others, so that measured ones have no "
+                "place; call the layer with its own variables."
+            )
+        if trains and call.is_differentiated:
+            raise ValueError(
+                f"the model takes a derivative of {path}, which would be that of the running statistics; pass a call "
+                "that returns what comes before the derivative."
+            )
+
+
+def check_usable(call: Call, measured: Moments) -> None:
+    """Raises an error for moments that cannot be normalized with, unless they are being traced."""
+    path, (mean, var, count) = text(call.path), measured
+    if isinstance(mean, jax.core.Tracer):
+        return
+    if not (count > 0).all():
+        raise ValueError(
+            f"{(count == 0).sum()} of the {count.size} features of {path} have no values, but at least "
+            "one example must count; check the mask, or pass more batches."
+        )
+    wrong = ~(np.isfinite(mean) & np.isfinite(var))
+    if wrong.any():
+        raise ValueError(
+            f"the inputs of {path} are not finite in {wrong.sum()} of {wrong.size} features, so their statistics "
+            "would not be either; look for NaN in the data and the parameters, or mask those examples out."
         )
 
 
