@@ -47,7 +47,7 @@ EXPERIMENT_RANKS = {
     "__main__": 7,
 }
 # The functions of jax.numpy and jax.lax that the layers may call: they create and inspect arrays, and compute nothing.
-NO_ARITHMETIC = {"asarray", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}
+NO_ARITHMETIC = {"asarray", "full_like", "iscomplexobj", "ones", "promote_types", "shape", "stop_gradient", "zeros"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -159,12 +159,14 @@ def test_the_output_has_the_dtype_of_input_and_parameters(front_end, setting, dt
 
 BF16 = jnp.asarray(X, jnp.bfloat16)
 MOMENTS = jaxbn.Moments(jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0]), jnp.full(3, 16.0))
+DOMAIN_STATS = jax.tree.map(lambda value: jnp.stack([value, value]), STATS)
 CALLS = {
     "affine": lambda x: jaxbn.affine(x, *jnp.array([[2, 0.5, -1], [3, -4, 0.25]], x.dtype)),
     "batch_norm": lambda x: jaxbn.batch_norm(x, STATS, use_running_average=False),
     "batch_normalize": jaxbn.batch_normalize,
     "batch_renormalize": lambda x: jaxbn.batch_renormalize(x, stats=STATS),
     "combine": lambda x: jaxbn.combine(jaxbn.moments(x), MOMENTS),
+    "domain_batch_norm": lambda x: jaxbn.domain_batch_norm(x, DOMAIN_STATS, 1, use_running_average=False),
     "ghost_normalize": lambda x: jaxbn.ghost_normalize(x, group_size=4),
     "moments": jaxbn.moments,
     "normalize": lambda x: jaxbn.normalize(x, *STATS),
@@ -180,7 +182,7 @@ def compiled(name):
 
 def test_every_public_function_is_called_here():
     functions = {name for name in jaxbn.__all__ if not isinstance(getattr(jaxbn, name), type)}
-    assert functions == set(CALLS) | {"init_stats", "pad_batch"}  # which compute nothing
+    assert functions == set(CALLS) | {"domain", "init_stats", "pad_batch"}  # which compute nothing
 
 
 @pytest.mark.parametrize("name", CALLS)
