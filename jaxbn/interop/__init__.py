@@ -35,6 +35,7 @@ unbiased ones.
 
 from jaxbn.interop._kernel_layouts import conv_layout, conv_transpose_layout, dense_layout, depthwise_conv_layout
 from jaxbn.interop._layout import Layout
+from jaxbn.interop._matching import Matched, Matches, match_keras, match_torch
 from jaxbn.interop._models import (
     batch_norm_options_from_torch,
     batch_norm_options_to_torch,
@@ -47,6 +48,8 @@ from jaxbn.interop._norm_layout import batch_norm_layout
 
 __all__ = [
     "Layout",
+    "Matched",
+    "Matches",
     "batch_norm_layout",
     "batch_norm_options_from_torch",
     "batch_norm_options_to_torch",
@@ -56,6 +59,8 @@ __all__ = [
     "depthwise_conv_layout",
     "from_keras",
     "from_torch",
+    "match_keras",
+    "match_torch",
     "to_keras",
     "to_torch",
 ]

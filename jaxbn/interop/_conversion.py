@@ -65,6 +65,18 @@ def entry(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def entries_by_layer(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groups the entries of a ``state_dict`` by layer, in their order."""
+    check_mappings(state_dict=(state_dict, "model.state_dict()"))
+    entries = defaultdict(dict)
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"state_dict[{key!r}] is itself a mapping; of a checkpoint, pass the state_dict in it.")
+        prefix, _, name = key.rpartition(".")
+        entries[prefix][name] = value
+    return entries
+
+
 def check_mappings(**arguments: tuple[Any, str]) -> None:
     """Refuses arguments that are not mappings; each comes with what to pass instead."""
     for name, (value, expected) in arguments.items():
@@ -90,7 +102,7 @@ def _convert_layers(
             f"variables must have only the collections 'params' and 'batch_stats', got {sorted(unknown)} too; pass "
             "{'params': ..., 'batch_stats': ...}."
         )
-    layers = _by_layer(variables)
+    layers = by_layer(variables)
     problems = [*_unnamed_weights(weights, names), *_unclear_names(names, layers, layouts)]
     converted = {}
     for name, path in names.items():
@@ -107,7 +119,7 @@ def _convert_layers(
     return converted
 
 
-def _by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups the leaves of a model by layer: ``{"Block_0/Conv_0": {"params/kernel": ..., "params/bias": ...}}``."""
     layers = defaultdict(dict)
     for key, leaf in flat(variables).items():

@@ -1,13 +1,13 @@
 """Converts whole models, and the settings that are not in their weights."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxbn.interop._conversion import check_mappings, entry, from_flax, to_flax
+from jaxbn.interop._conversion import check_mappings, entries_by_layer, entry, from_flax, to_flax
 from jaxbn.interop._layout import Layout
+from jaxbn.interop._matching import match
 from jaxbn.interop._weights import Arrays, Variables
 
 
@@ -61,7 +61,7 @@ def batch_norm_options_to_torch(
 def from_torch(
     state_dict: Mapping[str, Any],
     variables: Mapping[str, Any],
-    names: Mapping[str, str],
+    names: Mapping[str, str] | None = None,
     *,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Variables:
@@ -90,7 +90,8 @@ def from_torch(
       state_dict: arrays or tensors by the name of a layer, a dot and their own name.
       variables: of the Flax model, ``{"params": {...}, "batch_stats": {...}}``, for their shapes and dtypes; those of
         ``jax.eval_shape`` will do.
-      names: from each layer in ``state_dict`` to its path in ``variables``: ``{"layer1.0.conv1": "Block_0/Conv_0"}``.
+      names: from each layer in ``state_dict`` to its path in ``variables``: ``{"layer1.0.conv1": "Block_0/Conv_0"}``;
+        None finds them, or refuses, as :func:`match_torch`, which shows them in a table.
       layouts: layouts of some layers, by their names in ``state_dict``.  The default for a kernel with two axes is
         :func:`dense_layout`, with more :func:`conv_layout`.  Transposed convolutions need a layout here, and so do
         dense layers and norms whose features come from a flattening or go to an unflattening: with the default they
@@ -103,13 +104,9 @@ def from_torch(
       ValueError: if entries or variables are missing, left over or of the wrong shape, or if values would become
         infinite or lose an imaginary part; the message lists all of them.
     """
-    check_mappings(state_dict=(state_dict, "model.state_dict()"))
-    entries = defaultdict(dict)
-    for key, value in state_dict.items():
-        if isinstance(value, Mapping):
-            raise ValueError(f"state_dict[{key!r}] is itself a mapping; of a checkpoint, pass the state_dict in it.")
-        prefix, _, name = key.rpartition(".")
-        entries[prefix][name] = value
+    entries = entries_by_layer(state_dict)
+    if names is None:
+        names = match(entries, variables, {}, layouts or {}, lambda layout: layout.from_torch).names
     return to_flax(variables, entries, names, layouts or {}, lambda layout: layout.from_torch)
 
 
@@ -142,7 +139,7 @@ def to_torch(
 def from_keras(
     weights: Mapping[str, Sequence[Any] | Mapping[str, Any]],
     variables: Mapping[str, Any],
-    names: Mapping[str, str],
+    names: Mapping[str, str] | None = None,
     *,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Variables:
@@ -158,7 +155,7 @@ def from_keras(
         weights.  ``layer.get_weights()`` works too, but has no names to check: a gamma without beta (``center=False``)
         is then taken for the beta of a Flax layer with ``use_scale=False``.
       variables: as in :func:`from_torch`.
-      names: from each layer in ``weights`` to its path in ``variables``.
+      names: from each layer in ``weights`` to its path in ``variables``; None finds them as :func:`match_keras`.
       layouts: as in :func:`from_torch`, and also for depthwise convolutions; dense layers need none.
 
     Returns:
@@ -169,6 +166,8 @@ def from_keras(
         infinite or lose an imaginary part; the message lists all of them.
     """
     check_mappings(weights=(weights, "{layer.name: layer.weights for layer in model.layers if layer.weights}"))
+    if names is None:
+        names = match(weights, variables, {}, layouts or {}, lambda layout: layout.from_keras).names
     return to_flax(variables, weights, names, layouts or {}, lambda layout: layout.from_keras)
 
 
