@@ -191,6 +191,7 @@ def test_models_that_ask_for_batch_norm_find_it():
     assert isinstance(NnxNet().norm, nnx.BatchNorm)
 
 
+@pytest.mark.slow
 def test_layers_round_trip_through_checkpoints_and_pickle():
     layer = linen_layer(use_running_average=True)
     variables = filled(layer.init(KEY, X))
