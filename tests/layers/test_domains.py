@@ -174,6 +174,7 @@ def test_training_without_updates_normalizes_with_the_batch_and_moves_nothing():
     np.testing.assert_array_equal(norm.mean[...], 0)
 
 
+@pytest.mark.slow
 def test_a_partitioned_scale_of_each_domain_is_spread_over_its_features():
     scale_init = nn.with_partitioning(nn.initializers.ones, ("model",))
     layer = linen_layer(use_running_average=True, separate_scale_and_bias=True, scale_init=scale_init)
