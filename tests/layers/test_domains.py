@@ -174,6 +174,7 @@ def test_training_without_updates_normalizes_with_the_batch_and_moves_nothing():
     np.testing.assert_array_equal(norm.mean[...], 0)
 
 
+@pytest.mark.slow
 def test_a_partitioned_scale_of_each_domain_is_spread_over_its_features():
     scale_init = nn.with_partitioning(nn.initializers.ones, ("model",))
     layer = linen_layer(use_running_average=True, separate_scale_and_bias=True, scale_init=scale_init)
@@ -191,6 +192,7 @@ def test_models_that_ask_for_batch_norm_find_it():
     assert isinstance(NnxNet().norm, nnx.BatchNorm)
 
 
+@pytest.mark.slow
 def test_layers_round_trip_through_checkpoints_and_pickle():
     layer = linen_layer(use_running_average=True)
     variables = filled(layer.init(KEY, X))

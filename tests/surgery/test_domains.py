@@ -13,7 +13,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn import surgery
+from jaxbn import calibrate, diagnose, surgery
 
 X = np.random.default_rng(0).normal(1, 2, (8, 3)).astype(np.float32)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -138,6 +138,7 @@ class Mixed(nn.Module):
         return jaxbn.linen.DomainBatchNorm(num_domains=2, use_running_average=True)(x)
 
 
+@pytest.mark.slow
 def test_operations_on_other_norms_leave_domain_norms_and_say_why():
     model = Mixed()
     variables = filled(jax.eval_shape(model.init, jax.random.key(0), X))
@@ -147,3 +148,13 @@ def test_operations_on_other_norms_leave_domain_norms_and_say_why():
         assert "DomainBatchNorm has statistics for each domain" in done.kept["DomainBatchNorm_0"]
         y = done.model.apply(done.variables, X)
         np.testing.assert_allclose(y, model.apply(variables, X), **CLOSE)
+
+
+@pytest.mark.slow
+def test_calibration_refuses_domain_norms_and_the_diagnosis_names_them():
+    model = Mixed()
+    variables = filled(jax.eval_shape(model.init, jax.random.key(0), X))
+    with jaxbn.domain(1):
+        with pytest.raises(ValueError, match="DomainBatchNorm_0 cannot be measured: DomainBatchNorm is not known"):
+            calibrate.one_pass(model, variables, [X])
+        assert "layers not diagnosed: DomainBatchNorm_0" in str(diagnose.diagnose(model, variables, [X]))
