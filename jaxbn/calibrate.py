@@ -202,7 +202,7 @@ def layer_by_layer(
     measure_batch = programs.compiled(measure_calls, use_running_average=True)
     # The statistics of each call: measured at the levels up to this one, initial at deeper ones, whose moments are
     # wrong until all levels before them are measured, and are not used.
-    known = [None if call.site.is_frozen else _initial_stats(call) for call in calls]
+    known: list[Any] = [None if call.site.is_frozen else _initial_stats(call) for call in calls]
     moments, number = (), 0
     for level in range(1, max(call.levels.max() for call in calls) + 1):
         if level > 1:
@@ -291,12 +291,13 @@ def _batch_stats(state: Any) -> Any:
     )
 
 
-def _initial_stats(call: Call) -> BatchStats:
+def _initial_stats(call: Call) -> Any:
     """Returns mean 0 and variance 1 for each turn of a call that is not measured yet."""
     # In float32 at least, as measured statistics are, so that a program of all levels sees the same dtypes.
-    dtype = jnp.promote_types(call.dtype, jnp.float32)
+    dtype: Any = jnp.promote_types(call.dtype, jnp.float32)
     shape = (*call.sizes, *call.features)
-    return BatchStats(np.zeros(shape, dtype), np.ones(shape, jnp.finfo(dtype).dtype))
+    zeros: Any = np.zeros(shape, dtype)
+    return BatchStats(zeros, zeros.real + 1)
 
 
 def _with_stats(measure_batch: Callable, stats: tuple, arrays: Any, batch: Any) -> CallMoments:
@@ -325,16 +326,16 @@ def _with_moments(model: Model, program: Program, moments: CallMoments) -> Any:
     calls = [*program.calls.values()]
     leaves, structure = jax.tree.flatten(model.arrays)
     layers = {path: numbers for path, numbers in by_layer(calls).items() if not calls[numbers[0]].site.is_frozen}
-    merged = {path: _on_host(_merged(program, numbers, moments)) for path, numbers in layers.items()}
+    merged = {path: _merged(program, numbers, moments) for path, numbers in layers.items()}
     # In the order of the levels, since NaN spread: the first layer that fails is the cause.
     for path in sorted(layers, key=lambda path: calls[layers[path][0]].levels.min()):
-        check_usable(calls[layers[path][0]], merged[path])
+        check_usable(calls[layers[path][0]], _on_host(merged[path]))
     for path, numbers in layers.items():
         first, (mean, var, count) = calls[numbers[0]], merged[path]
         if first.site.options.get("unbiased", False):
-            var = var * (count / np.maximum(count - 1, 1))
+            var = var * (count / jnp.maximum(count - 1, 1))
         dtype = mean.dtype if jnp.iscomplexobj(mean) else first.dtype
-        leaves[first.mean] = jnp.asarray(mean, dtype)
-        leaves[first.var] = jnp.asarray(var, jnp.finfo(dtype).dtype)
+        new = {first.mean: mean.astype(dtype), first.var: var.astype(jnp.finfo(dtype).dtype)}
+        leaves = [new.get(number, leaf) for number, leaf in enumerate(leaves)]
     module, variables = join(Model(model.definition, jax.tree.unflatten(structure, leaves)))
     return module if variables is None else variables

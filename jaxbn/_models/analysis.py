@@ -140,9 +140,8 @@ class Walk:
             return [values[0]._replace(origin=None)], {}
         level += not site.is_frozen
         operands = dict(zip(site.names, values, strict=True))
-        for name in ("x", "scale", "bias", "mask"):
-            if name in operands and operands[name].origin is not None:
-                self.read.add(operands[name].origin.leaf)
+        others = [value.origin for name, value in operands.items() if name not in ("mean", "var")]
+        self.read |= {origin.leaf for origin in others if origin is not None}
         mean, axes = self.statistics(operands["mean"].origin, site.names.index("mean"), mapped, where)
         var, axes_of_var = self.statistics(operands["var"].origin, site.names.index("var"), mapped, where)
         if axes != axes_of_var:
@@ -177,7 +176,8 @@ class Walk:
         axes = [turns.get(depth) for depth in range(len(where.turns))]
         rest = [*origin.axes]
         axes += [rest.pop(0) if flags[index] else None for flags in mapped]
-        if None in rest or rest != sorted(rest):
+        known = [axis for axis in rest if axis is not None]
+        if len(known) < len(rest) or known != sorted(known):
             return None, (None,) * number
         return origin.leaf, tuple(axes)
 
@@ -222,14 +222,20 @@ class Walk:
 
 def _sizes(eqn: JaxprEqn, mapped: Mapped) -> Iterator[int]:
     """Yields the size of each vmap, which the output has in front."""
-    yield from eqn.outvars[0].aval.shape[: len(mapped)]
+    yield from _shape(eqn.outvars[0])[: len(mapped)]
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _slice(origin: Origin | None, depth: int) -> Origin | None:
     """Returns the origin of the slices of an array along its first axis."""
-    if origin is None or not origin.axes or origin.axes[0] is None:
+    if origin is None or not origin.axes:
         return None
     first, *rest = origin.axes
+    if first is None:
+        return None
     return Origin(origin.leaf, tuple(rest), (*origin.turns, (depth, first)))
 
 
@@ -253,7 +259,7 @@ def _moved(eqn: JaxprEqn, values: list[Value]) -> Origin | None:
     if name == "squeeze":
         return origin._replace(axes=tuple(a for i, a in enumerate(origin.axes) if i not in params["dimensions"]))
     if name == "broadcast_in_dim":
-        shape = eqn.invars[0].aval.shape
+        shape = _shape(eqn.invars[0])
         axes: list[int | None] = [None] * len(params["shape"])
         for axis, to in enumerate(params["broadcast_dimensions"]):
             if shape[axis] == params["shape"][to]:

@@ -25,10 +25,11 @@ def compiled(function: Callable, program: Program, **options: Any) -> Callable:
     key = (function, _content(options), _content(program.jaxpr.jaxpr), _content(program.calls), program.structure)
     found = _compiled.pop(key, None)
     if found is None:
-        without = program._replace(jaxpr=program.jaxpr.jaxpr)
+        jaxpr = program.jaxpr.jaxpr
+        without = program._replace(jaxpr=ClosedJaxpr(jaxpr, [None] * len(jaxpr.constvars)))
 
         def run(consts, *arguments):
-            whole = without._replace(jaxpr=ClosedJaxpr(without.jaxpr, consts))
+            whole = without._replace(jaxpr=ClosedJaxpr(jaxpr, consts))
             return function(whole, *arguments, **options)
 
         found = jax.jit(run)

@@ -171,7 +171,7 @@ def _like_statistics(axes: tuple[int | None, ...], measured: Moments) -> Moments
         measured = pool(flat, Devices(*checks.axis_names(None, None)))
     mapped = [axis for axis in axes if axis is not None]
     features = [axis for axis in range(measured.mean.ndim) if axis not in mapped]
-    order = np.argsort([*mapped, *features])
+    order = [*map(int, np.argsort([*mapped, *features]))]
     return Moments(*(jnp.transpose(leaf, order) for leaf in measured))
 
 

@@ -111,11 +111,12 @@ def evaluate(
     """
 
     def answer(place: Place, eqn: JaxprEqn, operands: Sequence[Any], given_here: Any) -> tuple[jax.Array, Any]:
-        site, (out,) = eqn.params["site"], eqn.outvars
+        site = eqn.params["site"]
+        aval: Any = eqn.outvars[0].aval
 
         def of_one(operands, extra):
             y, record = rule(place, site.norm(operands), extra)
-            return y.astype(out.aval.dtype), record
+            return y.astype(aval.dtype), record
 
         return over_maps(of_one, eqn.params["mapped"])([*operands], given_here)
 

@@ -150,8 +150,8 @@ def _interceptor(seen: _Seen, linear: bool) -> Callable:
     """Returns an interceptor of linen methods that marks the calls of batch norms."""
     # The functions behind the methods, as Flax hands them to interceptors: a subclass's call of super().__call__ is a
     # call of its parent's function.
-    norms = {kind.__call__.__wrapped__: kind for kind in kinds() if issubclass(kind, flax.linen.Module)}
-    linears = {kind.__call__.__wrapped__ for kind in LINEAR if issubclass(kind, flax.linen.Module)} if linear else set()
+    norms = {_function(kind): kind for kind in kinds() if issubclass(kind, flax.linen.Module)}
+    linears = {_function(kind) for kind in LINEAR if issubclass(kind, flax.linen.Module)} if linear else set()
 
     def intercept(proceed, args, kwargs, context):
         layer, function = context.module, context.orig_method.func
@@ -172,6 +172,11 @@ def _interceptor(seen: _Seen, linear: bool) -> Callable:
         return _mark_linear(path, unbound, layer, proceed, args, kwargs)
 
     return intercept
+
+
+def _function(kind: type) -> Callable:
+    """Returns the function behind the ``__call__`` of a class of linen modules."""
+    return vars(kind.__call__)["__wrapped__"]
 
 
 def _marked_method(method: Any, path: Path, seen: _Seen) -> Callable:
@@ -215,11 +220,11 @@ def _marking(cls: type, kind: type, path: Path) -> type:
 def _mark_linear(path: Path, definition: Any, layer: Any, proceed: Callable, args: tuple, kwargs: dict) -> jax.Array:
     """Calls a linear layer with its input and its output marked."""
     if args:
-        x, *args = args
+        x, *rest = args
     else:
-        x, kwargs = kwargs["inputs"], {name: value for name, value in kwargs.items() if name != "inputs"}
+        x, rest, kwargs = kwargs["inputs"], [], {name: value for name, value in kwargs.items() if name != "inputs"}
     x = mark_value(Site("into", path, definition, ("x",)), jnp.asarray(x))
-    y = proceed(x, *args, **kwargs)
+    y = proceed(x, *rest, **kwargs)
     # The kernel is an operand, so that the program shows where it comes from.
     return mark_value(Site("out of", path, definition, ("y", "kernel")), y, kernel_of(layer))
 

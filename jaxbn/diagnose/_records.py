@@ -107,7 +107,8 @@ def record_layers(
         layer = jax.device_get(layers[path])
         for row, name in enumerate(_names(path, layer.stack)):
             whole = layer.stats, layer.scale, evaluation[path], training[path]
-            records[name] = _record(layer.settings, *jax.tree.map(lambda leaf, row=row: leaf[row], whole), number)
+            stats, scale, *sums = jax.tree.map(lambda leaf, row=row: leaf[row], whole)
+            records[name] = _record(layer.settings, stats, scale, *sums, batches=number)
     unknown = {text(path): reason for path, reason in program.unmarked.items() if program.has_moments(path)}
     return records, unknown
 
