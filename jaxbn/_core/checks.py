@@ -147,8 +147,8 @@ def has_steps(present: bool, path: str) -> None:
     if not present:
         raise ValueError(
             f"the statistics of {path or 'the layer'} must include 'steps', the number of batches that they average, "
-            "because debias=True, momentum=None and schedules continue from it. Add it next to 'mean', int32 and of the "
-            "same shape, or let jaxbn.surgery.replace(..., steps=...) add it."
+            "because debias=True, momentum=None and schedules continue from it. Add it next to 'mean', int32 and of "
+            "the same shape, or let jaxbn.surgery.replace(..., steps=...) add it."
         )
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxbn._core import checks
 from jaxbn._core.domains import chosen_domain, domain_batch_norm, repeat_rows
 from jaxbn._core.dtypes import cast
-from jaxbn._core.functional import Method, batch_normalize, normalize_at_init
+from jaxbn._core.functional import Method, batch_normalize, needs_count, normalize_at_init
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
 
@@ -118,6 +118,7 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
             bias,
             use_running_average=use_running_average,
             momentum=self.momentum,
+            debias=self.debias,
             epsilon=self.epsilon,
             axis=self.axis,
             axis_name=self.axis_name,
@@ -151,9 +152,11 @@ class DomainBatchNorm(nn.BatchNorm, kw_only=True):
     ) -> dict[str, nn.Variable]:
         """Returns the variables of the running statistics by name; creates those that do not exist."""
         num_domains = checks.whole("num_domains", self.num_domains, least=1)
-        # Plain averages and debiased ones need the number of batches, but evaluation does not.
-        counted = (self.momentum is None or self.debias) and (self.is_initializing() or not use_running_average)
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        # Evaluation needs no count.
+        counted = needs_count(self.momentum, self.method, debias=self.debias) and (
+            self.is_initializing() or not use_running_average
+        )
+        dtype = jnp.float32 if self.force_float32_reductions else jnp.promote_types(self.param_dtype, jnp.float32)
         if is_complex:
             dtype = jnp.promote_types(dtype, jnp.complex64)
         # Flax would create the missing variable, and count from 0.

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxbn._core import checks
 from jaxbn._core.domains import chosen_domain, domain_batch_norm, repeat_rows
 from jaxbn._core.dtypes import cast
-from jaxbn._core.functional import Method, batch_normalize
+from jaxbn._core.functional import Method, batch_normalize, needs_count
 from jaxbn._core.stats import init_stats
 from jaxbn._core.variables import from_variables, to_variables, variable_names
 
@@ -90,9 +90,12 @@ class DomainBatchNorm(nnx.BatchNorm):
         self.frozen = frozen
         self.accumulate = accumulate
         self.update_stats = update_stats
-        stats = init_stats(num_features, counted=self.momentum is None or debias, accumulate=accumulate)
+        counted = needs_count(self.momentum, method, debias=debias)
+        stats = init_stats(num_features, counted=counted, accumulate=accumulate)
         for name, value in to_variables(stats).items():
-            setattr(self, name, nnx.BatchStat(repeat_rows(value, num_domains)))
+            # As in `jaxbn.nnx.BatchNorm`, -1 tells a new layer from one whose count was not loaded.
+            initial = jnp.full_like(value, -1) if name == "steps" else value
+            setattr(self, name, nnx.BatchStat(repeat_rows(initial, num_domains)))
 
     def __call__(
         self,
@@ -131,11 +134,14 @@ class DomainBatchNorm(nnx.BatchNorm):
         update_stats = self.update_stats if update_stats is None else update_stats
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
-        names = variable_names(counted=self.momentum is None or self.debias, accumulate=self.accumulate)
+        counted = hasattr(self, "steps") and not use_running_average
+        names = variable_names(counted=counted, accumulate=self.accumulate)
         variables = {name: getattr(self, name) for name in names}
         arrays = {name: variable[...] for name, variable in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
+        if counted and update_stats:
+            checks.counted(arrays)
         # Flax's default promotion would round inputs and statistics to `dtype`.
         if self.promote_dtype is not dtypes.promote_dtype:
             x, arrays["mean"], arrays["var"], scale, bias = self.promote_dtype(
@@ -149,6 +155,7 @@ class DomainBatchNorm(nnx.BatchNorm):
             bias,
             use_running_average=use_running_average,
             momentum=self.momentum,
+            debias=self.debias,
             epsilon=self.epsilon,
             axis=self.axis,
             axis_name=self.axis_name,
