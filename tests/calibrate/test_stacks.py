@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbn import calibrate
+from jaxbn import calibrate, surgery
 from tests import reference
 from tests.calibrate.models import (
     BATCHES,
@@ -165,3 +165,37 @@ def test_models_of_one_framework_in_the_other_are_calibrated():
     variables = nnx_in_linen.init(jax.random.key(0), X)
     stats = jax.tree.leaves(calibrate.one_pass(nnx_in_linen, variables, [X])["batch_stats"])
     assert_close({"": stats}, {"": reference.moments(X)[:2]})
+
+
+class Registered(nn.Module):
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        mean, var = (self.variable("batch_stats", name, jnp.ones, x.shape[-1:]).value for name in ("m", "v"))
+        return (x - mean) / jnp.sqrt(var + self.eps)
+
+
+def test_a_registered_class_is_calibrated_like_batch_norm():
+    surgery.register_batch_norm(Registered, mean="m", var="v", epsilon="eps", axis=-1)
+    model = nn.Sequential([Registered(), nn.BatchNorm(True)])
+    stats = ONE_PASS(model, model.init(jax.random.key(0), X), [X])["batch_stats"]
+    mean, var = reference.moments(X)[:2]
+    assert_close({"": (stats["layers_0"]["m"], stats["layers_0"]["v"])}, {"": (mean, var)})
+    np.testing.assert_allclose(stats["layers_1"]["var"], var / (var + 1e-3), rtol=1e-5)
+
+
+class Branches(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        norms = [nn.BatchNorm(True, name=name) for name in ("below", "above")]
+        if self.is_initializing():
+            return [norm(x) for norm in norms]
+        return jax.lax.cond(x.mean() > 4, norms[1], norms[0], x)
+
+
+def test_a_layer_in_a_branch_gets_the_statistics_of_the_batches_that_take_it():
+    variables = random_variables(Branches())
+    stats = ONE_PASS(Branches(), variables, [X, X + 10, X + 20])["batch_stats"]
+    for name, x in (("below", X), ("above", np.concatenate([X + 10, X + 20]))):
+        assert_close({"": (stats[name]["mean"], stats[name]["var"])}, {"": reference.moments(x)[:2]})
