@@ -191,7 +191,7 @@ class Branches(nn.Module):
         norms = [nn.BatchNorm(True, name=name) for name in ("below", "above")]
         if self.is_initializing():
             return [norm(x) for norm in norms]
-        return jax.lax.cond(x.mean() > 4, norms[1], norms[0], x)
+        return jax.lax.cond(x.mean() > 4, lambda x: norms[1](x), lambda x: norms[0](x), x)
 
 
 def test_a_layer_in_a_branch_gets_the_statistics_of_the_batches_that_take_it():
