@@ -46,6 +46,7 @@ def in_turn(x, layers):
     return found
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("axis", [0, 1])
 def test_each_layer_of_a_scan_gets_its_own_statistics(function, axis):
@@ -60,6 +61,7 @@ def test_each_layer_of_a_scan_gets_its_own_statistics(function, axis):
         assert_close({"": of_layer}, {"": (mean, var)})
 
 
+@pytest.mark.slow
 @each_way
 def test_a_layer_that_a_scan_shares_gets_the_statistics_of_all_its_turns(function):
     shared = ["params", "batch_stats"]
@@ -72,6 +74,7 @@ def test_a_layer_that_a_scan_shares_gets_the_statistics_of_all_its_turns(functio
     assert_close({"": (stats["mean"], stats["var"])}, {"": expected})
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("front_end", ["linen", "nnx", "vmap"])
 def test_each_model_of_an_ensemble_gets_its_own_statistics(function, front_end):
@@ -106,6 +109,7 @@ class Mapped(nn.Module):
         return layer(x) if self.is_initializing() else jax.vmap(layer)(x.reshape(2, -1, FEATURES))
 
 
+@pytest.mark.slow
 @each_way
 def test_a_layer_under_a_bare_vmap_gets_the_statistics_of_all_rows(function):
     variables = {collection: {"BatchNorm_0": arrays} for collection, arrays in layer_variables().items()}
@@ -118,6 +122,7 @@ def test_calibration_may_be_traced():
     assert_close(stats_of(traced), expected_of_chain())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nn.remat, nn.jit])
 def test_the_class_of_the_model_may_be_lifted(wrap):
     assert_close(stats_of(calibrate.one_pass(wrap(Chain)(), CHAIN_VARIABLES, [X])), expected_of_chain())
@@ -154,6 +159,7 @@ def test_a_subclass_may_add_to_its_parents_call_in_nnx():
     assert_close({"": (layer.mean[...], layer.var[...])}, {"": reference.moments(X)[:2]})
 
 
+@pytest.mark.slow
 def test_models_of_one_framework_in_the_other_are_calibrated():
     linen_in_nnx = nnx.bridge.ToNNX(CHAIN, rngs=nnx.Rngs(0)).lazy_init(X)
     result = calibrate.one_pass(linen_in_nnx, None, [X])
@@ -176,6 +182,7 @@ class Registered(nn.Module):
         return (x - mean) / jnp.sqrt(var + self.eps)
 
 
+@pytest.mark.slow
 def test_a_registered_class_is_calibrated_like_batch_norm():
     surgery.register_batch_norm(Registered, mean="m", var="v", epsilon="eps", axis=-1)
     model = nn.Sequential([Registered(), nn.BatchNorm(True)])
@@ -194,6 +201,7 @@ class Branches(nn.Module):
         return jax.lax.cond(x.mean() > 4, lambda x: norms[1](x), lambda x: norms[0](x), x)
 
 
+@pytest.mark.slow
 def test_a_layer_in_a_branch_gets_the_statistics_of_the_batches_that_take_it():
     variables = random_variables(Branches())
     stats = ONE_PASS(Branches(), variables, [X, X + 10, X + 20])["batch_stats"]
