@@ -4,11 +4,13 @@ Running averages lag behind the weights, and are wrong for weights that were ave
 The functions here recompute the statistics on data, and change nothing else.
 
 ``model`` is a linen module with its ``variables``, or an nnx module with None in their place.  ``call(module, batch)``
-evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``; only the batch norms (Flax's or
-ours, at any depth, under remat and jit) behave differently during this call.  ``mask(batch)`` returns booleans [n], the
-examples that count, for models that do not pass masks to their layers; if a model does, a position counts if both masks
-are True there.  Programs are compiled once for each ``call`` and ``mask``, so define these once, outside of loops.  A
-``frozen`` layer normalizes with its running statistics, and keeps them.
+evaluates a batch, as in ``lambda module, batch: module(batch["image"], train=False)``; only the batch norms behave
+differently during this call: Flax's, ours, and subclasses that call theirs, at any depth, under jit, remat, scan, vmap
+and cond.  A layer under ``nn.scan`` or ``nn.vmap`` gets statistics for each turn if it has them for each turn, and
+those of all turns together if it shares them.  Layers that ``call`` does not reach keep theirs, as ``frozen`` layers
+do, which normalize with them.  ``mask(batch)`` returns booleans [n], the examples that count, for models that do not
+pass masks to their layers; if a model does, a position counts if both masks are True there.  Equal programs are
+compiled once.  Under jit and vmap the statistics are not checked for NaN.
 """
 
 import functools
@@ -183,7 +185,7 @@ def layer_by_layer(
       The variables with new ``mean`` and ``var`` in ``batch_stats``, or a copy of the nnx module with them.
 
     Raises:
-      ValueError: as :func:`one_pass`, and for batches that can be read only once, or layers that are called in loops.
+      ValueError: as :func:`one_pass`, and for batches that can be read only once, or layers in a while loop.
 
     References:
       Li et al. 2016, arXiv:1603.04779 (AdaBN); Wu and Johnson 2021, arXiv:2105.07576, section 3.

@@ -85,24 +85,55 @@ class Names(NamedTuple):
 _kinds: dict[type, Names] = dict.fromkeys(BATCH_NORMS, Names())
 
 
-def register_batch_norm(cls: type, **names: Any) -> type:
-    """Makes a class of layers a kind of batch norm, on which all tools operate.
+def register_batch_norm(
+    cls: type,
+    *,
+    mean: str = "mean",
+    var: str = "var",
+    scale: str = "scale",
+    bias: str = "bias",
+    epsilon: str | float = "epsilon",
+    axis: str | int = "axis",
+    momentum: str = "momentum",
+    dtype: str = "dtype",
+) -> type:
+    """Makes a class of layers known as a batch norm, to :mod:`jaxbn.calibrate` and :mod:`jaxbn.diagnose`.
 
-    Its ``__call__`` takes the inputs first, and normalizes them in evaluation as :func:`jaxbn.normalize` does, with the
-    variables and settings of these names.
+    For copies of batch norm that are no subclass of Flax's or ours.  The class's ``__call__`` takes the inputs first,
+    perhaps a ``mask`` by name, and in evaluation computes :func:`jaxbn.normalize` with its running statistics.
+
+    >>> class Norm(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         mean = self.variable("batch_stats", "ra_mean", jnp.zeros, x.shape[-1:]).value
+    ...         var = self.variable("batch_stats", "ra_var", jnp.ones, x.shape[-1:]).value
+    ...         return jaxbn.normalize(x, mean, var, epsilon=1e-3)
+    >>> _ = jaxbn.surgery.register_batch_norm(Norm, mean="ra_mean", var="ra_var", epsilon=1e-3, axis=-1)
+    >>> x = jnp.array([[1., 2.], [3., 6.]])
+    >>> variables = Norm().init(jax.random.key(0), x)
+    >>> jaxbn.calibrate.one_pass(Norm(), variables, [x])["batch_stats"]["ra_mean"]
+    Array([2., 4.], dtype=float32)
 
     Args:
       cls: a class of linen or nnx modules.
-      **names: the fields of :class:`Names` that differ from Flax's.
+      mean: variable of the running mean, shape [C], in ``batch_stats`` in linen.
+      var: variable of the running variance, shape [C], likewise.
+      scale: variable of the scale, if there is one, in ``params`` in linen.
+      bias: variable of the bias, if there is one, likewise.
+      epsilon: attribute, or the number itself.
+      axis: attribute, or the feature axis itself.
+      momentum: attribute with the weight of the old statistics, if there is one.
+      dtype: attribute with the dtype of the result, if there is one.
 
     Returns:
-      The class, so that this can be a decorator.
+      The class.
+
+    Raises:
+      ValueError: for anything else than a class of modules.
     """
     if not (isinstance(cls, type) and issubclass(cls, flax.linen.Module | nnx.Module)):
-        raise ValueError(
-            f"register_batch_norm takes a class of linen or nnx modules, got {cls!r}; pass the class itself."
-        )
-    _kinds[cls] = Names(**names)
+        raise ValueError(f"cls must be a class of linen or nnx modules, got {cls!r}; pass the class itself.")
+    _kinds[cls] = Names(mean, var, scale, bias, epsilon, axis, momentum, dtype)
     return cls
 
 

@@ -21,7 +21,6 @@ from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._core.stats import BatchStats
 
 BATCH_NORMS = (flax.linen.BatchNorm, jaxbn.linen.BatchNorm, nnx.BatchNorm, jaxbn.nnx.BatchNorm)
 CONVOLUTIONS = (flax.linen.Conv, flax.linen.ConvTranspose, nnx.Conv, nnx.ConvTranspose)
@@ -93,24 +92,6 @@ def merged(model: Model) -> nnx.Module:
     # nnx.split and nnx.merge pass on the Variable objects themselves: without a copy, the user's module would see every
     # update of this one.
     return nnx.merge(*model, copy=True)
-
-
-def with_stats(model: Model, stats: Mapping[str, BatchStats]) -> Model:
-    """Returns the model with new running statistics in the layers at these paths."""
-    if isinstance(model.definition, flax.linen.Module):
-        arrays = jax.tree.map(lambda leaf: leaf, model.arrays)  # new dicts, same leaves
-        for path, new in stats.items():
-            layer = arrays["batch_stats"]
-            for name in path.split("/") if path else ():  # the path of a model that is itself a batch norm is ""
-                layer = layer[name]
-            layer.update(new._asdict())
-        return Model(model.definition, arrays)
-    module = merged(model)
-    for path, layer in modules_in(module):
-        if path in stats:
-            for name, value in stats[path]._asdict().items():
-                getattr(layer, name).set_value(value)
-    return Model(*nnx.split(module))
 
 
 def arrays_of(model: Model) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ returns a new model, and the largest change of its outputs in evaluation.  If it
 with the reason.
 """
 
+from jaxbn._models.batch_norms import register_batch_norm
 from jaxbn.surgery._affine import to_affine
 from jaxbn.surgery._domains import replace_by_domain_norm
 from jaxbn.surgery._folding import fold
@@ -21,6 +22,7 @@ __all__ = [
     "fold",
     "freeze",
     "frozen_mask",
+    "register_batch_norm",
     "replace",
     "replace_by_domain_norm",
     "replace_by_group_norm",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbn import calibrate
+from jaxbn import calibrate, surgery
 from tests import reference
 from tests.calibrate.models import (
     BATCHES,
@@ -46,6 +46,7 @@ def in_turn(x, layers):
     return found
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("axis", [0, 1])
 def test_each_layer_of_a_scan_gets_its_own_statistics(function, axis):
@@ -60,6 +61,7 @@ def test_each_layer_of_a_scan_gets_its_own_statistics(function, axis):
         assert_close({"": of_layer}, {"": (mean, var)})
 
 
+@pytest.mark.slow
 @each_way
 def test_a_layer_that_a_scan_shares_gets_the_statistics_of_all_its_turns(function):
     shared = ["params", "batch_stats"]
@@ -72,6 +74,7 @@ def test_a_layer_that_a_scan_shares_gets_the_statistics_of_all_its_turns(functio
     assert_close({"": (stats["mean"], stats["var"])}, {"": expected})
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("front_end", ["linen", "nnx", "vmap"])
 def test_each_model_of_an_ensemble_gets_its_own_statistics(function, front_end):
@@ -106,6 +109,7 @@ class Mapped(nn.Module):
         return layer(x) if self.is_initializing() else jax.vmap(layer)(x.reshape(2, -1, FEATURES))
 
 
+@pytest.mark.slow
 @each_way
 def test_a_layer_under_a_bare_vmap_gets_the_statistics_of_all_rows(function):
     variables = {collection: {"BatchNorm_0": arrays} for collection, arrays in layer_variables().items()}
@@ -118,6 +122,7 @@ def test_calibration_may_be_traced():
     assert_close(stats_of(traced), expected_of_chain())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nn.remat, nn.jit])
 def test_the_class_of_the_model_may_be_lifted(wrap):
     assert_close(stats_of(calibrate.one_pass(wrap(Chain)(), CHAIN_VARIABLES, [X])), expected_of_chain())
@@ -154,6 +159,7 @@ def test_a_subclass_may_add_to_its_parents_call_in_nnx():
     assert_close({"": (layer.mean[...], layer.var[...])}, {"": reference.moments(X)[:2]})
 
 
+@pytest.mark.slow
 def test_models_of_one_framework_in_the_other_are_calibrated():
     linen_in_nnx = nnx.bridge.ToNNX(CHAIN, rngs=nnx.Rngs(0)).lazy_init(X)
     result = calibrate.one_pass(linen_in_nnx, None, [X])
@@ -165,3 +171,39 @@ def test_models_of_one_framework_in_the_other_are_calibrated():
     variables = nnx_in_linen.init(jax.random.key(0), X)
     stats = jax.tree.leaves(calibrate.one_pass(nnx_in_linen, variables, [X])["batch_stats"])
     assert_close({"": stats}, {"": reference.moments(X)[:2]})
+
+
+class Registered(nn.Module):
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        mean, var = (self.variable("batch_stats", name, jnp.ones, x.shape[-1:]).value for name in ("m", "v"))
+        return (x - mean) / jnp.sqrt(var + self.eps)
+
+
+@pytest.mark.slow
+def test_a_registered_class_is_calibrated_like_batch_norm():
+    surgery.register_batch_norm(Registered, mean="m", var="v", epsilon="eps", axis=-1)
+    model = nn.Sequential([Registered(), nn.BatchNorm(True)])
+    stats = ONE_PASS(model, model.init(jax.random.key(0), X), [X])["batch_stats"]
+    mean, var = reference.moments(X)[:2]
+    assert_close({"": (stats["layers_0"]["m"], stats["layers_0"]["v"])}, {"": (mean, var)})
+    np.testing.assert_allclose(stats["layers_1"]["var"], var / (var + 1e-3), rtol=1e-5)
+
+
+class Branches(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        norms = [nn.BatchNorm(True, name=name) for name in ("below", "above")]
+        if self.is_initializing():
+            return [norm(x) for norm in norms]
+        return jax.lax.cond(x.mean() > 4, lambda x: norms[1](x), lambda x: norms[0](x), x)
+
+
+@pytest.mark.slow
+def test_a_layer_in_a_branch_gets_the_statistics_of_the_batches_that_take_it():
+    variables = random_variables(Branches())
+    stats = ONE_PASS(Branches(), variables, [X, X + 10, X + 20])["batch_stats"]
+    for name, x in (("below", X), ("above", np.concatenate([X + 10, X + 20]))):
+        assert_close({"": (stats[name]["mean"], stats[name]["var"])}, {"": reference.moments(x)[:2]})
