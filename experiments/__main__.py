@@ -127,6 +127,19 @@ def diagnose_command(
     diagnosis.run(checkpoint, data_dir=data_dir)
 
 
+@app.command(name="journey")
+def journey_command(
+    *,
+    weights: Annotated[
+        Path | None, arg(metavar="FILE", help="State dict of a ResNet-18, saved by torch.save. If left out: random.")
+    ] = None,
+) -> None:
+    """Bring torchvision's ResNet-18 to JAX, fine-tune, calibrate, fold, save and export it; compare the outputs."""
+    from experiments.demos import journey
+
+    journey.main(weights=weights)
+
+
 @app.command(name="sync-demo")
 def sync_demo_command(
     *, data_dir: DataDir = None, out: FiguresDir = Path("runs/sync-demo"), devices: Devices = 8, launch: Launch = 1
