@@ -18,7 +18,7 @@ from flax import nnx
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict
 
-from jaxbn._models.model import Model, is_one_of, merged, modules_in
+from jaxbn._models.model import Model, merged, modules_in
 
 _RECORDS = "jaxbn_records"  # the collection of what a run records in a linen model
 _run_numbers = itertools.count()
@@ -107,7 +107,7 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
       batch: passed on to ``call``.
       call: ``call(module, batch)`` returns the output.
       handle: answers the calls.
-      kinds: classes of layers; subclasses that override ``__call__`` are other layers.
+      kinds: classes of layers; of subclasses that override ``__call__``, their call of ``super().__call__``.
 
     Returns:
       The output, and a tuple of records for each layer, by path.
@@ -148,6 +148,8 @@ def evaluation(model: Model, call: Callable, handle: Handler, kinds: tuple[type,
 def _run_linen(
     model: Model, batch: Any, call: Callable, handle_next: Callable, kinds: tuple[type, ...]
 ) -> tuple[Any, dict]:
+    # Flax hands interceptors the functions behind the methods.  A subclass's super().__call__(x) is a call of one too.
+    functions = {kind.__call__.__wrapped__ for kind in kinds if issubclass(kind, flax.linen.Module)}
     bound, was_called = None, False  # the bound model that `call` gets, and whether it or a part of it has been called
 
     def call_bound(module, batch):
@@ -158,8 +160,8 @@ def _run_linen(
     def intercept(proceed, args, kwargs, context):
         nonlocal was_called
         layer = context.module
-        was_called = was_called or _is_in(layer, bound)
-        if context.method_name != "__call__" or not is_one_of(layer, kinds):
+        was_called = was_called or _is_in(layer, bound) or _is_lifted(layer, bound)
+        if context.orig_method.func not in functions or layer.scope is None:
             return proceed(*args, **kwargs)
         path = "/".join(layer.path)
         if is_ignored(layer, path):
@@ -199,19 +201,20 @@ def _run_nnx(
 ) -> tuple[Any, dict]:
     # nnx has no interceptors, so the layers of a copy get classes whose calls are intercepted.
     module = merged(model)
-    layers = [(path, layer) for path, layer in modules_in(module) if is_one_of(layer, kinds)]
+    layers = [(path, layer) for path, layer in modules_in(module) if isinstance(layer, kinds)]
     for path, layer in layers:
-        layer.__class__ = _intercepted(type(layer), path, handle_next)
+        kind = next(cls for cls in type(layer).__mro__ if cls in kinds)
+        layer.__class__ = _intercepted(type(layer), kind, path, handle_next)
     y = call(module, batch)
     return y, {path: layer.calls.get_value() for path, layer in layers if hasattr(layer, "calls")}
 
 
-def _intercepted(cls: type, path: str, handle_next: Callable) -> type:
-    """Returns a subclass whose calls are answered by ``handle_next``."""
+def _intercepted(cls: type, kind: type, path: str, handle_next: Callable) -> type:
+    """Returns a class like ``cls`` whose calls of ``kind.__call__`` are answered by ``handle_next``."""
 
     def __call__(self, *args, **kwargs):
         earlier = self.calls.get_value() if hasattr(self, "calls") else ()
-        y, record = handle_next(path, earlier, self, args, kwargs, functools.partial(cls.__call__, self))
+        y, record = handle_next(path, earlier, self, args, kwargs, functools.partial(kind.__call__, self))
         if record is not None:
             try:
                 self.calls = nnx.Intermediate((*earlier, record))
@@ -219,7 +222,9 @@ def _intercepted(cls: type, path: str, handle_next: Callable) -> type:
                 raise _in_a_loop(path) from None
         return y
 
-    return type(cls.__name__, (cls,), {"__call__": __call__})
+    intercepted = type(kind.__name__, (kind,), {"__call__": __call__})
+    # Right before the kind in the order of method resolution, so that a subclass's super().__call__(x) is intercepted.
+    return intercepted if cls is kind else type(cls.__name__, (cls, intercepted), {})
 
 
 def _is_in(layer: Any, model: flax.linen.Module | None) -> bool:
@@ -229,6 +234,15 @@ def _is_in(layer: Any, model: flax.linen.Module | None) -> bool:
             return True
         layer = layer.parent
     return False
+
+
+def _is_lifted(layer: Any, model: flax.linen.Module | None) -> bool:
+    """Tests whether a module runs in place of a model whose own class is transformed, as nn.remat(Net) is.
+
+    The model is one of a subclass of Net, and hands its scope to a Net.
+    """
+    lifted = type(layer) is not type(model) and isinstance(model, type(layer))
+    return lifted and layer.scope is not None and layer.path == model.path
 
 
 def _called_another(model: Any) -> ValueError:

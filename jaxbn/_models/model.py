@@ -137,14 +137,6 @@ def sharing(model: Model) -> dict[str, str]:
     return shared
 
 
-def is_one_of(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Tests whether a layer is of one of these classes, or of a subclass that leaves ``__call__`` as it is.
-
-    A subclass that overrides ``__call__`` may compute something else, so nothing is known of its output.
-    """
-    return any(isinstance(layer, kind) and type(layer).__call__ is kind.__call__ for kind in kinds)
-
-
 def shapes(tree: Any) -> Any:
     """Replaces the arrays of a pytree with their shapes and dtypes."""
 

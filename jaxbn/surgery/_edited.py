@@ -58,6 +58,15 @@ def _edited_class(original: type, makers: Makers) -> type:
     """Makes a subclass of a linen model's class whose methods run with new layers."""
     # Flax makes each class a dataclass, which would replace these methods.
     kept = {name: getattr(original, name) for name in ("__init__", "__eq__", "__hash__")}
+    if "__call__" in dir(original):
+
+        @functools.wraps(original.__call__)  # as it is wrapped by Flax already
+        def __call__(self, *args, **kwargs):
+            # Where nn.remat or another transformation has made the class, its call is no method of Flax's.
+            with contextlib.nullcontext() if self.scope is None else _replacing_layers(makers, self.path):
+                return original.__call__(self, *args, **kwargs)
+
+        kept["__call__"] = __call__
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     edits = {"jaxbn_original": original, "jaxbn_makers": makers}
     return type(original.__name__, (_Edited, original), kept | names | edits)
