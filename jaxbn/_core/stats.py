@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._core import checks, lowering
@@ -91,6 +92,10 @@ AnyStats = BatchStats | CountedStats | AccumulatedStats
 STATS_TYPES = get_args(AnyStats)
 Stats = TypeVar("Stats", bound=AnyStats)
 Running = TypeVar("Running", bound=BatchStats | CountedStats)
+
+# So that jax.export can serialize a function that takes or returns them; it finds the class by this name.
+for _kind in (Moments, *STATS_TYPES):
+    export.register_namedtuple_serialization(_kind, serialized_name=f"jaxbn.{_kind.__name__}")
 
 
 def moments(
