@@ -5,7 +5,6 @@ import pickle
 
 import chex
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -150,17 +149,3 @@ def test_statistics_are_pickled_with_every_protocol(protocol):
     restored = pickle.loads(pickle.dumps(stats, protocol))
     assert type(restored) is type(stats) and type(restored.pending) is jaxbn.Moments
     chex.assert_trees_all_equal(restored, stats)
-
-
-@pytest.mark.parametrize("options", [{}, {"counted": True}, {"accumulate": 2}, {"counted": True, "accumulate": 2}])
-def test_a_step_on_statistics_is_exported_and_loaded(options):
-    stats = jaxbn.init_stats(3, **options)
-
-    @jax.jit
-    def step(stats, x):
-        return jaxbn.batch_norm(x, stats, use_running_average=False)
-
-    x = jnp.asarray(X, jnp.float32)
-    serialized = jax.export.export(step)(stats, x).serialize()
-    loaded_step = jax.export.deserialize(serialized)
-    chex.assert_trees_all_close(loaded_step.call(stats, x), step(stats, x), rtol=1e-6)
