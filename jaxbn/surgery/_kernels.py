@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbn._core.dtypes import in_float64
-from jaxbn._models.model import CONVOLUTIONS
+from jaxbn._models.model import CONVOLUTIONS, LINEAR
 from jaxbn.surgery._affine import affine_of
 from jaxbn.surgery._foldable import CannotFold, Match, TracedLinear
 from jaxbn.surgery._new_layers import make_with
@@ -112,11 +112,13 @@ def _response(linear: TracedLinear, kernel: np.ndarray, s: np.ndarray) -> np.nda
     x = jnp.asarray(np.broadcast_to(s, (1, *shape)).astype(dtype))
     weights = jnp.asarray(kernel.astype(dtype))
     layer = make_with({"use_bias": False, "dtype": None}, linear.layer)
+    # The call of Flax's layer, as it was traced; that of a subclass may compute more.
+    call: Any = next(kind for kind in type(layer).__mro__ if kind in LINEAR).__call__
     with jax.default_matmul_precision("highest"):
         if isinstance(layer, flax.linen.Module):
-            return np.asarray(layer.apply({"params": {"kernel": weights}}, x))
+            return np.asarray(layer.apply({"params": {"kernel": weights}}, x, method=call))
         layer.kernel, layer.bias = nnx.Param(weights), nnx.data(None)
-        return np.asarray(layer(x))
+        return np.asarray(call(layer, x))
 
 
 def _may_pad_with_zeros(layer: Any) -> bool:
