@@ -4,8 +4,8 @@ Layers correspond one to one, and only layers of one signature, which stands for
 decide is which of several layers with the same arrays is which.  A pair is accepted
 
 1. if it is given;
-2. if all layers of its signature have the same names in both models, such as ``layer1.0.conv1`` and
-   ``layer1_0/conv1``;
+2. if all layers of its signature have the same words and numbers in their names, such as ``layer1.0.conv1`` and
+   ``layer1_0/conv_1``;
 3. if only this pair has its signature;
 4. if words in the names, such as "shortcut", leave only this pair;
 5. if it has the same place in the order of both models, and no other pair says that the orders differ.
@@ -216,4 +216,4 @@ def _words(name: str) -> frozenset[str]:
 
 def _same(name: str) -> tuple[str, ...]:
     """Returns what is equal for the same name in two frameworks, which join its parts differently."""
-    return tuple(re.split(r"[./_]", name))
+    return tuple(token.lower() for token in _tokens(name))
