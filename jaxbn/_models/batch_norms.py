@@ -164,6 +164,8 @@ def read_norm(layer: Any, kind: type, args: tuple, kwargs: dict, path: str) -> N
         )
     stats = BatchStats(arrays["mean"], arrays["var"])
     options = settings_of(layer) if kind in BATCH_NORMS else _foreign_settings(layer, names, arrays)
+    if bound.get("update_stats") is not None:  # the call goes before the constructor
+        options = options | {"update_stats": bound["update_stats"]}
     return NormCall(x, bound.get("mask"), use_running_average, stats, arrays["scale"], arrays["bias"], options)
 
 

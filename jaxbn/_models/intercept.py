@@ -91,7 +91,13 @@ def evaluating(call: Callable) -> Callable:
     def evaluate(module, batch):
         if isinstance(module, nnx.Module):
             module.eval()
-        return call(module, batch)
+        try:
+            return call(module, batch)
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                f"the model draws random numbers in evaluation: {str(error).partition(' (http')[0]}; let call switch that "
+                "off, as in call=lambda module, batch: module(batch, deterministic=True)."
+            ) from None
 
     return evaluate
 

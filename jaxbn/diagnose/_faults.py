@@ -16,6 +16,8 @@ from jaxbn.diagnose._thresholds import ERRORS, EXAMPLES, EXCESS, FEW_EXAMPLES, G
 
 def find_faults(layers: list[LayerSummary], devices: int) -> list[Finding]:
     """Finds what is wrong, causes before their effects; what one finding explains is not reported a second time."""
+    # Layers that normalize with the batch on purpose do not use their running statistics.
+    layers = [layer for layer in layers if layer.settings.tracking or not layer.settings.training]
     unconverged = _not_converged(layers)
     few = _few_values(layers)
     dependent = _dependent(layers)

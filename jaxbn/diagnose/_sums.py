@@ -24,6 +24,7 @@ class Settings(NamedTuple):
 
     Attributes:
       training: whether it normalizes with the batch where ``call`` should evaluate.
+      tracking: whether training updates its statistics; if not, it normalizes with the batch on purpose.
       frozen: whether it always evaluates.
       epsilon: added to the variance.
       momentum: weight of the old running statistics.
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     """
 
     training: bool
+    tracking: bool
     frozen: bool
     epsilon: float
     momentum: float | None
@@ -145,6 +147,9 @@ def _number_of_examples(x: jax.Array, sizes: frozenset[int]) -> int:
 def _settings(norm: NormCall, by_example: bool) -> Settings:
     options = norm.options
     momentum = options["momentum"]
+    if callable(momentum):  # a schedule: the value at its end
+        with jax.ensure_compile_time_eval():
+            momentum = momentum(jnp.asarray(2**30))
     groups = options.get("axis_index_groups")
     method = options.get("method")
     function = getattr(method, "func", method)  # functools.partial may bind options of the method
@@ -152,6 +157,7 @@ def _settings(norm: NormCall, by_example: bool) -> Settings:
     # Options that only jaxbn's layers have are absent for Flax's.
     return Settings(
         training=not norm.use_running_average,
+        tracking=options.get("update_stats", True),
         frozen=options.get("frozen", False),
         epsilon=float(options["epsilon"]),
         momentum=None if momentum is None else float(momentum),
