@@ -95,8 +95,8 @@ def evaluating(call: Callable) -> Callable:
             return call(module, batch)
         except flax.errors.InvalidRngError as error:
             raise ValueError(
-                f"the model draws random numbers in evaluation: {str(error).partition(' (http')[0]}; let call switch that "
-                "off, as in call=lambda module, batch: module(batch, deterministic=True)."
+                f"the model draws random numbers in evaluation: {str(error).partition(' (http')[0]}; let call switch "
+                "that off, as in call=lambda module, batch: module(batch, deterministic=True)."
             ) from None
 
     return evaluate
@@ -155,7 +155,7 @@ def _run_linen(
     model: Model, batch: Any, call: Callable, handle_next: Callable, kinds: tuple[type, ...]
 ) -> tuple[Any, dict]:
     # Flax hands interceptors the functions behind the methods.  A subclass's super().__call__(x) is a call of one too.
-    functions = {kind.__call__.__wrapped__ for kind in kinds if issubclass(kind, flax.linen.Module)}
+    functions = {inspect.unwrap(kind.__call__) for kind in kinds if issubclass(kind, flax.linen.Module)}
     bound, was_called = None, False  # the bound model that `call` gets, and whether it or a part of it has been called
 
     def call_bound(module, batch):

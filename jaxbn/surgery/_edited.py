@@ -16,9 +16,10 @@ new layer is called:
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen
 
@@ -28,7 +29,9 @@ from jaxbn._models.model import BATCH_NORMS, LINEAR
 Makers = Mapping[str, Callable]  # make(old, parent=scope) returns the layer to call instead of old; by path
 
 # Flax hands the functions behind the methods to interceptors.  A subclass's super().__call__(x) is a call of them too.
-_KINDS = {kind.__call__.__wrapped__: kind for kind in (*BATCH_NORMS, *LINEAR) if issubclass(kind, flax.linen.Module)}
+_KINDS = {
+    inspect.unwrap(kind.__call__): kind for kind in (*BATCH_NORMS, *LINEAR) if issubclass(kind, flax.linen.Module)
+}
 
 
 def edited(model: flax.linen.Module, makers: Makers) -> flax.linen.Module:
@@ -157,7 +160,11 @@ def _sow_but_outputs(layer: flax.linen.Module, collection: str, *args: Any, **kw
     return collection != "intermediates" and type(layer).sow(layer, collection, *args, **kwargs)
 
 
-class _Edited:
+# For a reader, a part of a linen module; Flax would make a dataclass of it if it were one.
+_Part: type[flax.linen.Module] = flax.linen.Module if TYPE_CHECKING else object
+
+
+class _Edited(_Part):
     """What the classes of edited models have before the methods of the model's class.
 
     Attributes:
@@ -187,7 +194,7 @@ class _Edited:
         with _replacing_layers(self.jaxbn_makers, ()):
             return super().init_with_output(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: Any, /) -> str | tuple[Any, ...]:
         """Pickles the class as the model's own and the edits."""
         if "jaxbn_makers" not in vars(type(self)):  # a transformation's subclass, which is pickled as Flax does
             return super().__reduce_ex__(protocol)
