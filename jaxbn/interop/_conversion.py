@@ -84,14 +84,8 @@ def check_mappings(**arguments: tuple[Any, str]) -> None:
             raise ValueError(f"{name} must be a mapping, got a {type(value).__name__}; pass {expected}.")
 
 
-def _convert_layers(
-    variables: Mapping[str, Any],
-    names: Mapping[str, str],
-    weights: Mapping[str, Any],
-    layouts: Mapping[str, Layout],
-    convert: Callable[[str, Layout, dict[str, Any]], Any],
-) -> dict[str, Any]:
-    """Returns ``convert(name, layout, leaves)`` for each layer, by name; raises one error for all that does not fit."""
+def check_models(variables: Any, names: Any, layouts: Any) -> None:
+    """Refuses arguments of other kinds, and variables without their collections."""
     check_mappings(
         variables=(variables, "{'params': ..., 'batch_stats': ...}"),
         names=(names, "names and paths, such as {'layer1.0.conv1': 'Block_0/Conv_0'}"),
@@ -102,6 +96,17 @@ def _convert_layers(
             f"variables must have only the collections 'params' and 'batch_stats', got {sorted(unknown)} too; pass "
             "{'params': ..., 'batch_stats': ...}."
         )
+
+
+def _convert_layers(
+    variables: Mapping[str, Any],
+    names: Mapping[str, str],
+    weights: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    convert: Callable[[str, Layout, dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """Returns ``convert(name, layout, leaves)`` for each layer, by name; raises one error for all that does not fit."""
+    check_models(variables, names, layouts)
     layers = by_layer(variables)
     problems = [*_unnamed_weights(weights, names), *_unclear_names(names, layers, layouts)]
     converted = {}
@@ -163,11 +168,7 @@ def _layout_of(name: str, path: str, leaves: Mapping[str, Any], layouts: Mapping
     """Returns the layout of a layer: the one in ``layouts``, or else the likely one of such variables."""
     layout = layouts.get(name)
     if layout is not None:
-        if not isinstance(layout, Layout):
-            raise ValueError(
-                f"layouts must have a Layout for it, got a {type(layout).__name__}; call the function, as in "
-                "dense_layout()."
-            )
+        check_layout(layout)
         return layout
     if path.rpartition("/")[2].startswith("ConvTranspose"):
         raise ValueError(
@@ -186,6 +187,15 @@ def _layout_of(name: str, path: str, leaves: Mapping[str, Any], layouts: Mapping
         f"its variables in Flax, {', '.join(sorted(leaves))}, are not those of a norm, convolution or dense layer; "
         "pass its layout in layouts, or remove it from both models."
     )
+
+
+def check_layout(layout: Any) -> None:
+    """Refuses what is no layout, such as the function that returns one."""
+    if not isinstance(layout, Layout):
+        raise ValueError(
+            f"layouts must have a Layout for it, got a {type(layout).__name__}; call the function, as in "
+            "dense_layout()."
+        )
 
 
 def _check_shapes(arrays: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:

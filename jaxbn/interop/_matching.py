@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.interop._conversion import by_layer, entries_by_layer
+from jaxbn.interop._conversion import by_layer, check_layout, check_mappings, check_models, entries_by_layer
 from jaxbn.interop._kernel_layouts import conv_layout, dense_layout
 from jaxbn.interop._layout import Layout
 from jaxbn.interop._norm_layout import batch_norm_layout
@@ -132,6 +132,7 @@ def match_keras(
     Raises:
       ValueError: as :func:`match_torch`.
     """
+    check_mappings(weights=(weights, "{layer.name: layer.weights for layer in model.layers if layer.weights}"))
     return match(weights, variables, names or {}, layouts or {}, lambda layout: layout.from_keras)
 
 
@@ -151,17 +152,31 @@ def match(
       layouts: of some layers, by name.
       converter: returns the function of a layout that converts weights to variables.
     """
-    targets = by_layer(variables)
-    is_sorted = [*targets] == sorted(targets)
+    check_models(variables, names, layouts)
+    # The parameters first: their order is that of the calls even where a model begins with a batch norm, whose
+    # statistics are made before all parameters.
+    targets = by_layer({name: variables[name] for name in sorted(variables, key="params".__ne__)})
+    is_sorted = all(_is_sorted(tree) for tree in variables.values())
     paths = sorted(targets, key=natural_key) if is_sorted else [*targets]
     shapes = {path: {key: np.shape(leaf) for key, leaf in sorted(targets[path].items())} for path in paths}
     target = Model(tuple(Layer(path, _signature(shapes[path])) for path in paths), is_sorted)
     source_layers = []
     for name, arrays in weights.items():
-        layout = layouts.get(name) or _likely_layout(arrays)
-        converted = None if layout is None else flat(converter(layout)(arrays))
-        source_layers.append(Layer(name, name if converted is None else _signature(converted)))
-    source = Model(tuple(source_layers), is_sorted=False)
+        layout = layouts.get(name)
+        try:
+            if layout is None:
+                layout = _likely_layout(arrays)
+            else:
+                check_layout(layout)
+            signature = name if layout is None else _signature(flat(converter(layout)(arrays)))
+        except ValueError as error:
+            raise ValueError(f"nothing is matched, because of {name!r}: {error}") from error
+        source_layers.append(Layer(name, signature))
+    # As in a file of safetensors.  In a state_dict of PyTorch itself, weights come before biases.
+    source_sorted = _is_sorted([f"{name}.{key}" for name, arrays in weights.items() for key in _keys(arrays)])
+    if source_sorted:
+        source_layers.sort(key=lambda layer: natural_key(layer.name))
+    source = Model(tuple(source_layers), source_sorted)
     given = _given(names, source, target)
     _check_counterparts(source, target, given)
     reading = read(source, target, given)
@@ -170,6 +185,22 @@ def match(
     return Matches(
         tuple(Matched(source.layers[s].name, paths[t], shapes[paths[t]], how) for s, t, how in sorted(reading.pairs))
     )
+
+
+def _is_sorted(tree: Any) -> bool:
+    """Whether keys are in the order of the alphabet, at each depth, as in Flax after ``jax.tree.map``.
+
+    Layers with a kernel, or a scale, and a bias show it: they make the bias last.
+    """
+    keys = [*tree]
+    if keys != sorted(keys, key=lambda key: (isinstance(key, str), key)):  # in nnx, numbers are sorted as such
+        return False
+    return not isinstance(tree, Mapping) or all(_is_sorted(v) for v in tree.values() if isinstance(v, Mapping))
+
+
+def _keys(arrays: Any) -> list[str]:
+    """Returns the names of arrays; those of a list say that its order is the one in which they were made."""
+    return [*arrays] if isinstance(arrays, Mapping) else ["kernel", "bias"]
 
 
 def _likely_layout(arrays: Any) -> Layout | None:
@@ -233,8 +264,13 @@ def _several_readings(reading: Reading, source: Model, target: Model) -> str:
         lines.append(
             f"{of_source} could each be any of {', '.join(repr(target.layers[index].name) for index in targets)}"
         )
+    where = [
+        f"{what} are sorted by name, which hides the order of the layers: pass those of {origin} itself"
+        for what, origin, model in (("weights", "state_dict()", source), ("variables", "model.init", target))
+        if model.is_sorted
+    ]
     example = {source.layers[reading.open[0][0][0]].name: target.layers[reading.open[0][1][0]].name}
     return (
         "names, shapes and order leave more than one reading, so nothing is matched; pass the right pairs as names=, "
-        f"such as names={example}:\n  " + "\n  ".join(lines)
+        f"such as names={example}:\n  " + "\n  ".join([*lines, *where])
     )

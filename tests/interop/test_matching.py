@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from jaxbn import interop
 
@@ -165,6 +166,75 @@ def test_a_keras_model_is_converted_without_naming_its_layers():
     weights = {name: dict(zip(fields.get(name.removesuffix("_1"), norm), arrays[name], strict=True)) for name in names}
     assert interop.match_keras(weights, variables).names == names
     jax.tree.map(np.testing.assert_array_equal, interop.from_keras(weights, variables), {**random})
+
+
+class Twins(nn.Module):
+    """A norm, and two layers with the same arrays, which the alphabet puts in another order."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="a_norm")(x)
+        return nn.Dense(4, name="down")(nn.Dense(4, name="up")(x))
+
+
+def twins(*names):
+    """Their entries in PyTorch."""
+    norm = {f"bn.{name}": np.ones(4) for name in ("weight", "bias", "running_mean", "running_var")}
+    return norm | {f"{name}.{part}": np.ones((4,) * n) for name in names for part, n in (("weight", 2), ("bias", 1))}
+
+
+def test_order_is_that_of_the_calls_also_if_a_norm_comes_first():
+    variables = Twins().init(jax.random.key(0), jnp.ones((2, 4)))
+    assert [*variables] == ["batch_stats", "params"]  # statistics are made before the parameters
+    names = {"bn": "a_norm", "fc1": "up", "fc2": "down"}
+    assert interop.match_torch(twins("fc1", "fc2"), variables).names == names
+
+
+def test_sorted_variables_are_no_evidence_also_if_nothing_crosses():
+    variables = Twins().init(jax.random.key(0), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="variables are sorted by name, .*: pass those of model.init itself"):
+        interop.match_torch(twins("fc1", "fc2"), jax.tree.map(jnp.asarray, variables))
+
+
+def test_a_sorted_state_dict_is_no_evidence():
+    variables = Twins().init(jax.random.key(0), jnp.ones((2, 4)))
+    in_file = dict(sorted(twins("second", "first").items()))
+    with pytest.raises(ValueError, match="weights are sorted by name, .*: pass those of state_dict.. itself"):
+        interop.match_torch(in_file, variables)
+
+
+@pytest.mark.parametrize("blocks", [2, 12])  # the alphabet puts 10 before 2; nnx does not
+def test_states_of_nnx_are_sorted_with_any_number_of_blocks(blocks):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            pairs = [{name: nnx.Linear(4, 4, rngs=rngs) for name in ("up", "down")} for _ in range(blocks)]
+            self.layers = nnx.List([nnx.Dict(**pair) for pair in pairs])
+
+    states = {"params": nnx.state(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param)}
+    state_dict = {}
+    for number in range(blocks):
+        for name in ("fc1", "fc2"):
+            state_dict |= {f"{number}.{name}.weight": np.ones((4, 4)), f"{number}.{name}.bias": np.ones(4)}
+    with pytest.raises(ValueError, match="more than one reading"):
+        interop.match_torch(state_dict, states)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v: interop.match_torch(twins("a"), Twins()), "variables must be a mapping, got a Twins"),
+        (lambda v: interop.from_torch(twins("a"), v["params"]), "only the collections 'params' and 'batch_stats'"),
+        (lambda v: interop.match_keras([np.ones(4)], v), "weights must be a mapping, got a list"),
+        (lambda v: interop.match_torch(twins("a") | {"a.weight_g": np.ones(4)}, v), "because of 'a': a dense layer in"),
+        (
+            lambda v: interop.match_torch(twins("a"), v, layouts={"a": interop.dense_layout}),
+            "because of 'a': layouts must have a Layout for it, got a function",
+        ),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call({"params": {"fc": {"kernel": np.ones((4, 4)), "bias": np.ones(4)}}})
 
 
 @pytest.mark.slow
