@@ -32,25 +32,25 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 with the names of Flax's ImageNet example, and any number of features."""
+    """A narrow ResNet-18, or its first stages, with the names of Flax's ImageNet example."""
 
-    features: int = 64
+    stages: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(self.features, (7, 7), 2, padding=3, use_bias=False, name="conv_init")(x)
+        x = nn.Conv(8, (7, 7), 2, padding=3, use_bias=False, name="conv_init")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=True, name="bn_init")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage in range(4):
+        for stage in range(self.stages):
             for block in range(2):
-                x = Block(self.features * 2**stage, 2 if stage and not block else 1)(x)
-        return nn.Dense(1000)(x.mean((1, 2)))
+                x = Block(8 * 2**stage, 2 if stage and not block else 1)(x)
+        return nn.Dense(10)(x.mean((1, 2)))
 
 
-def torchvision_names():
+def torchvision_names(stages):
     """From the names of torchvision's ResNet-18 to those of ResNet above, written out by their pattern."""
     names = {"conv1": "conv_init", "bn1": "bn_init", "fc": "Dense_0"}
-    for stage in range(4):
+    for stage in range(stages):
         for block in range(2):
             source, target = f"layer{stage + 1}.{block}", f"Block_{2 * stage + block}"
             for number in range(2):
@@ -63,14 +63,14 @@ def torchvision_names():
 
 
 @functools.cache
-def resnet():
-    """Returns a narrow ResNet-18: its variables, and a state dict in torchvision's order with random values."""
-    net = ResNet(8)
+def resnet(stages=2):
+    """Returns a model, its variables, random ones, and these as a state dict in torchvision's order."""
+    net, names = ResNet(stages), torchvision_names(stages)
     variables = net.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))
     random = jax.tree.map(lambda leaf: RNG.uniform(0.5, 1.5, leaf.shape).astype(np.float32), variables)
-    order = list(torchvision_names())
+    order = list(names)
     order.remove("fc")
-    sides = interop.to_torch(random, torchvision_names())
+    sides = interop.to_torch(random, names)
     # PyTorch registers the shortcut last in a block, and the classifier last.
     state_dict = {key: sides[key] for name in [*order, "fc"] for key in sides if key.rpartition(".")[0] == name}
     return net, variables, random, state_dict
@@ -79,12 +79,12 @@ def resnet():
 def test_a_resnet_of_torchvision_is_converted_without_naming_its_layers():
     net, variables, random, state_dict = resnet()
     matches = interop.match_torch(state_dict, variables)
-    assert matches.names == torchvision_names()
+    assert matches.names == torchvision_names(2)
     converted = interop.from_torch(state_dict, variables)
     jax.tree.map(np.testing.assert_array_equal, converted, {**random})
     table = str(matches).splitlines()
     assert table[0].split() == ["layer", "path", "in", "Flax", "matched", "by", "arrays"]
-    assert len(table) == 1 + len(torchvision_names())
+    assert len(table) == 1 + len(torchvision_names(2))
     assert any(line.split()[:3] == ["fc", "Dense_0", "only"] for line in table)
 
 
@@ -119,9 +119,7 @@ def test_given_pairs_must_exist(names):
 
 def test_a_layer_without_a_counterpart_is_named_with_its_arrays():
     _, variables, _, state_dict = resnet()
-    with pytest.raises(
-        ValueError, match=r"1 more in Flax than in the other model, with arrays .*\(64, 1000\).*Dense_0"
-    ):
+    with pytest.raises(ValueError, match=r"1 more in Flax than in the other model, with arrays .*\(16, 10\).*Dense_0"):
         interop.from_torch({key: value for key, value in state_dict.items() if not key.startswith("fc.")}, variables)
     with pytest.raises(ValueError, match="1 more in the weights than in the other model, with arrays .*'extra'"):
         interop.from_torch(state_dict | {"extra.weight": np.ones((5, 7))}, variables)
@@ -242,7 +240,7 @@ def test_a_converted_resnet_has_the_outputs_of_pytorchs():
     torch = pytest.importorskip("torch")
     from torch.nn import functional
 
-    net, variables, _, state_dict = resnet()
+    net, variables, _, state_dict = resnet(4)
     x = RNG.normal(size=(2, 32, 32, 3)).astype(np.float32)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}
 
