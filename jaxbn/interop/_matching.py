@@ -258,8 +258,10 @@ def _check_counterparts(source: Model, target: Model, given: Mapping[int, int]) 
 
 def _several_readings(reading: Reading, source: Model, target: Model) -> str:
     """Returns the message about layers that could correspond in several ways."""
+    # A layer with one path left is in doubt only because of others.
+    several = [group for group in reading.open if len(group[0]) > 1] or reading.open
     lines = []
-    for sources, targets in reading.open:
+    for sources, targets in several:
         of_source = ", ".join(repr(source.layers[index].name) for index in sources)
         lines.append(
             f"{of_source} could each be any of {', '.join(repr(target.layers[index].name) for index in targets)}"
@@ -269,8 +271,8 @@ def _several_readings(reading: Reading, source: Model, target: Model) -> str:
         for what, origin, model in (("weights", "state_dict()", source), ("variables", "model.init", target))
         if model.is_sorted
     ]
-    example = {source.layers[reading.open[0][0][0]].name: target.layers[reading.open[0][1][0]].name}
+    example = {source.layers[several[0][0][0]].name: target.layers[several[0][1][0]].name}
     return (
         "names, shapes and order leave more than one reading, so nothing is matched; pass the right pairs as names=, "
-        f"such as names={example}:\n  " + "\n  ".join([*lines, *where])
+        f"such as names={example} if this is one:\n  " + "\n  ".join([*lines, *where])
     )

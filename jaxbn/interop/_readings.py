@@ -97,41 +97,42 @@ def read(source: Model, target: Model, given: Mapping[int, int]) -> Reading:
         else:
             rest[signature] = (sources, targets)
     words = _telling_words(source, target, rest.values())
-    pairs, marks, doubtful = [], {}, set()
+    pairs, marks, doubts = [], {}, []
     for sources, targets in rest.values():
-        cells = _cells(source, target, sources, targets, words)
-        for mark, (cell, counterparts) in cells.items():
+        for mark, (cell, counterparts) in _cells(source, target, sources, targets, words).items():
             how = "only one" if len(sources) == 1 else "words" if len(cell) == 1 else "order"
             new = [Pair(s, t, how) for s, t in zip(cell, counterparts, strict=True)]
             pairs += new
             marks |= dict.fromkeys((pair.source for pair in new), mark)
             if _of_unknown_order(source, cell) or _of_unknown_order(target, counterparts):
-                doubtful |= {*new}
+                doubts.append({*new})
     by_order = {s: t for sources, targets in rest.values() for s, t in zip(sources, targets, strict=True)}
     if not any(_cross(one, other) for one, other in itertools.combinations(sorted(by_order.items()), 2)):
-        doubtful |= {pair for pair in pairs if by_order[pair.source] != pair.target}
+        at = {pair.target: pair for pair in pairs}
+        doubts += [{pair, at[by_order[pair.source]]} for pair in pairs if by_order[pair.source] != pair.target]
+    crossing = set()
     for one, other in itertools.combinations(pairs, 2):
         if marks[one.source] == marks[other.source] and _cross(one, other):
-            doubtful |= {one, other}
+            crossing |= {one, other}
     same_signature = defaultdict(list)
     for pair in [*same_names, *pairs]:
         same_signature[source.layers[pair.source].signature].append(pair)
     for group in same_signature.values():
         for one, other in itertools.combinations(group, 2):
             if _numbers_cross(source, target, one, other):
-                doubtful |= {one, other}
-    doubtful = {pair for pair in doubtful if pair.how != "only one"}
+                doubts.append({one, other})
+        # What crosses may be exchanged with the one before or after it; words tell it from others.
+        for mark in {marks.get(pair.source) for pair in group}:
+            cell = sorted(pair for pair in group if marks.get(pair.source) == mark)
+            for place, pair in enumerate(cell):
+                if pair in crossing and pair.how != "only one":
+                    doubts.append({*cell[max(place - 1, 0) : place + 2]})
+    groups = _merged(doubts)
+    doubtful = set().union(*groups)
     accepted = [Pair(s, t, "given") for s, t in given.items()]
     accepted += [pair for pair in [*same_names, *pairs] if pair not in doubtful]
-    unclear = defaultdict(lambda: ([], []))
-    for pair in sorted(doubtful):
-        sources, targets = unclear[source.layers[pair.source].signature]
-        sources.append(pair.source)
-        targets.append(pair.target)
-    return Reading(
-        tuple(sorted(accepted)),
-        tuple((tuple(sources), tuple(sorted(targets))) for sources, targets in unclear.values()),
-    )
+    unclear = sorted((sorted(pair.source for pair in group), sorted(pair.target for pair in group)) for group in groups)
+    return Reading(tuple(sorted(accepted)), tuple((tuple(sources), tuple(targets)) for sources, targets in unclear))
 
 
 def natural_key(name: str) -> tuple:
@@ -188,6 +189,15 @@ def _of_unknown_order(model: Model, cell: Sequence[int]) -> bool:
 def _cross(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether two pairs have another order in the source than in the target."""
     return (one[0] < other[0]) != (one[1] < other[1])
+
+
+def _merged(groups: Iterable[set[Pair]]) -> list[set[Pair]]:
+    """Joins groups that have a pair in common."""
+    merged = []
+    for group in groups:
+        touching = [other for other in merged if not other.isdisjoint(group)]
+        merged = [other for other in merged if other not in touching] + [group.union(*touching)]
+    return merged
 
 
 def _numbers_cross(source: Model, target: Model, one: Pair, other: Pair) -> bool:

@@ -201,6 +201,18 @@ def test_a_sorted_state_dict_is_no_evidence():
         interop.match_torch(in_file, variables)
 
 
+def test_a_layer_that_is_called_earlier_than_it_is_registered_has_all_its_readings():
+    # The shortcut last in PyTorch, and first in Flax, where nothing but its place says which layer it is.
+    shapes = {"conv1": (8, 8, 1, 1), "conv2": (8, 8, 3, 3), "conv3": (16, 8, 1, 1), "down.0": (16, 8, 1, 1)}
+    state_dict = {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()}
+    order = ["down.0", "conv1", "conv2", "conv3"]
+    kernels = {f"Conv_{i}": {"kernel": np.ones((*shapes[n][2:], *shapes[n][1::-1]))} for i, n in enumerate(order)}
+    with pytest.raises(ValueError, match="\n  'conv3', 'down.0' could each be any of 'Conv_0', 'Conv_3'"):
+        interop.match_torch(state_dict, {"params": kernels})
+    matches = interop.match_torch(state_dict, {"params": kernels}, names={"down.0": "Conv_0"})
+    assert matches.names == {name: f"Conv_{i}" for i, name in enumerate(order)}
+
+
 @pytest.mark.parametrize("blocks", [2, 12])  # the alphabet puts 10 before 2; nnx does not
 def test_states_of_nnx_are_sorted_with_any_number_of_blocks(blocks):
     class Net(nnx.Module):
