@@ -25,7 +25,7 @@ from flax.core import unfreeze
 
 from jaxbn._core.checks import AxisNames
 from jaxbn._core.stats import BatchStats, Moments
-from jaxbn._models.intercept import call_model
+from jaxbn._models.intercept import call_model, evaluating
 from jaxbn._models.model import Model, join, like, split
 from jaxbn._models.passes import (
     CallModel,
@@ -83,7 +83,7 @@ def measure(
       ValueError: for a model without batch norm, variables without statistics, or a mask that does not fit.
     """
     before = split(model, variables)
-    program, examples = Programs(before, call, mask).of(batch)
+    program, examples = Programs(before, evaluating(call), mask).of(batch)
     check_measurable(program, trains=not use_running_average, frozen_too=True)
     options = {"mask": examples, "axis_name": axis_name, "use_running_average": use_running_average}
     moments = measure_calls(program, before.arrays, batch, **options)
@@ -140,7 +140,7 @@ def one_pass(
     """
     before = split(model, variables)
     first, data = open_batches(batches)
-    programs = Programs(before, call, mask)
+    programs = Programs(before, evaluating(call), mask)
     program, _ = programs.of(first)
     check_measurable(program, trains=not use_running_average)
     measure_batch = programs.compiled(measure_calls, use_running_average=use_running_average)
@@ -197,7 +197,7 @@ def layer_by_layer(
             "once for each level of layers; pass a list or a function that returns an iterator, or use one_pass."
         )
     first, data = open_batches(batches)
-    programs = Programs(before, call, mask)
+    programs = Programs(before, evaluating(call), mask)
     program, _ = programs.of(first)
     check_measurable(program, trains=True)
     calls = [*program.calls.values()]

@@ -91,15 +91,20 @@ def evaluating(call: Callable) -> Callable:
     def evaluate(module, batch):
         if isinstance(module, nnx.Module):
             module.eval()
-        try:
-            return call(module, batch)
-        except flax.errors.InvalidRngError as error:
-            raise ValueError(
-                f"the model draws random numbers in evaluation: {str(error).partition(' (http')[0]}; let call switch "
-                "that off, as in call=lambda module, batch: module(batch, deterministic=True)."
-            ) from None
+        return without_randomness(call, module, batch)
 
     return evaluate
+
+
+def without_randomness(call: Callable, module: Any, batch: Any) -> Any:
+    """Returns ``call(module, batch)``; refuses a linen model that draws random numbers, for which no key is given."""
+    try:
+        return call(module, batch)
+    except flax.errors.InvalidRngError as error:
+        raise ValueError(
+            f"the model draws random numbers in evaluation: {str(error).partition(' (http')[0]}; let call switch that "
+            "off, as in call=lambda module, batch: module(batch, deterministic=True)."
+        ) from None
 
 
 def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> tuple[Any, dict]:

@@ -54,7 +54,7 @@ class Program(NamedTuple):
 
 
 def trace(model: Model, batch: Any, call: Callable, *, linear: bool = False) -> Program:
-    """Traces a model in evaluation, with its batch norms marked, and its linear layers too, if asked."""
+    """Traces a model as ``call`` runs it, with its batch norms marked, and its linear layers too, if asked."""
     traced = trace_model(model, batch, call, linear=linear)
     walk = Walk(traced.leaves)
     arguments = []

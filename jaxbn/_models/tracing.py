@@ -18,7 +18,7 @@ from flax.core import DenyList
 from jax.extend.core import ClosedJaxpr
 
 from jaxbn._models.batch_norms import kernel_of, kinds, read_norm
-from jaxbn._models.intercept import evaluating, is_ignored
+from jaxbn._models.intercept import is_ignored, without_randomness
 from jaxbn._models.marks import Site, mark_norm, mark_value
 from jaxbn._models.model import LINEAR, Model, merged
 
@@ -64,14 +64,14 @@ def text(path: Path) -> str:
 
 
 def trace_model(model: Model, batch: Any, call: Callable, *, linear: bool = False) -> Traced:
-    """Traces a model in evaluation; marks its linear layers too, if asked."""
+    """Traces a model as ``call`` runs it; marks its linear layers too, if asked."""
     seen = _Seen({}, [], [])
     is_linen = isinstance(model.definition, flax.linen.Module)
 
     def call_module(module, batch):
         seen.models.append(module)
         try:
-            return evaluating(call)(module, batch)
+            return without_randomness(call, module, batch)
         except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
             _mention_call(error, batch)
             raise

@@ -85,6 +85,7 @@ def record_layers(
       not known as those of batch norms, with the reason.
     """
     first, batches = open_batches(batches)
+    # As the user left it, and not switched to evaluation: a train flag that was left on is a finding.
     programs = Programs(model, call, mask)
     program, _ = programs.of(first)
     _check_calls(program)

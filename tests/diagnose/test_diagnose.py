@@ -67,6 +67,14 @@ def test_a_function_may_return_the_batches():
     assert names(diagnose(LAYER, STANDARD, lambda: iter([normal(64, 3)]))) == []
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_nnx_model_is_diagnosed_in_the_mode_in_which_it_was_left(mode):
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    getattr(model, mode)()
+    found = "train flag left on" in names(diagnose(model, None, [normal(64, 3)] * 8))
+    assert found == (mode == "train")
+
+
 def test_text_shows_a_row_for_each_layer_and_all_of_a_finding():
     diagnosis = planted("train flag left on")
     head, *lines = str(diagnosis).splitlines()
