@@ -19,21 +19,25 @@ from tests.exports.nets import NAMES, X, programs
 
 ARITHMETIC = {"sub", "mul", "add", "rsqrt"}
 LAYOUT = {"convert_element_type", "broadcast_in_dim"}
-# `jit` is a call of a function of jax.numpy, such as `jnp.where`.
-MASKS = {"is_finite", "or", "select_n", "jit", "reshape"}
+MASKS = {"is_finite", "or", "select_n", "reshape"}
 OF_THE_NET = {"conv_general_dilated", "max", "reduce_sum", "div", "dot_general", "reshape"}
 STATS = jaxbn.BatchStats(mean=jnp.arange(5.0), var=jnp.arange(1.0, 6.0))
 VECTOR = jnp.linspace(-1, 2, 5)
 BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 5)), jnp.float32)
 MASK = BATCH[..., :1] > 0
+CALL = jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0].primitive
 
 
 def primitives(function, *arguments):
-    """Returns the names of all primitives in the program of a function, also of those in calls."""
+    """Returns the names of all primitives in the program of a function, also of those in calls by ``jit``.
+
+    Which functions of jax.numpy are such calls depends on the version of JAX.
+    """
     found, waiting = collections.Counter(), [jax.make_jaxpr(function)(*arguments).jaxpr]
     while waiting:
         for equation in waiting.pop().eqns:
-            found[equation.primitive.name] += 1
+            if equation.primitive is not CALL:
+                found[equation.primitive.name] += 1
             waiting += jax.extend.core.jaxprs_in_params(equation.params)
     return found
 
