@@ -14,7 +14,7 @@ help:  ## list these commands
 demo: $(READY)  ## train a small network with and without batch norm: under two minutes
 	@$(BIN)/python -m experiments demo
 
-test: $(READY)  ## run the fast tests: 2 min 40 s on two cores, under 5 min of CPU time
+test: $(READY)  ## run the fast tests: 3 min on two cores, 6 min of CPU time
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --quiet
 
 slow: $(READY)  ## run the slow tests
