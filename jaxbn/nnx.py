@@ -186,7 +186,7 @@ class BatchNorm(nnx.BatchNorm):
             ),
         )
         use_running_average = checks.boolean("use_running_average", use_running_average)
-        update_stats = checks.boolean("update_stats", first_from(update_stats, self.update_stats, error_msg=""))
+        update_stats = checks.boolean("update_stats", self.update_stats if update_stats is None else update_stats)
         x = jnp.asarray(x)
         checks.num_features(self.num_features, x, self.axis)
 

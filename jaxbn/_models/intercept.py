@@ -107,6 +107,16 @@ def without_randomness(call: Callable, module: Any, batch: Any) -> Any:
         ) from None
 
 
+def mention_call(error: Exception, batch: Any) -> None:
+    """Adds a note to an error of the model on a batch that is not an array."""
+    if not isinstance(batch, jax.Array | np.ndarray):
+        part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
+        error.add_note(
+            f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
+            f"call=, as in call=lambda module, batch: module({part})."
+        )
+
+
 def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[type, ...]) -> tuple[Any, dict]:
     """Calls a model, and lets ``handle`` answer the calls of its layers of these kinds.
 
@@ -135,12 +145,7 @@ def run(model: Model, batch: Any, call: Callable, handle: Handler, kinds: tuple[
     try:
         return run_either(model, batch, call, handle_next, kinds)
     except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
-        if not isinstance(batch, jax.Array | np.ndarray):
-            part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
-            error.add_note(
-                f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
-                f"call=, as in call=lambda module, batch: module({part})."
-            )
+        mention_call(error, batch)
         raise
 
 
@@ -171,7 +176,7 @@ def _run_linen(
     def intercept(proceed, args, kwargs, context):
         nonlocal was_called
         layer = context.module
-        was_called = was_called or _is_in(layer, bound) or _is_lifted(layer, bound)
+        was_called = was_called or is_in(layer, bound) or _is_lifted(layer, bound)
         if context.orig_method.func not in functions or layer.scope is None:
             return proceed(*args, **kwargs)
         path = "/".join(layer.path)
@@ -185,14 +190,14 @@ def _run_linen(
 
     # Interceptors nest: this one comes first, so it sees all calls, before an edited model answers any of them.
     with flax.linen.intercept_methods(intercept):
-        y, variables = model.definition.apply(model.arrays, batch, method=call_bound, mutable=_traced_again())
+        y, variables = model.definition.apply(model.arrays, batch, method=call_bound, mutable=traced_again())
     if not was_called:
         raise _called_another(bound)
     calls = flatten_dict(variables.get(_RECORDS, {}))
     return y, {"/".join(path): records for (*path, _), records in calls.items()}
 
 
-def _traced_again() -> DenyList:
+def traced_again() -> DenyList:
     """Returns a filter of the collections that a run may write, which makes nn.jit trace its blocks again.
 
     Calls can be intercepted only while a block is traced, and nn.jit keeps a trace for each "fingerprint": the fields
@@ -238,7 +243,7 @@ def _intercepted(cls: type, kind: type, path: str, handle_next: Callable) -> typ
     return intercepted if cls is kind else type(cls.__name__, (cls, intercepted), {})
 
 
-def _is_in(layer: Any, model: flax.linen.Module | None) -> bool:
+def is_in(layer: Any, model: flax.linen.Module | None) -> bool:
     """Tests whether a bound linen module is a model or a part of it."""
     while isinstance(layer, flax.linen.Module):
         if layer is model:

@@ -5,25 +5,21 @@ Calls are intercepted only here, while the model is traced.  ``call(module, batc
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from flax.core import DenyList
 from jax.extend.core import ClosedJaxpr
 
 from jaxbn._models.batch_norms import kernel_of, kinds, read_norm
-from jaxbn._models.intercept import is_ignored, without_randomness
+from jaxbn._models.intercept import is_ignored, is_in, mention_call, traced_again, without_randomness
 from jaxbn._models.marks import Site, mark_norm, mark_value
 from jaxbn._models.model import LINEAR, Model, merged
 
 Path = tuple[Any, ...]
-_run_numbers = itertools.count()
 
 
 class Leaf(NamedTuple):
@@ -73,7 +69,7 @@ def trace_model(model: Model, batch: Any, call: Callable, *, linear: bool = Fals
         try:
             return without_randomness(call, module, batch)
         except (TypeError, LookupError, AttributeError) as error:  # the model may have got a tuple, say, for an array
-            _mention_call(error, batch)
+            mention_call(error, batch)
             raise
 
     def evaluate(arrays, batch):
@@ -83,21 +79,11 @@ def trace_model(model: Model, batch: Any, call: Callable, *, linear: bool = Fals
                 module = merged(model._replace(arrays=arrays))
                 _mark_layers(module, seen, linear)
                 return call_module(module, batch)
-            y, _ = model.definition.apply(arrays, batch, method=call_module, mutable=_traced_again())
+            y, _ = model.definition.apply(arrays, batch, method=call_module, mutable=traced_again())
             return y
 
     jaxpr, result = jax.make_jaxpr(evaluate, return_shape=True)(model.arrays, batch)
     return Traced(jaxpr, leaves_of(model), jax.tree.structure(result), seen.classes, not is_linen or bool(seen.called))
-
-
-def _mention_call(error: Exception, batch: Any) -> None:
-    """Adds a note to an error of the model on a batch that is not an array."""
-    if not isinstance(batch, jax.Array | np.ndarray):
-        part = f"batch[{next(iter(batch), 0)!r}]" if isinstance(batch, Mapping) else "batch[0]"
-        error.add_note(
-            f"The batch is a {type(batch).__name__}, not an array. If the model takes a part of it, say which with "
-            f"call=, as in call=lambda module, batch: module({part})."
-        )
 
 
 def called_another(model: Model) -> ValueError:
@@ -134,18 +120,6 @@ class _Seen(NamedTuple):
     called: list[bool]
 
 
-def _traced_again() -> DenyList:
-    """Returns a filter of the collections that a run may write, which makes nn.jit trace its blocks again.
-
-    Calls can be intercepted only while a block is traced, and nn.jit keeps a trace for each "fingerprint": the fields
-    of the module and this filter (see flax.core.lift.jit).  So each run denies a collection that no model has, with a
-    name that no other run has, which changes the fingerprint and nothing else.
-    """
-    never_written = f"jaxbn_run_{next(_run_numbers)}"
-    # batch_stats is denied because some models take it for a sign of training that they may write there.
-    return DenyList(("batch_stats", never_written))
-
-
 def _interceptor(seen: _Seen, linear: bool) -> Callable:
     """Returns an interceptor of linen methods that marks the calls of batch norms."""
     # The functions behind the methods, as Flax hands them to interceptors: a subclass's call of super().__call__ is a
@@ -159,7 +133,7 @@ def _interceptor(seen: _Seen, linear: bool) -> Callable:
             return proceed(*args, **kwargs)
         path = tuple(layer.path)
         seen.classes.setdefault(path, type(layer).__name__)
-        if not seen.called and _is_in(layer, seen.models):
+        if not seen.called and any(is_in(layer, model) for model in seen.models):
             seen.called.append(True)
         if isinstance(layer, nnx.bridge.ToLinen) and context.method_name == "__call__":
             return proceed(*args, **kwargs | {"nnx_method": _marked_method(kwargs.get("nnx_method"), path, seen)})
@@ -227,12 +201,3 @@ def _mark_linear(path: Path, definition: Any, layer: Any, proceed: Callable, arg
     y = proceed(x, *rest, **kwargs)
     # The kernel is an operand, so that the program shows where it comes from.
     return mark_value(Site("out of", path, definition, ("y", "kernel")), y, kernel_of(layer))
-
-
-def _is_in(layer: Any, models: list[Any]) -> bool:
-    """Tests whether a bound linen module is the model, or a part of it."""
-    while isinstance(layer, flax.linen.Module):
-        if any(layer is model for model in models):
-            return True
-        layer = layer.parent
-    return False
